@@ -1,0 +1,48 @@
+# Each target sets up whatever a fresh machine needs: `make demo`, `make test`, `make docs`.
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+export OMP_WAIT_POLICY ?= PASSIVE
+export NO_MKDOCS_2_WARNING = 1
+
+.PHONY: demo test lint types unit docs clean
+
+demo: $(VENV)/.base
+	$(BIN)/rempart demo
+
+test: lint types unit
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell src tests docs benchmarks README.md CONTRIBUTING.md CHANGELOG.md
+	$(BIN)/lint-imports
+
+types: $(VENV)/.test
+	$(BIN)/pyright
+
+unit: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) site
+
+# torch first and by its exact pin: that is what makes pip take the CPU build where one is offered
+$(VENV)/.base: pyproject.toml constraints.txt
+	python3 -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) -e .
+	touch $@
+
+# torchattacks declares torchvision, which does not load beside this torch; it works without
+$(VENV)/.test: $(VENV)/.base
+	$(PIP) -e '.[test,lint]'
+	$(PIP) --no-deps torchattacks
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.base
+	$(PIP) -e '.[docs]'
+	touch $@

@@ -1,0 +1,5 @@
+"""`python -m rempart`."""
+
+from rempart.cli import main
+
+main()

@@ -1,0 +1,25 @@
+"""Attacks search; `attacks.run` judges."""
+
+from rempart.attacks.catalogue import Attack, Traits, attacks
+from rempart.attacks.gradient import bim, fgsm, mim, pgd
+from rempart.attacks.minimum import deepfool
+from rempart.attacks.optimise import cw, ead
+from rempart.attacks.run import Outcome, attack_batch, attack_data
+from rempart.attacks.suites import SUITES
+
+__all__ = [
+    "SUITES",
+    "Attack",
+    "Outcome",
+    "Traits",
+    "attack_batch",
+    "attack_data",
+    "attacks",
+    "bim",
+    "cw",
+    "deepfool",
+    "ead",
+    "fgsm",
+    "mim",
+    "pgd",
+]

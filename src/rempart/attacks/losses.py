@@ -1,0 +1,96 @@
+"""What an attack climbs: per-sample scores of logits that grow as the attack nears its goal."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from rempart.core.errors import SpecError
+from rempart.core.types import Images, Labels, Logits, Mask, Scores
+
+LossName = Literal["ce", "margin", "dlr"]
+Score = Callable[[Logits, Labels], Scores]
+_ROUNDING = 1e-5
+
+
+def score(name: LossName, *, targeted: bool, num_classes: int) -> Score:
+    """The score an attack maximises.
+
+    ce: logsumexp of the other logits minus the true one, whose softplus is the cross-entropy (targeted: the negative,
+        for the target). A growing function of it has the same steepest direction for every norm and the same best
+        point, but the gradient of cross-entropy itself underflows for confident models (from a margin of 17 on in
+        float32), which makes attacks on scaled logits fail silently.
+    margin: best other logit minus the true one (targeted: target logit minus the best other); positive = reached.
+    dlr: the margin over the spread of the leading logits, so that it does not depend on their scale
+        (Croce & Hein 2020, arXiv:2003.01690, equations 6 and 7).
+
+    Raises:
+        SpecError: If dlr is asked for with fewer than 3 classes (4 when targeted), where it is undefined.
+    """
+    least = 4 if targeted else 3
+    if name == "dlr" and num_classes < least:
+        raise SpecError(
+            f"at least {least} classes for the {'targeted ' if targeted else ''}dlr loss",
+            got=num_classes,
+            hint="use loss=margin",
+        )
+    return {
+        ("ce", False): lambda z, y: -_log_odds(z, y),
+        ("ce", True): _log_odds,
+        ("margin", False): lambda z, y: -lead(z, y),
+        ("margin", True): lead,
+        ("dlr", False): _dlr,
+        ("dlr", True): _dlr_targeted,
+    }[name, targeted]
+
+
+def lead(z: Logits, y: Labels) -> Scores:
+    """Logit of class y minus the best of the others."""
+    own = z.gather(1, y[:, None])[:, 0]
+    return own - z.scatter(1, y[:, None], -torch.inf).amax(1)
+
+
+def reached(z: Logits, y: Labels, *, targeted: bool) -> Mask:
+    """Whether the prediction is what the attack wants: the target, or anything but the label."""
+    hit = z.argmax(1) == y
+    return hit if targeted else ~hit
+
+
+def surely_reached(z: Logits, y: Labels, *, targeted: bool) -> Mask:
+    """`reached` by more than rounding, so that another order of summation comes to the same verdict.
+
+    For attacks that end on the boundary: they search on a faster copy of the model that is judged.
+    """
+    ahead = lead(z, y) if targeted else -lead(z, y)
+    return ahead > _ROUNDING * z.abs().amax(1)
+
+
+def climb_direction(model: nn.Module, x: Images, y: Labels, goal: Score) -> tuple[Images, Logits, Scores]:
+    """Gradient of the summed score with respect to the images, with the logits and scores of the same pass.
+
+    The scores are summed, not averaged, so a sample's gradient does not depend on its batch mates.
+    """
+    x = x.detach().requires_grad_(True)
+    with torch.enable_grad():
+        z = model(x)
+        value = goal(z, y)
+        (gradient,) = torch.autograd.grad(value.sum(), x)
+    return gradient, z.detach(), value.detach()
+
+
+def _log_odds(z: Logits, y: Labels) -> Scores:
+    own = z.gather(1, y[:, None])[:, 0]
+    return own - z.scatter(1, y[:, None], -torch.inf).logsumexp(1)
+
+
+def _dlr(z: Logits, y: Labels) -> Scores:
+    ordered = z.sort(dim=1, descending=True).values
+    return -lead(z, y) / (ordered[:, 0] - ordered[:, 2] + 1e-12)
+
+
+def _dlr_targeted(z: Logits, t: Labels) -> Scores:
+    """The targeted form with the best other class in the numerator: positive once the target leads."""
+    ordered = z.sort(dim=1, descending=True).values
+    spread: Tensor = ordered[:, 0] - 0.5 * (ordered[:, 2] + ordered[:, 3]) + 1e-12
+    return lead(z, t) / spread

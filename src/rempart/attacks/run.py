@@ -1,0 +1,380 @@
+"""The one place where attacks are run and judged: success, distance, queries and time are measured here."""
+
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+
+from rempart.attacks.catalogue import Attack, Traits, attacks
+from rempart.attacks.losses import lead, reached
+from rempart.core.data import Batch, Data
+from rempart.core.errors import AttackError, DataError, ModelError, ThreatError
+from rempart.core.events import Event, Notify, silent
+from rempart.core.model import Classifier, Meter, accelerated, frozen, metered
+from rempart.core.registry import Entry
+from rempart.core.repro import Draws
+from rempart.core.threat import NORMS, TOLERANCE, Norm, Threat
+from rempart.core.types import Images, Labels, Mask, Scores
+
+TargetRule = Callable[[Tensor, Labels], Labels]
+"""From the clean logits and the labels to the classes an attack shall reach."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What an attack did to each sample, measured on the images it returned.
+
+    Attributes:
+        index: Sample numbers, shape (n).
+        x_adv: The judged images. Samples that were wrong at first are returned as they came.
+        correct: Right on the original.
+        attacked: Given to the attack: right at first and, when targeted, not of the target class already.
+        found: The image is misclassified (targeted: as the target), at whatever distance.
+        distance: Distance in the norm of the threat, float64.
+        own_distance: Distance in the norm the attack worked in.
+        success: `found`, and the image is within the threat.
+        margin: True logit minus the best other, on the judged image.
+        predicted: Class of the judged image.
+        eight_bit: `success` of the image rounded to 8 bit, where asked for.
+        norm: The norm the attack worked in.
+        queries: Images sent forward by the attack, in all.
+        gradients: Images sent backward by the attack, in all.
+        seconds: Wall-clock time of the attack, the judging left out.
+    """
+
+    index: Tensor
+    x_adv: Images
+    correct: Mask
+    attacked: Mask
+    found: Mask
+    distance: Scores
+    own_distance: Scores
+    success: Mask
+    margin: Scores
+    predicted: Labels
+    eight_bit: Mask | None
+    norm: Norm
+    queries: int
+    gradients: int
+    seconds: float
+
+    @property
+    def right(self) -> Mask:
+        """Still right under this attack: right at first and not broken within the threat."""
+        return self.correct & ~self.success
+
+    @property
+    def right_after_rounding(self) -> Mask | None:
+        """Still right when only adversarial images that survive 8-bit rounding count."""
+        return None if self.eight_bit is None else self.correct & ~self.eight_bit
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A frozen classifier: `search` is the fast copy attacks use, `judge` the original that decides."""
+
+    search: Classifier
+    judge: Classifier
+    meter: Meter
+
+
+@contextmanager
+def prepared(model: Classifier) -> Generator[Prepared]:
+    """Freeze a classifier for attacks, and put it back as it was."""
+    with frozen(model):
+        fast = accelerated(model)
+        with metered(fast) as meter:
+            yield Prepared(fast, model, meter)
+
+
+def attack_batch(
+    model: Classifier,
+    x: Images,
+    y: Labels,
+    threat: Threat,
+    attack: str | Attack,
+    options: Mapping[str, Any] | None = None,
+    *,
+    index: Tensor | None = None,
+    target: TargetRule | None = None,
+    seed: int = 0,
+    eight_bit: bool = False,
+    notify: Notify = silent,
+) -> Outcome:
+    """Attack one batch of images and judge what comes back.
+
+    Args:
+        model: The classifier, in any mode; it is left as it was.
+        x: Images in the model's box.
+        y: True classes.
+        threat: What the adversary may do.
+        attack: A registered name, or a function with the same contract (it is taken to support every norm).
+        options: Options of the attack.
+        index: Sample numbers: the key of every random draw. Default 0 to n - 1.
+        target: Makes the attack targeted; see `targets`.
+        seed: Seed of every random draw.
+        eight_bit: Also judge the images rounded to 8 bit.
+        notify: Receives the attack's events.
+
+    Raises:
+        SpecError: If the attack or an option is unknown.
+        ThreatError: If the attack cannot work in this threat.
+        DataError: If images or labels do not fit the model.
+        AttackError: If the attack returns something its contract forbids.
+    """
+    job = _job(model, threat, attack, options or {}, target, seed, eight_bit)
+    index = torch.arange(len(x)) if index is None else index
+    with prepared(model) as ready:
+        return _attack(ready, job, Batch(index, x, y), notify)
+
+
+def attack_data(
+    model: Classifier,
+    data: Data,
+    threat: Threat,
+    attack: str | Attack,
+    options: Mapping[str, Any] | None = None,
+    *,
+    batch_size: int = 64,
+    target: TargetRule | None = None,
+    seed: int = 0,
+    eight_bit: bool = False,
+    notify: Notify = silent,
+) -> Outcome:
+    """Attack a whole data set in batches; the result is keyed by sample and independent of the batch size.
+
+    Takes the arguments of `attack_batch`. `notify` receives one event per batch with the accuracy so far, and the
+    attack's own events in between.
+    """
+    job = _job(model, threat, attack, options or {}, target, seed, eight_bit)
+    parts: list[Outcome] = []
+    done, right = 0, 0
+
+    def report(event: Event | None = None) -> None:
+        values = {"accuracy": right / done} if done else {}
+        if event is not None and event.total:
+            values["batch"] = event.done / event.total
+        notify(Event(stage=job.entry.name, done=done, total=len(data), values=values))
+
+    with prepared(model) as ready:
+        for batch in data.batches(batch_size):
+            part = _attack(ready, job, batch, report)
+            parts.append(part)
+            done, right = done + len(batch.y), right + int(part.right.sum())
+            report()
+    return join(parts)
+
+
+def join(parts: Iterable[Outcome]) -> Outcome:
+    """One outcome out of several, in their order; counts and seconds add up."""
+    parts = list(parts)
+    if not parts:
+        raise DataError("at least one batch of images", got="none", hint="check the selection of the data")
+    values: dict[str, Any] = {}
+    for field in fields(Outcome):
+        column = [getattr(part, field.name) for part in parts]
+        if isinstance(column[0], Tensor):
+            values[field.name] = torch.cat(column)
+        elif field.name in ("queries", "gradients", "seconds"):
+            values[field.name] = sum(column)
+    return replace(parts[0], **values)
+
+
+def targets(rule: str, model: Classifier) -> TargetRule:
+    """Read a target: `nearest` (the second most likely class), `least-likely`, or a class by name or number."""
+    if rule == "nearest":
+        return lambda z, y: z.scatter(1, y[:, None], -torch.inf).argmax(1)
+    if rule == "least-likely":
+        return lambda z, y: z.scatter(1, y[:, None], torch.inf).argmin(1)
+    names = [*model.class_names, *(str(k) for k in range(model.num_classes))]
+    if rule not in names:
+        raise ThreatError(
+            f"a target out of nearest, least-likely, {', '.join(model.class_names)}, or a class number", got=repr(rule)
+        )
+    k = names.index(rule) % model.num_classes
+    return lambda z, y: torch.full_like(y, k)
+
+
+def check_images(model: Classifier, x: Images, y: Labels) -> None:
+    """Refuse images and labels that do not fit the model.
+
+    Raises:
+        DataError: On a wrong shape, pixels that are not finite or outside the box, or labels out of range.
+    """
+    if tuple(x.shape[1:]) != model.shape:
+        raise DataError(
+            f"images of shape {model.shape}",
+            got=tuple(x.shape[1:]),
+            hint="resize with DATA@64, or choose grey with DATA@grey",
+        )
+    if not x.is_floating_point():
+        raise DataError("floating-point pixels", got=str(x.dtype), hint="divide 8-bit images by 255")
+    if not bool(torch.isfinite(x).all()):
+        raise DataError("finite pixels", got="NaN or infinity", hint="repair or leave out these images")
+    if x.numel() and (x.min() < model.low - TOLERANCE or x.max() > model.high + TOLERANCE):
+        raise DataError(
+            f"pixels in the model's box [{model.low:g}, {model.high:g}]",
+            got=f"[{float(x.min()):g}, {float(x.max()):g}]",
+            hint="do not normalise the images: mean and std belong inside the model",
+        )
+    if len(y) != len(x):
+        raise DataError("one label per image", got=f"{len(y)} labels for {len(x)} images")
+    if len(y) and (int(y.min()) < 0 or int(y.max()) >= model.num_classes):
+        raise DataError(
+            f"labels in 0..{model.num_classes - 1}, the model's classes",
+            got=f"{int(y.min())}..{int(y.max())}",
+            hint="check that model and data belong together",
+        )
+
+
+def native(entry: Entry[Attack, Traits], threat: Threat) -> Threat:
+    """The threat an attack works in: the one given, or for minimum-norm attacks a norm of theirs without budget.
+
+    Raises:
+        ThreatError: If a budgeted attack does not know the norm, or there is no budget.
+    """
+    known = threat.norm in entry.traits.norms
+    if entry.traits.minimum:
+        return replace(threat, eps=None, norm=threat.norm if known else entry.traits.norms[0])
+    if not known:
+        raise ThreatError(f"a norm {entry.name} knows: {', '.join(entry.traits.norms)}", got=threat.norm)
+    if threat.eps is None:
+        raise ThreatError(f"a budget for {entry.name}", got=str(threat), hint=f"write {threat.norm}:8/255")
+    return threat
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One validated request: the attack, its options, the threat it is judged in and the one it works in."""
+
+    entry: Entry[Attack, Any]
+    options: Mapping[str, Any]
+    threat: Threat
+    own: Threat
+    target: TargetRule | None
+    seed: int
+    eight_bit: bool
+
+
+def _job(
+    model: Classifier,
+    threat: Threat,
+    attack: str | Attack,
+    options: Mapping[str, Any],
+    target: TargetRule | None,
+    seed: int,
+    eight_bit: bool,
+) -> _Job:
+    if isinstance(attack, str):
+        entry = attacks[attack]
+        options = entry.parse(options)
+    else:
+        traits = Traits(norms=NORMS, targeted=True, random=True)
+        entry = Entry(getattr(attack, "__name__", "attack"), attack, traits, BaseModel)
+    if target is not None and not entry.traits.targeted:
+        raise ThreatError(f"an untargeted run of {entry.name}", got="a target", hint="use pgd or cw, which can aim")
+    if (threat.low, threat.high) != (model.low, model.high):
+        raise ThreatError(
+            f"the box of the model, [{model.low:g}, {model.high:g}]",
+            got=f"[{threat.low:g}, {threat.high:g}]",
+            hint="write Threat.parse(text, low=model.low, high=model.high)",
+        )
+    return _Job(entry, options, threat, native(entry, threat), target, seed, eight_bit)
+
+
+def _attack(ready: Prepared, job: _Job, batch: Batch, notify: Notify) -> Outcome:
+    index, x, y = batch.index, batch.x, batch.y
+    threat, own, targeted = job.threat, job.own, job.target is not None
+    check_images(ready.judge, x, y)
+    where = next(ready.judge.parameters(), x)
+    x, y = x.to(device=where.device, dtype=where.dtype if where.is_floating_point() else x.dtype), y.to(where.device)
+    if x.ndim == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    clean = _logits(ready.judge, x, index)
+    correct = clean.argmax(1) == y
+    goal = y if job.target is None else job.target(clean, y)
+    attacked = correct & (goal != y) if targeted else correct
+    found = x.clone()
+    queries, gradients, started = ready.meter.queries, ready.meter.gradients, time.perf_counter()
+    if bool(attacked.any()):
+        some = attacked.nonzero()[:, 0]
+        result = job.entry.function(
+            ready.search,
+            x[some],
+            goal[some],
+            own,
+            targeted=targeted,
+            rng=Draws(job.seed, index[some.cpu()], (job.entry.name,)),
+            notify=notify,
+            **job.options,
+        )
+        _check_contract(job, x[some], result)
+        found[some] = result
+    seconds = time.perf_counter() - started
+    z = _logits(ready.judge, found, index)
+    hit = ~correct | (attacked & reached(z, goal, targeted=targeted))
+    within = threat.holds(x, found)
+    rounded = None
+    if job.eight_bit:
+        stored = threat.quantise(x, found)
+        kept = reached(_logits(ready.judge, stored, index), goal, targeted=targeted)
+        rounded = ~correct | (attacked & kept & _holds_rounded(threat, x, stored))
+    return Outcome(
+        index=index,
+        x_adv=found.cpu(),
+        correct=correct.cpu(),
+        attacked=attacked.cpu(),
+        found=hit.cpu(),
+        distance=threat.distance(x, found).cpu(),
+        own_distance=own.distance(x, found).cpu(),
+        success=(hit & within).cpu(),
+        margin=lead(z, y).cpu(),
+        predicted=z.argmax(1).cpu(),
+        eight_bit=None if rounded is None else rounded.cpu(),
+        norm=own.norm,
+        queries=ready.meter.queries - queries,
+        gradients=ready.meter.gradients - gradients,
+        seconds=seconds,
+    )
+
+
+def _check_contract(job: _Job, x: Images, result: Images) -> None:
+    """Hold an attack to its contract: same kind of tensor, finite, inside the threat (the box, for minimum norms)."""
+    name = job.entry.name
+    if result.shape != x.shape or result.dtype != x.dtype or result.device != x.device or result.requires_grad:
+        raise AttackError(
+            f"{name} to return detached images like its input, {tuple(x.shape)} {x.dtype} on {x.device}",
+            got=f"{tuple(result.shape)} {result.dtype} on {result.device}",
+        )
+    if not bool(torch.isfinite(result).all()):
+        raise AttackError(f"{name} to return finite pixels", got="NaN or infinity")
+    if not bool(job.own.holds(x, result).all()):
+        size = float(job.own.distance(x, result).max())
+        span = f"distances up to {size:g}, pixels in [{float(result.min()):g}, {float(result.max()):g}]"
+        raise AttackError(f"{name} to stay inside {job.own} and the box", got=span)
+
+
+def _holds_rounded(threat: Threat, x: Images, stored: Images) -> Mask:
+    """Within the threat, where no pixel counts for less than the half level that any 8-bit file costs."""
+    if threat.eps is None:
+        return threat.holds(x, stored)
+    level = (threat.high - threat.low) / 255
+    nearest = threat.quantise(x, x)
+    slack = threat.distance(x, nearest) if threat.norm != "linf" else torch.full((len(x),), level / 2, device=x.device)
+    return threat.distance(x, stored) <= threat.eps + slack + TOLERANCE
+
+
+def _logits(model: Classifier, x: Images, index: Tensor) -> Tensor:
+    with torch.no_grad():
+        z = model(x)
+    if not bool(torch.isfinite(z).all()):
+        bad = index[(~torch.isfinite(z)).any(1).nonzero()[0, 0].cpu()]
+        raise ModelError(
+            "finite logits", got=f"NaN or infinity for sample {int(bad)}", hint="check weights and input range"
+        )
+    return z

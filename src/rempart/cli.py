@@ -1,0 +1,244 @@
+"""The command line: arguments to a spec, the spec to `tasks.run`, the report to the screen."""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: spinning threads cost 2 to 20 times otherwise
+
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from rempart.core.errors import RempartError, SpecError
+
+if TYPE_CHECKING:
+    from rempart.report.schema import Report
+
+app = typer.Typer(
+    name="rempart",
+    help="Attack, audit and harden image classifiers. MODEL is a folder written by `rempart train`, a .pt2 file, or "
+    "python:package.module:factory. DATA is digits, mnist:DIR, a folder or .zip of class folders, or a .npz file; "
+    "add :train or :test and a slice such as [:500].",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Data = Annotated[str, typer.Option("--data", help="Data: digits, mnist:DIR, FOLDER, FILE.zip, FILE.npz; :test[:500]")]
+ThreatText = Annotated[str, typer.Option("--threat", help="Norm and budget in pixel units: linf:8/255, l2:0.5, l1:12")]
+Options = Annotated[list[str] | None, typer.Option("--option", "-o", help="key=value, repeatable")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of every random draw")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Use the first N samples")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images per batch; changes no result")]
+EightBit = Annotated[bool, typer.Option("--eight-bit", help="Also judge each adversarial image rounded to 8 bit")]
+
+
+@app.command()
+def train(
+    data: Data,
+    out: Annotated[str, typer.Option("--out", help="Folder for the trained model and its report")],
+    model: Annotated[str, typer.Option("--model", help="Architecture; see `rempart list models`")] = "lenet",
+    recipe: Annotated[
+        str, typer.Option("--recipe", help="Recipe name or TOML file; see `rempart list recipes`")
+    ] = "plain",
+    option: Options = None,
+    seed: Seed = 0,
+) -> None:
+    """Train a model, so that there is something to audit."""
+    from rempart.report.schema import TrainSpec
+
+    _run(TrainSpec(data=data, model=model, recipe=recipe, options=_options(option), seed=seed, out=out))
+
+
+@app.command()
+def audit(
+    model: Annotated[str, typer.Argument(metavar="MODEL")],
+    data: Data,
+    threat: ThreatText,
+    out: Annotated[str, typer.Option("--out", help="Run folder for report.json, report.html, samples.npz")],
+    suite: Annotated[str | None, typer.Option("--suite", help="quick (default without --attack) or classic")] = None,
+    attack: Annotated[
+        list[str] | None, typer.Option("--attack", help="NAME or NAME:key=value,key=value; repeatable")
+    ] = None,
+    option: Options = None,
+    limit: Limit = None,
+    batch_size: BatchSize = 64,
+    seed: Seed = 0,
+    eight_bit: EightBit = False,
+    sweep: Annotated[bool, typer.Option(help="Add an accuracy-against-eps curve")] = True,
+) -> None:
+    """Measure how far a model falls under attack, per sample, with intervals. `-o` goes to every --attack."""
+    from rempart.report.schema import AttackChoice, AuditSpec
+
+    shared = _options(option)
+    if shared and not attack:
+        raise SpecError("--attack beside -o", got=", ".join(option or []), hint="add for example --attack pgd")
+    chosen: list[AttackChoice] = []
+    for text in attack or []:
+        name, _, own = text.partition(":")
+        chosen.append(AttackChoice(name=name, options={**shared, **_options(own.split(",") if own else None)}))
+    _run(
+        AuditSpec(
+            model=model,
+            data=data,
+            threat=threat,
+            suite=suite,
+            attacks=tuple(chosen),
+            limit=limit,
+            batch_size=batch_size,
+            seed=seed,
+            eight_bit=eight_bit,
+            sweep=sweep,
+            out=out,
+        )
+    )
+
+
+@app.command()
+def attack(
+    model: Annotated[str, typer.Argument(metavar="MODEL")],
+    data: Data,
+    attack: Annotated[str, typer.Option("--attack", help="See `rempart list attacks`")],
+    threat: ThreatText,
+    out: Annotated[str, typer.Option("--out", help="FILE.npz for the adversarial images; the report goes beside it")],
+    target: Annotated[
+        str | None, typer.Option("--target", help="Class to reach: a name, a number, nearest or least-likely")
+    ] = None,
+    option: Options = None,
+    limit: Limit = None,
+    batch_size: BatchSize = 64,
+    seed: Seed = 0,
+    eight_bit: EightBit = False,
+) -> None:
+    """Run one attack and keep its images."""
+    from rempart.report.schema import AttackChoice, AttackSpec
+
+    choice = AttackChoice(name=attack, options=_options(option))
+    _run(
+        AttackSpec(
+            model=model,
+            data=data,
+            threat=threat,
+            attack=choice,
+            target=target,
+            limit=limit,
+            batch_size=batch_size,
+            seed=seed,
+            eight_bit=eight_bit,
+            out=out,
+        )
+    )
+
+
+@app.command()
+def run(spec: Annotated[Path, typer.Argument(help="A spec, or a report.json whose spec is run again")]) -> None:
+    """Run a spec from a file, or replay a report."""
+    from rempart.report.store import read_spec
+
+    _run(read_spec(spec))
+
+
+@app.command()
+def compare(
+    reports: Annotated[list[Path], typer.Argument(help="Audit reports on the same samples")],
+    out: Annotated[Path | None, typer.Option("--out", help="HTML file")] = None,
+) -> None:
+    """Put audits side by side, with paired intervals of the differences to the first."""
+    from rempart.report import compare as comparing
+    from rempart.report import store, text
+
+    named = comparing.named([store.read(path) for path in reports])
+    result = comparing.compare(named)
+    print(text.compare_table(result))
+    if out is not None:
+        store.replace(out, comparing.compare_html(result, named).encode())
+        print(f"\n{out}")
+
+
+@app.command()
+def gate(
+    report: Annotated[Path, typer.Argument(help="report.json or its run folder")],
+    min_robust: Annotated[
+        float, typer.Option("--min-robust", min=0, max=1, help="Least worst-case accuracy, in [0, 1]")
+    ],
+) -> None:
+    """Exit with status 1 unless the worst-case accuracy is surely high enough (lower end of its interval)."""
+    from rempart.report import compare as comparing
+    from rempart.report import store
+
+    passed, reason = comparing.gate(store.read(report), min_robust)
+    print(("passed: " if passed else "failed: ") + reason)
+    raise typer.Exit(0 if passed else 1)
+
+
+@app.command(name="list")
+def list_(what: Annotated[str, typer.Argument(help="attacks, suites, models, recipes or data")]) -> None:
+    """List what can be named on the command line, with options, defaults and bounds."""
+    from rempart import listing
+
+    print(listing.describe(what))
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option("--out", help="Folder for the runs")] = Path("runs/demo")) -> None:
+    """Train, attack, harden and compare on the embedded digits, in about a minute."""
+    from rempart.demo import demo as play
+    from rempart.terminal import progress
+
+    with progress() as notify:
+        page = play(out, notify, say=lambda line: print(line, flush=True))
+    print(page)
+
+
+def main() -> NoReturn:
+    """Run the command line; a wrong request exits with 2, a failed run with 3, an interrupted one with 130."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        app(standalone_mode=False)
+    except RempartError as error:
+        _fail(str(error), error.exit_code)
+    except typer.Exit as end:
+        sys.exit(end.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted", 130)
+    except Exception as error:
+        from click import ClickException
+
+        if isinstance(error, ClickException):
+            error.show()
+            sys.exit(error.exit_code)
+        raise
+    sys.exit(0)
+
+
+def _run(spec: Any) -> None:
+    from rempart import tasks
+    from rempart.report import text
+    from rempart.terminal import progress
+
+    with progress() as notify:
+        report: Report = tasks.run(spec, notify)
+    print(text.table(report))
+    if spec.out is not None:
+        page = Path(spec.out) / "report.html"
+        print(f"\n{page if page.exists() else spec.out}")
+    if not report.complete:
+        raise typer.Exit(130)
+
+
+def _options(pairs: list[str] | None) -> dict[str, Any]:
+    """Read key=value pairs; the values stay strings until the schema they belong to reads them."""
+    options: dict[str, Any] = {}
+    for pair in pairs or []:
+        key, equals, value = pair.partition("=")
+        if not (equals and key and value):
+            raise SpecError("options as key=value", got=repr(pair), hint="for example -o steps=40")
+        options[key.strip()] = value.strip()
+    return options
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    print(f"rempart: {message}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,655 @@
+"""How images come in: a spec opens one split as `Data`, which gives batches of pixels in [0, 1] keyed by sample."""
+
+import gzip
+import hashlib
+import math
+import os
+import re
+import struct
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from rempart.core.errors import DataError
+from rempart.core.registry import suggestion
+from rempart.core.repro import digest_arrays
+from rempart.core.types import Images, Labels
+
+SPLITS = ("train", "val", "test")
+FORMS = "digits, mnist:DIR, cifar10:PATH, a folder or .zip of class folders, a MedMNIST-style .npz file"
+
+MAX_ENTRIES = 200_000
+"""Entries in one zip archive."""
+MAX_IMAGE_BYTES = 64 * 2**20
+"""Uncompressed size of one image file."""
+MAX_TOTAL_BYTES = 20 * 2**30
+"""Uncompressed size of all images of an archive, or of one array file."""
+MAX_RATIO = 100
+"""Uncompressed over compressed size of all images of an archive; a single blank image may exceed it."""
+MAX_PIXELS = 50_000_000
+"""Width times height of one image."""
+MAX_CLASSES = 100_000
+"""Classes of a file that numbers them."""
+
+_KINDS = ("digits", "mnist", "cifar10")
+_MODIFIERS = ("grey", "rgb", "64", "64x48")
+_SPEC = re.compile(
+    r"(?P<place>.+?)(?P<modifiers>(@([1-9][0-9]{0,5}(x[1-9][0-9]{0,5})?|grey|rgb))*)"
+    r"(:(?P<split>train|val|test))?(?P<part>\[[^\[\]]*\]?)?"
+)
+_PART = re.compile(r"\[(-?[0-9]{1,18})?:(-?[0-9]{1,18})?(?::(-?[0-9]{1,18})?)?\]")
+_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+_GREY_MODES = ("1", "L", "LA")
+_BROKEN_IMAGE = (
+    *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError),
+    *(struct.error, zlib.error),
+)
+_CHUNK = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Some samples of a split.
+
+    Attributes:
+        index: Sample numbers within the split, int64, shape (n): the key of every result.
+        x: Pixels, float32 in [0, 1].
+        y: True classes, int64.
+    """
+
+    index: Tensor
+    x: Images
+    y: Labels
+
+
+@dataclass(frozen=True, eq=False)  # without slots, which leave no room for the cached digest
+class Data:
+    """One split of a data set, or a part of it; images are read when they are asked for.
+
+    Attributes:
+        source: The spec without directories, for example `brain-mri.zip@64:test[:500]`: what a report shows.
+        split: train, val, test, or all for a folder without splits.
+        index: Sample numbers within the split, int64, shape (n); numbers stay when a part is taken.
+        labels: True classes, int64, shape (n).
+        shape: Shape of one image: channels, then the spatial axes.
+        class_names: One name per class.
+        read: From sample numbers to pixels, float32 in [0, 1].
+        stamps: From sample numbers to bytes that stand for the images in the digest; None: the pixels themselves.
+    """
+
+    source: str
+    split: str
+    index: Tensor
+    labels: Tensor
+    shape: tuple[int, ...]
+    class_names: tuple[str, ...]
+    read: Callable[[Tensor], Images]
+    stamps: Callable[[Tensor], Iterable[bytes]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the data set, also where a part holds fewer."""
+        return len(self.class_names)
+
+    @cached_property
+    def digest(self) -> str:
+        """16 hexadecimal digits over sample numbers, labels and images; equal for a folder, its zip and `load()`.
+
+        Image files are represented by name, size and CRC-32, which `read` verifies in archives.
+        """
+        if self.stamps is None:
+            images = (x.numpy() for batch in self.batches(_CHUNK) for x in batch.x)
+        else:
+            images = (np.frombuffer(stamp, dtype=np.uint8) for stamp in self.stamps(self.index))
+        return digest_arrays([self.index.numpy(), self.labels.numpy(), np.array(self.shape), *images])
+
+    def batch(self, positions: Tensor) -> Batch:
+        """The samples at these positions, counted in `index`."""
+        index = self.index[positions]
+        return Batch(index, self.read(index), self.labels[positions])
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """All samples in order, `size` at a time; the last batch may be smaller."""
+        if size < 1:
+            raise DataError("a batch size >= 1", got=size)
+        return map(self.batch, torch.arange(len(self)).split(size))
+
+    def take(self, positions: Tensor) -> "Data":
+        """The part at these positions, in their order."""
+        return replace(self, index=self.index[positions], labels=self.labels[positions])
+
+    def head(self, limit: int | None) -> "Data":
+        """The first `limit` samples, or all of them."""
+        if limit is not None and limit < 1:
+            raise DataError("a limit >= 1", got=limit)
+        return self if limit is None or limit >= len(self) else self.take(torch.arange(limit))
+
+    def load(self) -> "Data":
+        """The same data decoded into memory, as bytes where that loses nothing: for training."""
+        if isinstance(self.read, _Memory):
+            return self
+        images = torch.empty((len(self), *self.shape), dtype=torch.uint8)
+        for number, batch in enumerate(self.batches(_CHUNK)):
+            coarse = (batch.x * 255).round().to(torch.uint8)
+            if images.dtype == torch.uint8 and not torch.equal(_unit(coarse), batch.x):
+                images = _unit(images)
+            images[number * _CHUNK :][: len(coarse)] = coarse if images.dtype == torch.uint8 else batch.x
+        rows = torch.zeros(int(self.index.max()) + 1, dtype=torch.int64)
+        rows[self.index] = torch.arange(len(self))
+        return replace(self, read=_Memory(images, rows))
+
+
+def open_data(spec: str, *, split: str = "test") -> Data:
+    """Open the images that a spec names.
+
+    Specs: `digits` (embedded); `mnist:DIR` (IDX files); the path of a folder or zip of class folders
+    (`train/CLASS/NAME.jpg`, or `CLASS/NAME.jpg` for one split that answers to every name), `cifar10:PATH` being the
+    same; the path of a MedMNIST-style `.npz`. A folder or zip takes `@64` or `@64x48` (width x height; resizes,
+    antialiased) and `@grey` or `@rgb` (default: as the first image of the data set). Then optionally `:train`, `:val`
+    or `:test`, and a Python slice: `brain-mri.zip@64@grey:test[:500]`.
+
+    Folders and zips are ordered by the SHA-1 of CLASS/NAME, so that the first N images are a fixed mix of classes;
+    their classes are numbered in sorted order. Arrays keep the order of their file. 8-bit values are divided by 255,
+    16-bit values by 65,535; transparency is dropped.
+
+    Args:
+        spec: What to open.
+        split: The split where the spec names none.
+
+    Raises:
+        DataError: If there is no such data, or they cannot be used. Image files are decoded when they are read, so a
+            corrupt one is found then.
+
+    Example:
+        >>> len(open_data("digits:train[:100]"))
+        100
+    """
+    match = _SPEC.fullmatch(spec.strip())
+    if match is None or split not in SPLITS:
+        raise DataError(f"data out of {FORMS}, and a split out of {', '.join(SPLITS)}", got=f"{spec!r}, {split!r}")
+    place, modifiers, part = match["place"], match["modifiers"], match["part"] or ""
+    wanted = match["split"] or split
+    kind, colon, rest = place.partition(":")
+    alias = colon and kind in ("mnist", "cifar10")
+    path = Path(os.path.expanduser(rest if alias else place))
+    if place != "digits" and not os.path.exists(path):
+        raise _unknown(str(path))
+    if modifiers and (place == "digits" or (alias and kind == "mnist") or path.suffix == ".npz"):
+        raise DataError("@ modifiers on folders and zips of images only", got=spec)
+    if place == "digits":
+        data = _digits(wanted)
+    elif alias and kind == "mnist":
+        data = _idx(path, wanted)
+    elif path.suffix == ".npz":
+        data = _npz(path, wanted)
+    elif path.is_dir() or path.suffix == ".zip":
+        data = _class_folders(path, wanted, modifiers)
+    else:
+        raise DataError(f"data out of {FORMS}", got=repr(place))
+    name = kind if alias else Path(os.path.abspath(path)).name
+    label = f":{data.split}" if data.split in SPLITS else " (no split folders)"
+    positions = range(len(data))[_slice(part or "[:]")]
+    if not positions:
+        raise DataError("at least one sample", got=f"{part or 'none'} of {len(data)} in {name}{label}")
+    return replace(data.take(torch.tensor(list(positions))), source=f"{name}{modifiers}{label}{part}")
+
+
+def _unknown(place: str) -> DataError:
+    """Say what is wrong with a place that does not exist; what follows a known one is a misspelt ending."""
+    for mark, known, what in ((":", SPLITS, "a split"), ("@", _MODIFIERS, "a modifier")):
+        before, found, tail = place.rpartition(mark)
+        if found and (before in _KINDS or os.path.exists(before)):
+            forms = ", ".join(mark + k for k in known)
+            return DataError(f"{what} such as {forms}", got=found + tail, hint=suggestion(tail, known).strip(" ()"))
+    if place in _KINDS:
+        return DataError(f"{place} with its place, {place}:PATH", got=repr(place))
+    if "/" in place or "." in place:
+        return DataError("a path that exists", got=repr(place), hint=f"data are {FORMS}")
+    return DataError(f"data out of {FORMS}", got=repr(place), hint=suggestion(place, _KINDS).strip(" ()"))
+
+
+def _slice(text: str) -> slice:
+    match = _PART.fullmatch(text)
+    bounds = [int(group) if group else None for group in match.groups()] if match else []
+    if match is None or bounds[2] == 0:
+        raise DataError("a slice such as [:1000], [100:200] or [::10]", got=text)
+    return slice(*bounds)
+
+
+def _choose(split: str, have: Sequence[str], where: str) -> None:
+    if split not in have:
+        raise DataError(f"a split that {where} has", got=split, hint=f"it has {', '.join(have) or 'none'}")
+
+
+# ---- arrays: digits, IDX, npz
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Memory:
+    """Reads from one tensor, uint8 or float32 in [0, 1], shape (n, c, *s); `rows` gives the row of a sample number."""
+
+    images: Tensor
+    rows: Tensor
+
+    def __call__(self, numbers: Tensor) -> Images:
+        return _unit(self.images[self.rows[numbers]])
+
+
+def _unit(images: Tensor) -> Tensor:
+    return images.to(torch.float32) / 255 if images.dtype == torch.uint8 else images
+
+
+def _in_memory(split: str, images: Tensor, labels: Tensor, class_names: tuple[str, ...]) -> Data:
+    if len(images) != len(labels):
+        raise DataError("as many labels as images", got=f"{len(labels)} labels for {len(images)} images in {split}")
+    index = torch.arange(len(images))
+    return Data("", split, index, labels, tuple(images.shape[1:]), class_names, _Memory(images, index))
+
+
+def _digits(split: str) -> Data:
+    """The 8x8 digits of scikit-learn; every fourth sample of each class is for the test."""
+    from sklearn.datasets import load_digits
+
+    _choose(split, ("train", "test"), "digits")
+    images, labels = load_digits(return_X_y=True)
+    rank = np.zeros(len(labels), dtype=int)
+    for k in range(10):
+        rank[labels == k] = np.arange((labels == k).sum())
+    chosen = (rank % 4 == 0) == (split == "test")
+    pixels = torch.from_numpy(images[chosen].astype(np.float32) / 16).view(-1, 1, 8, 8)
+    return _in_memory(split, pixels, torch.from_numpy(labels[chosen]).long(), tuple(map(str, range(10))))
+
+
+def _idx(folder: Path, split: str) -> Data:
+    found = {
+        (name, kind): path
+        for name, prefix in (("train", "train"), ("test", "t10k"))
+        for kind, axes in (("images", 3), ("labels", 1))
+        for ending in ("-ubyte.gz", "-ubyte")
+        for dot in ("-", ".")
+        if (path := folder / f"{prefix}-{kind}{dot}idx{axes}{ending}").is_file()
+    }
+    have = [name for name in SPLITS if {(name, "images"), (name, "labels")} <= found.keys()]
+    _choose(split, have, f"{folder.name}, as IDX files of images and labels,")
+    labels, class_names = _numbered({name: _read_idx(found[name, "labels"], 1) for name in have}, split)
+    images = torch.from_numpy(_read_idx(found[split, "images"], 3))
+    return _in_memory(split, images.unsqueeze(1), labels, class_names)
+
+
+def _read_idx(path: Path, axes: int) -> np.ndarray:
+    """The bytes of an IDX file as an array (format: http://yann.lecun.com/exdb/mnist)."""
+    magic = bytes([0, 0, 8, axes])
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            header = file.read(4 + 4 * axes)
+            if len(header) < 4 + 4 * axes or header[:4] != magic:
+                raise DataError(
+                    f"an IDX header of magic number {magic.hex()}", got=f"{header[:4].hex()} in {path.name}"
+                )
+            shape = struct.unpack(f">{axes}I", header[4:])
+            size = math.prod(shape)
+            _within(size, MAX_TOTAL_BYTES, "MAX_TOTAL_BYTES", path.name)
+            content = bytearray(file.read(size + 1))
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError("an IDX file that is whole", got=f"{path.name}: {error}") from None
+    if len(content) != size:
+        came = "more" if len(content) > size else f"{len(content):,}"
+        raise DataError(f"{size:,} bytes after the header", got=f"{came} in {path.name}", hint="fetch the file again")
+    return np.frombuffer(content, dtype=np.uint8).reshape(shape)
+
+
+def _npz(path: Path, split: str) -> Data:
+    """A file with the arrays {train,val,test}_{images,labels}, as MedMNIST has them (Yang et al. 2023)."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(info.file_size for info in archive.infolist())
+        with np.load(path, allow_pickle=False) as file:
+            have = [name for name in SPLITS if f"{name}_images" in file and f"{name}_labels" in file]
+            keys = [f"{name}_labels" for name in have] + [f"{split}_images"] * (split in have)
+            arrays = {key: np.asarray(file[key]) for key in keys if size <= MAX_TOTAL_BYTES}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, MemoryError, NotImplementedError) as error:
+        raise DataError("an .npz file of plain arrays", got=f"{path.name}: {error}") from None
+    _within(size, MAX_TOTAL_BYTES, "MAX_TOTAL_BYTES", path.name)
+    _choose(split, have, f"{path.name}, as arrays SPLIT_images and SPLIT_labels,")
+    labels, class_names = _numbered({name: arrays[f"{name}_labels"] for name in have}, split)
+    return _in_memory(split, _pixel_array(arrays[f"{split}_images"], f"{split}_images"), labels, class_names)
+
+
+def _numbered(labels: Mapping[str, np.ndarray], split: str) -> tuple[Tensor, tuple[str, ...]]:
+    """The labels of a split and the class names 0 to K - 1; the training labels, where there are any, define K."""
+    whole = {name: _whole(labels[name], f"{name} labels") for name in {split, "train"} & labels.keys()}
+    num_classes = int(whole.get("train", whole[split]).max(initial=-1)) + 1
+    highest = int(whole[split].max(initial=-1))
+    if not 2 <= num_classes <= MAX_CLASSES:
+        raise DataError(f"labels of 2 to {MAX_CLASSES:,} classes, numbered from 0", got=f"{num_classes} classes")
+    if highest >= num_classes:
+        raise DataError(f"{split} labels in 0 to {num_classes - 1}, as in train", got=highest)
+    return torch.from_numpy(whole[split]), tuple(map(str, range(num_classes)))
+
+
+def _whole(labels: np.ndarray, name: str) -> np.ndarray:
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim != 1 or labels.dtype.kind not in "iuf":
+        raise DataError(f"{name} to be one number per image", got=f"shape {labels.shape}, dtype {labels.dtype}")
+    odd = ~np.isfinite(labels) | (labels != np.floor(labels)) | (labels < 0) | (labels > 2**31)
+    if odd.any():
+        raise DataError(f"{name} to be whole numbers >= 0", got=labels[odd][0], hint="number the classes 0 to K - 1")
+    return labels.astype(np.int64)
+
+
+def _pixel_array(images: np.ndarray, name: str) -> Tensor:
+    """Images or volumes channels first, as uint8 or as float32 in [0, 1]. A last axis of 1 or 3 is the channels."""
+    channels_last = images.ndim > 3 and images.shape[-1] in (1, 3)
+    if images.ndim - channels_last not in (3, 4) or 0 in images.shape[1:]:
+        raise DataError(f"{name} of shape N x H x W, or N x D x H x W, with channels last", got=images.shape)
+    images = np.moveaxis(images, -1, 1) if channels_last else images[:, None]
+    if images.dtype.kind == "f":
+        low, high = (float(images.min()), float(images.max())) if images.size else (0.0, 0.0)
+        if not (low >= 0 and high <= 1):  # also true for NaN
+            came = f"NaN in {name}" if math.isnan(low + high) else f"[{low:g}, {high:g}] in {name}"
+            raise DataError("pixels in [0, 1]", got=came, hint="scale them, or store uint8")
+        images = images.astype(np.float32)
+    elif images.dtype.kind == "u" and images.dtype.itemsize == 2:
+        images = images.astype(np.float32) / np.float32(65535)
+    elif images.dtype != np.uint8:
+        raise DataError(f"{name} as uint8, uint16 or float in [0, 1]", got=images.dtype)
+    return torch.from_numpy(np.ascontiguousarray(images))
+
+
+# ---- image files: folders and zips
+
+
+@dataclass(frozen=True, slots=True)
+class _Folder:
+    """Image files in a folder."""
+
+    root: Path
+
+    def names(self) -> Iterator[str]:
+        """Relative names of everything inside, folders ending in a slash, a little deeper than images belong."""
+        return self._walk("", 4)
+
+    def contents(self, names: Iterable[str]) -> Iterator[bytes]:
+        """The files' bytes."""
+        for name in names:
+            try:
+                with (self.root / name).open("rb") as file:
+                    content = file.read(MAX_IMAGE_BYTES + 1)
+            except OSError as error:
+                raise DataError("a file that can be read", got=f"{name}: {error.strerror}") from None
+            _within(len(content), MAX_IMAGE_BYTES, "MAX_IMAGE_BYTES", name)
+            yield content
+
+    def stamps(self, names: Iterable[str]) -> Iterator[tuple[int, int]]:
+        """CRC-32 and size of each file."""
+        return ((zlib.crc32(content), len(content)) for content in self.contents(names))
+
+    def _walk(self, prefix: str, depth: int) -> Iterator[str]:
+        try:
+            entries = list(os.scandir(self.root / prefix))
+        except OSError as error:
+            raise DataError("a folder that can be read", got=f"{self.root.name}/{prefix}: {error.strerror}") from None
+        for entry in entries:
+            if not entry.is_dir():
+                yield prefix + entry.name
+            elif depth:
+                yield f"{prefix}{entry.name}/"
+                yield from self._walk(f"{prefix}{entry.name}/", depth - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """Where a file lies in an archive, from the archive's directory."""
+
+    offset: int
+    packed: int
+    size: int
+    crc: int
+    method: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Zip:
+    """Image files in a zip archive, read in place: nothing is written to disk, no handle stays open between calls.
+
+    Members are inflated here, not by `zipfile`, which would parse the directory again on every call (0.5 s for 60,000
+    entries) and believes the size an entry claims.
+    """
+
+    path: Path
+    members: Mapping[str, _Member | None]
+
+    def names(self) -> Iterable[str]:
+        """Names of all entries, folders ending in a slash."""
+        return self.members
+
+    def contents(self, names: Iterable[str]) -> Iterator[bytes]:
+        """The files' bytes, checked against their CRC-32."""
+        try:
+            with self.path.open("rb") as file:
+                for name in names:
+                    yield self._inflated(file, name)
+        except OSError as error:
+            raise DataError("an archive that can be read", got=f"{self.path.name}: {error.strerror}") from None
+
+    def stamps(self, names: Iterable[str]) -> Iterator[tuple[int, int]]:
+        """CRC-32 and size of each file, from the directory alone."""
+        members = (self.members[name] for name in names)
+        return ((member.crc, member.size) for member in members if member)
+
+    def _inflated(self, file: BinaryIO, name: str) -> bytes:
+        member = self.members[name]
+        assert member is not None
+        content = b""
+        with suppress(struct.error, zlib.error, OverflowError):
+            file.seek(member.offset + 26)  # the lengths of the two fields between the entry's header and its data
+            file.seek(sum(struct.unpack("<2H", file.read(4))), os.SEEK_CUR)
+            content = file.read(member.packed)
+            if member.method == zipfile.ZIP_DEFLATED:
+                content = zlib.decompressobj(-15).decompress(content, member.size + 1)
+        if len(content) != member.size or zlib.crc32(content) != member.crc:
+            raise DataError("an archive that is whole", got=f"{name} with a wrong size or checksum")
+        return content
+
+
+def _open_zip(path: Path) -> _Zip:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            infos = archive.infolist()
+    except (OSError, ValueError, EOFError, struct.error, zipfile.BadZipFile, NotImplementedError) as error:
+        raise DataError("a zip archive that is whole", got=f"{path.name}: {error}", hint="fetch it again") from None
+    _within(len(infos), MAX_ENTRIES, "MAX_ENTRIES", path.name, "entries")
+    images = [info for info in infos if _is_image(info.filename)]
+    for info in images:
+        _within(max(info.file_size, info.compress_size), MAX_IMAGE_BYTES, "MAX_IMAGE_BYTES", info.filename)
+        if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise DataError("entries stored or deflated, without a password", got=info.filename, hint="zip them anew")
+    size, packed = sum(info.file_size for info in images), sum(info.compress_size for info in images)
+    _within(size, MAX_TOTAL_BYTES, "MAX_TOTAL_BYTES", path.name)
+    _within(size / max(packed, 1), MAX_RATIO, "MAX_RATIO", path.name, "times the compressed size")
+    members = {
+        i.filename: _Member(i.header_offset, i.compress_size, i.file_size, i.CRC, i.compress_type) for i in images
+    }
+    return _Zip(path, {**dict.fromkeys(info.filename for info in infos if info.is_dir()), **members})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Files:
+    """Reads image files and brings them to one shape."""
+
+    store: _Folder | _Zip
+    names: tuple[str, ...]
+    shape: tuple[int, int, int]
+    resize: bool
+
+    def __call__(self, numbers: Tensor) -> Images:
+        names = [self.names[number] for number in numbers.tolist()]
+        images = torch.empty((len(names), *self.shape), dtype=torch.float32)
+        for row, (name, content) in enumerate(zip(names, self.store.contents(names), strict=True)):
+            images[row] = _unit(torch.from_numpy(self._decode(name, content)))
+        return images
+
+    def stamps(self, numbers: Tensor) -> Iterator[bytes]:
+        """CLASS/NAME, CRC-32 and size of each file."""
+        names = [self.names[number] for number in numbers.tolist()]
+        for name, (crc, size) in zip(names, self.store.stamps(names), strict=True):
+            yield _key(name) + struct.pack("<IQ", crc, size)
+
+    def _decode(self, name: str, content: bytes) -> np.ndarray:
+        channels, height, width = self.shape
+        with _opened(name, content) as image:
+            if not self.resize and image.size != (width, height):
+                raise DataError(
+                    f"images of one size, {width}x{height} like {self.names[0]}",
+                    got=f"{image.width}x{image.height} in {name}",
+                    hint="add @128 to the data spec, or another size, to resize all",
+                )
+            try:
+                return _pixels(image, channels, (width, height))
+            except _BROKEN_IMAGE as error:
+                raise DataError("an image that can be read", got=f"{name}: {error}") from None
+
+
+def _class_folders(path: Path, split: str, modifiers: str) -> Data:
+    store = _Folder(path) if path.is_dir() else _open_zip(path)
+    tree = _tree(store.names())
+    split = "all" if "all" in tree else split
+    if not tree:
+        raise DataError("class folders of images", got=f"none in {path.name}", hint=f"images are {' '.join(_SUFFIXES)}")
+    _choose(split, [name for name in (*SPLITS, "all") if name in tree], f"{path.name}, as folders,")
+    class_names = tuple(sorted(tree[split]))
+    for name, classes in tree.items():
+        if odd := sorted(classes.keys() ^ set(class_names)):
+            came = "; ".join(f"{c} only in {name if c in classes else split}" for c in odd)
+            raise DataError(f"the same classes in {name} and {split}", got=came)
+    if empty := [name for name in class_names if not tree[split][name]]:
+        raise DataError("images in every class folder", got=f"none in {', '.join(empty)} of {split} in {path.name}")
+    if len(class_names) < 2:
+        raise DataError("two or more class folders", got=f"{', '.join(class_names)} in {path.name}")
+
+    labels = {name: k for k, class_name in enumerate(class_names) for name in tree[split][class_name]}
+    names = tuple(sorted(labels, key=_order))
+    reference = next(tree[name] for name in (*SPLITS, "all") if any(tree.get(name, {}).values()))
+    first = min((name for files in reference.values() for name in files), key=_order)  # the same one for every split
+    shape = _shape(store, names[0], first, modifiers)
+    read = _Files(store, names, shape, resize=any(m[:1].isdigit() for m in modifiers.split("@")))
+    return Data(
+        source="",
+        split=split,
+        index=torch.arange(len(names)),
+        labels=torch.tensor([labels[name] for name in names]),
+        shape=shape,
+        class_names=class_names,
+        read=read,
+        stamps=read.stamps,
+    )
+
+
+def _tree(names: Iterable[str]) -> dict[str, dict[str, list[str]]]:
+    """The image names by split and class; one split `all` where no folder is named like a split."""
+    paths = [(name, PurePosixPath(name).parts) for name in names]
+    paths = [(n, p) for n, p in paths if p and not any(q.startswith(".") or q == "__MACOSX" for q in p)]
+    split_folders = any(parts[0] in SPLITS and (len(parts) > 1 or name.endswith("/")) for name, parts in paths)
+    tree: dict[str, dict[str, list[str]]] = {}
+    for name, parts in paths:
+        split, inner = (parts[0], parts[1:]) if split_folders else ("all", parts)
+        if split_folders and split not in SPLITS:
+            continue
+        if name.endswith("/"):
+            if len(inner) == 1:
+                tree.setdefault(split, {}).setdefault(inner[0], [])
+        elif _is_image(name):
+            if len(inner) != 2:
+                raise DataError(
+                    "images as train/CLASS/NAME or CLASS/NAME", got=name, hint=f"splits are {', '.join(SPLITS)}"
+                )
+            tree.setdefault(split, {}).setdefault(inner[0], []).append(name)
+    return tree
+
+
+def _shape(store: _Folder | _Zip, own: str, first: str, modifiers: str) -> tuple[int, int, int]:
+    """Channels, height and width, from the modifiers or from the headers of two images."""
+    size = channels = None
+    for word in modifiers.split("@")[1:]:
+        if word[0].isdigit():
+            width, _, height = word.partition("x")
+            size = int(width), int(height or width)
+            _within(size[0] * size[1], MAX_PIXELS, "MAX_PIXELS", f"@{word}", "pixels")
+        else:
+            channels = 1 if word == "grey" else 3
+    if channels is None:
+        with _opened(first, *store.contents([first])) as image:
+            channels = 1 if image.mode in _GREY_MODES or image.mode.startswith("I;16") else 3
+    if size is None:
+        with _opened(own, *store.contents([own])) as image:
+            size = image.size
+    return channels, size[1], size[0]
+
+
+def _opened(name: str, content: bytes) -> Image.Image:
+    """An image with its header read and its number of pixels checked; the pixels are still to be decoded."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(BytesIO(content), formats=_FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(f"at most {MAX_PIXELS:,} pixels (MAX_PIXELS)", got=f"{name}: {error}") from None
+    except _BROKEN_IMAGE as error:
+        reason = "in none of the formats" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise DataError(f"an image ({', '.join(_FORMATS)})", got=f"{name}: {reason}") from None
+    _within(image.width * image.height, MAX_PIXELS, "MAX_PIXELS", name, "pixels")
+    if image.mode in ("I", "F"):
+        raise DataError("8-bit or 16-bit pixels", got=f"{name} with 32-bit pixels", hint="convert the file")
+    return image
+
+
+def _pixels(image: Image.Image, channels: int, size: tuple[int, int]) -> np.ndarray:
+    """Decode to (channels, height, width): uint8, or float32 in [0, 1] for 16-bit images."""
+    if image.mode.startswith("I;16"):  # scaled by hand: convert("L") cuts everything above 255
+        image = Image.fromarray(np.asarray(image).astype(np.float32) / np.float32(65535))
+    else:
+        if image.mode == "P" and "transparency" in image.info:  # Pillow goes to RGB by way of RGBA only
+            image = image.convert("RGBA")
+        image = image.convert("L" if channels == 1 else "RGB")
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.BILINEAR)
+    array = np.array(image)
+    if array.dtype == np.float32:
+        array = array.clip(0, 1)
+    planes = array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
+    return planes if len(planes) == channels else planes.repeat(channels, 0)
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in _SUFFIXES
+
+
+def _key(name: str) -> bytes:
+    """CLASS/NAME, wherever the class folder lies."""
+    return "/".join(PurePosixPath(name).parts[-2:]).encode("utf-8", "surrogateescape")
+
+
+def _order(name: str) -> bytes:
+    return hashlib.sha1(_key(name), usedforsecurity=False).digest()
+
+
+def _within(value: float, limit: int, constant: str, name: str, unit: str = "bytes") -> None:
+    if value > limit:
+        raise DataError(f"at most {limit:,} {unit} ({constant})", got=f"{value:,.0f} in {name}")

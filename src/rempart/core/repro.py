@@ -1,0 +1,130 @@
+"""Randomness keyed by sample, digests, and the record of the environment."""
+
+import hashlib
+import os
+import platform
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from zlib import crc32
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rempart.core.types import Images, Mask
+
+_GOLDEN = -7046029254386353131  # 2**64 / golden ratio as a signed 64-bit integer: the splitmix64 increment
+_MIX = ((30, -4658895280553007687), (27, -7723592293110705685))
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """Random numbers that depend on (seed, sample index, stage) and on nothing else.
+
+    A stateless, counter-based generator (splitmix64; Steele, Lea, Flood 2014). A sample gets the same numbers whatever
+    its batch mates, the batch size, the order, the device and the number of processes; the global random state is
+    neither read nor written.
+
+    Attributes:
+        seed: The seed of the run, any integer; it counts modulo 2**64.
+        index: The samples' numbers in their data set, int64, shape (n).
+        stage: Names what the numbers are for, for example `("pgd", "0")`.
+    """
+
+    seed: int
+    index: Tensor
+    stage: tuple[str, ...] = ()
+
+    def at(self, *stage: object) -> "Draws":
+        """The draws of a sub-stage, for example of one restart."""
+        return replace(self, stage=(*self.stage, *(str(s) for s in stage)))
+
+    def select(self, mask: Mask | Tensor) -> "Draws":
+        """The draws of a part of the samples."""
+        return replace(self, index=self.index[mask])
+
+    def uniform(self, like: Images, low: float = 0.0, high: float = 1.0) -> Images:
+        """Numbers uniform between low and high (rounding to the dtype may give high), shaped and placed as `like`."""
+        return (self._unit(like) * (high - low) + low).to(like.dtype)
+
+    def normal(self, like: Images) -> Images:
+        """Standard normal numbers in the shape, dtype and device of `like`."""
+        return torch.special.ndtri(self._unit(like)).to(like.dtype)
+
+    def sign(self, like: Images) -> Images:
+        """Numbers -1 or +1 with equal chance."""
+        return torch.where(self._unit(like) < 0.5, -1.0, 1.0).to(like.dtype)
+
+    def _unit(self, like: Tensor) -> Tensor:
+        """Float64 numbers inside (0, 1), one for each element of `like`."""
+        index = self.index.to(like.device)
+        key = _mix(torch.full_like(index, _wrap(self.seed + crc32("/".join(self.stage).encode()) * _GOLDEN % 2**62)))
+        start = _mix(key + index * _GOLDEN)
+        counter = torch.arange(1, like[0].numel() + 1, device=like.device) if len(like) else index
+        bits = _mix(start[:, None] + counter * _GOLDEN)
+        return ((_shift(bits, 12).double() + 0.5) / 2**52).view(like.shape)
+
+
+def _wrap(value: int) -> int:
+    """The integer modulo 2**64, as an int64."""
+    return (value + 2**63) % 2**64 - 2**63
+
+
+def _shift(value: Tensor, places: int) -> Tensor:
+    """Logical right shift of int64 (the `>>` of torch keeps the sign)."""
+    return (value >> places) & ((1 << (64 - places)) - 1)
+
+
+def _mix(value: Tensor) -> Tensor:
+    """The finaliser of splitmix64; int64 products wrap, as they must."""
+    for places, factor in _MIX:
+        value = (value ^ _shift(value, places)) * factor
+    return value ^ _shift(value, 31)
+
+
+def digest_arrays(arrays: Iterable[np.ndarray]) -> str:
+    """SHA-256 over dtype, shape and bytes of each array, 16 hexadecimal digits."""
+    state = hashlib.sha256()
+    for array in arrays:
+        state.update(f"{array.dtype.str}{array.shape}".encode())
+        state.update(np.ascontiguousarray(array).tobytes())
+    return state.hexdigest()[:16]
+
+
+def digest_state(state: Mapping[str, Tensor]) -> str:
+    """Digest of a state dict: names, types, shapes and values, in sorted order."""
+    heads = (f"{name} {state[name].dtype} {tuple(state[name].shape)}" for name in sorted(state))
+    names = hashlib.sha256("\n".join(heads).encode()).hexdigest()
+    values = (state[name].detach().cpu().reshape(-1) for name in sorted(state))
+    arrays = digest_arrays(value.view(torch.uint8).numpy() for value in values)  # as bytes: numpy has no bfloat16
+    return hashlib.sha256((names + arrays).encode()).hexdigest()[:16]
+
+
+_PACKAGES = ("rempart", "torch", "numpy", "scipy", "scikit-learn", "pillow", "safetensors", "pydantic", "matplotlib")
+
+
+def environment() -> dict[str, str]:
+    """What a figure depends on besides its spec: versions, processor, threads. No host or user names."""
+    record = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    record["processor"] = _processor()
+    record["cores"] = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    record["threads"] = str(torch.get_num_threads())
+    record["accelerator"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    for package in _PACKAGES:
+        try:
+            record[package] = version(package)
+        except PackageNotFoundError:
+            record[package] = "not installed"
+    return record
+
+
+def _processor() -> str:
+    if sys.platform == "linux":
+        try:
+            with open("/proc/cpuinfo", encoding="utf-8") as lines:
+                return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+        except OSError:
+            pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,136 @@
+"""Rates with confidence intervals, intervals for medians, and paired differences."""
+
+from collections.abc import Sequence
+from math import sqrt
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+from scipy.stats import beta, binom, norm
+
+from rempart.core.errors import SpecError
+
+
+class Rate(BaseModel):
+    """A share k / n with its interval.
+
+    Attributes:
+        k: Successes.
+        n: Trials.
+        low: Lower end of the interval, in [0, 1].
+        high: Upper end of the interval, in [0, 1].
+        confidence: Coverage the interval aims at.
+        method: How the interval was made.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    k: int
+    n: int
+    low: float
+    high: float
+    confidence: float = 0.95
+    method: str = "wilson"
+
+    @property
+    def value(self) -> float:
+        """The point estimate k / n, in [0, 1]."""
+        return self.k / self.n
+
+    def __str__(self) -> str:
+        return f"{self.value:.1%} [{self.low:.1%}, {self.high:.1%}] (n={self.n})"
+
+
+def wilson(k: int, n: int, confidence: float = 0.95) -> Rate:
+    """Wilson's score interval for a share (Wilson 1927): sound near 0 and 1, where the normal one is not.
+
+    Raises:
+        SpecError: If n is 0, k is not in [0, n] or the confidence not in (0, 1).
+    """
+    _check(k, n)
+    z = float(norm.isf(_tail(confidence)))
+    p, scale = k / n, 1 + z * z / n
+    centre = (p + z * z / (2 * n)) / scale
+    half = z / scale * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low = 0.0 if k == 0 else max(0.0, centre - half)
+    high = 1.0 if k == n else min(1.0, centre + half)
+    return Rate(k=k, n=n, low=low, high=high, confidence=confidence)
+
+
+def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> Rate:
+    """The exact (conservative) interval for a share (Clopper, Pearson 1934)."""
+    _check(k, n)
+    tail = _tail(confidence)
+    low = 0.0 if k == 0 else float(beta.ppf(tail, k, n - k + 1))
+    high = 1.0 if k == n else float(beta.ppf(1 - tail, k + 1, n - k))
+    return Rate(k=k, n=n, low=low, high=high, confidence=confidence, method="clopper-pearson")
+
+
+def median_interval(values: Sequence[float] | np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
+    """Distribution-free interval for the median, from the order statistics (Conover 1999, section 3.2).
+
+    Infinite values are allowed: an attack that found nothing has an infinite minimum norm. Few values (at 95 %
+    fewer than 6) cannot carry the confidence: then the interval is their range and covers less.
+
+    Raises:
+        SpecError: If there is no value, or one is not a number.
+    """
+    ordered = np.sort(np.asarray(values, dtype=float))
+    n = len(ordered)
+    if n == 0:
+        raise SpecError("at least one value for a median", got="none")
+    if np.isnan(ordered[-1]):
+        raise SpecError("values that are numbers or infinite", got=f"{np.isnan(ordered).sum()} nan")
+    rank = int(binom.ppf(_tail(confidence), n, 0.5))
+    return float(ordered[max(rank - 1, 0)]), float(ordered[min(n - rank, n - 1)])
+
+
+class Difference(BaseModel):
+    """A paired difference of two shares on the same samples, first minus second."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    value: float
+    low: float
+    high: float
+    n: int
+    confidence: float = 0.95
+
+
+def paired_bootstrap(
+    first: Sequence[bool] | np.ndarray,
+    second: Sequence[bool] | np.ndarray,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Difference:
+    """Percentile bootstrap over samples of mean(first) - mean(second), keeping pairs together (Efron 1979).
+
+    Args:
+        first: One boolean per sample.
+        second: The same samples in the same order.
+        confidence: Coverage of the interval.
+        resamples: Number of bootstrap resamples.
+        seed: Seed of the resampling.
+
+    Raises:
+        SpecError: If the two do not have the same, positive length.
+    """
+    if len(first) != len(second) or len(first) == 0:
+        raise SpecError("two equally long, non-empty sequences", got=f"{len(first)} and {len(second)}")
+    gap = np.asarray(first, dtype=int) - np.asarray(second, dtype=int)
+    counts = np.array([(gap == v).sum() for v in (-1, 0, 1)])
+    draws = np.random.default_rng(seed).multinomial(len(gap), counts / len(gap), size=resamples)
+    means = (draws[:, 2] - draws[:, 0]) / len(gap)
+    tail = _tail(confidence)
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Difference(value=float(gap.mean()), low=float(low), high=float(high), n=len(gap), confidence=confidence)
+
+
+def _tail(confidence: float) -> float:
+    if not 0 < confidence < 1:
+        raise SpecError("a confidence in (0, 1)", got=confidence, hint="write 0.95 for 95 %")
+    return (1 - confidence) / 2
+
+
+def _check(k: int, n: int) -> None:
+    if n <= 0 or not 0 <= k <= n:
+        raise SpecError("a count k in [0, n] with n >= 1", got=f"k={k}, n={n}")

@@ -1,0 +1,29 @@
+"""The whole story on the embedded digits: train, attack, harden, audit both, compare."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from rempart.core.events import Notify, silent
+from rempart.report import compare as comparing
+from rempart.report import store, text
+from rempart.report.schema import AuditSpec, Report, TrainSpec
+from rempart.tasks import run
+
+_DATA, _THREAT = "digits", "linf:0.1"
+
+
+def demo(out: Path, notify: Notify = silent, *, say: Callable[[str], None]) -> Path:
+    """Train a plain and an adversarially trained network, audit both, and return the page that compares them."""
+    named: dict[str, Report] = {}
+    for name, recipe in (("plain", "plain"), ("pgd-at", "pgd-at")):
+        say(f"\n{name}: train on {_DATA} with recipe {recipe}, then audit at {_THREAT}")
+        folder = out / name
+        run(TrainSpec(data=_DATA, model="convnet", recipe=recipe, out=str(folder)), notify)
+        spec = AuditSpec(model=str(folder), data=_DATA, threat=_THREAT, suite="classic", out=str(out / f"audit-{name}"))
+        named[name] = run(spec, notify)
+        say(text.table(named[name]))
+    result = comparing.compare(named)
+    say(f"\n{text.compare_table(result)}\n")
+    page = out / "compare.html"
+    store.replace(page, comparing.compare_html(result, named).encode())
+    return page

@@ -1,0 +1,63 @@
+"""`rempart list`: names, summaries, options with defaults and bounds, straight from the registries."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from rempart.attacks import SUITES, attacks
+from rempart.core.errors import SpecError
+from rempart.core.registry import Entry, bounds_of, suggestion
+from rempart.models.zoo import models
+from rempart.train.config import load_recipe, recipe_names
+
+_DATA = (
+    ("digits", "1,797 scans of 8x8 digits, embedded (scikit-learn)"),
+    ("mnist:DIR", "IDX files, gzipped or not"),
+    (
+        "FOLDER or FILE.zip",
+        "train/CLASS/*.png and test/CLASS/*.png, read in place; @64 resizes, @grey or @rgb converts",
+    ),
+    ("FILE.npz", "MedMNIST style: {train,val,test}_{images,labels}"),
+    ("... :train | :test", "choose a split; [:500], [100:200], [::10] choose samples"),
+)
+
+
+def describe(what: str) -> str:
+    """The list as text.
+
+    Raises:
+        SpecError: If there is no such list.
+    """
+    lists = {
+        "attacks": lambda: _entries(attacks, lambda e: f"{', '.join(e.traits.norms)}" + _traits(e)),
+        "models": lambda: _entries(models, lambda _: ""),
+        "suites": lambda: "\n".join(
+            f"{name}: {', '.join(_call(*member) for member in suite)}" for name, suite in SUITES.items()
+        ),
+        "recipes": lambda: "\n".join(f"{name:<14} {load_recipe(name).summary}" for name in recipe_names()),
+        "data": lambda: "\n".join(f"{form:<22} {meaning}" for form, meaning in _DATA),
+    }
+    if what not in lists:
+        raise SpecError(f"a list out of {', '.join(lists)}", got=repr(what), hint=suggestion(what, lists).strip(" ()"))
+    return lists[what]()
+
+
+def _entries(registry: Iterable[Entry[Any, Any]], extra: Any) -> str:
+    lines: list[str] = []
+    for entry in registry:
+        note = extra(entry)
+        lines.append(f"{entry.name:<12} {entry.summary}" + (f" [{note}]" if note else ""))
+        for key, field in entry.params.model_fields.items():
+            lines.append(f"    -o {key}={field.default}  ({bounds_of(field)})")
+    return "\n".join(lines)
+
+
+def _traits(entry: Entry[Any, Any]) -> str:
+    return "".join(
+        f"; {word}"
+        for word, flag in (("targeted", entry.traits.targeted), ("minimum norm", entry.traits.minimum))
+        if flag
+    )
+
+
+def _call(name: str, options: dict[str, Any]) -> str:
+    return name + (f"({', '.join(f'{k}={v}' for k, v in options.items())})" if options else "")

@@ -1,0 +1,96 @@
+"""Write a classifier as a directory of two plain files: `config.json` and `weights.safetensors`."""
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors.torch import save as to_bytes
+
+from rempart.core.model import Classifier, Output
+
+CONFIG, WEIGHTS = "config.json", "weights.safetensors"
+
+
+class Config(BaseModel):
+    """What `config.json` holds: all that is needed to build the network before its weights are read.
+
+    Attributes:
+        format_version: Version of this file.
+        architecture: Name in the registry of models.
+        options: Options of the architecture.
+        shape: Channels, height, width.
+        class_names: One name per class.
+        low: Smallest pixel value.
+        high: Largest pixel value.
+        output: What the network returns.
+        temperature: Logits are divided by it.
+        training: How the weights came about; for people, not needed to load.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    format_version: Literal[1] = 1
+    architecture: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    shape: tuple[int, int, int]
+    class_names: tuple[str, ...] = Field(min_length=2)
+    low: float
+    high: float
+    output: Output = "logits"
+    temperature: float = 1.0
+    training: dict[str, Any] = Field(default_factory=dict)
+
+
+def save(
+    model: Classifier,
+    directory: str | Path,
+    *,
+    name: str,
+    options: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> None:
+    """Save a classifier that `zoo.build` made, so that `load.load` gives the same logits bit by bit.
+
+    Each file is written under a temporary name and then renamed; other files in the directory stay.
+
+    Args:
+        model: The classifier, on any device.
+        directory: Made where it does not exist.
+        name: Architecture that `model` was built from.
+        options: Options it was built with.
+        training: How the weights came about; must fit into JSON.
+    """
+    config = Config(
+        architecture=name,
+        options=dict(options or {}),
+        shape=model.shape,  # pyright: ignore[reportArgumentType]  (checked by pydantic)
+        class_names=model.class_names,
+        low=model.low,
+        high=model.high,
+        output=model.output,  # pyright: ignore[reportArgumentType]
+        temperature=model.temperature,
+        training=dict(training or {}),
+    )
+    weights = {
+        key: value.detach().cpu().contiguous(memory_format=torch.contiguous_format)
+        for key, value in model.state_dict().items()
+    }
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / WEIGHTS, to_bytes(weights))
+    _write(folder / CONFIG, (config.model_dump_json(indent=2) + "\n").encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,231 @@
+"""The figures of a report as inline SVG: the same bytes for the same report, legible at 360 px and in print.
+
+Text stays text. Ink is `currentColor`, so that a figure follows the light or dark page around it; data wear the
+colours of Okabe and Ito (2008), and hatches, markers or line styles beside them.
+"""
+
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from html import escape
+from io import StringIO
+from typing import Any
+
+import numpy as np
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+
+from rempart.core.stats import Rate
+from rempart.report.compare import CLEAN, WORST
+from rempart.report.schema import Curve, Report
+from rempart.report.text import in_levels, threat_of
+
+WIDTH = 4.6  # inches of 72 units: drawn at its own size on a phone, half as large again elsewhere
+INK = "#010203"  # replaced by currentColor
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "++++")
+MARKERS = ("o", "s", "D", "^", "v", "P")
+LINES = ("-", "--", "-.", ":")
+ROW = {CLEAN: ("#999999", ""), WORST: ("#D55E00", "////")}
+STYLE = {
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.linewidth": 0.8,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 10.5,
+    "grid.alpha": 0.2,
+    "grid.color": INK,
+    "grid.linewidth": 0.8,
+    "hatch.linewidth": 0.7,
+    "legend.fontsize": 10.5,
+    "legend.frameon": False,
+    "legend.handlelength": 2.6,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "rempart",
+    "text.color": INK,
+    "text.parse_math": False,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+
+
+def accuracy(report: Report) -> str:
+    """Accuracy on the originals, under each attack and in the worst case, as bars with intervals."""
+    rates = {
+        CLEAN: report.clean,
+        **{attack.label: attack.accuracy for attack in report.attacks},
+        WORST: report.worst_case,
+    }
+    rows = {label: rate for label, rate in rates.items() if rate is not None}
+    with style.context(["default", STYLE]):
+        figure = Figure(figsize=(WIDTH, 0.34 * len(rows) + 0.75), layout="constrained")
+        axes = _share_axes(figure, list(rows))
+        for place, (label, rate) in enumerate(rows.items()):
+            colour, hatch = ROW.get(label, (COLOURS[0], ""))
+            _bar(axes, place, rate, 0.62, colour, hatch)
+        return _svg(figure, "accuracy", "Accuracy per attack with intervals")
+
+
+def grouped(measures: Sequence[str], models: Mapping[str, Mapping[str, Rate]]) -> str:
+    """The accuracies of several models side by side, as groups of bars with intervals."""
+    width = 0.8 / len(models)
+    with style.context(["default", STYLE]):
+        tall = 0.26 * len(measures) * (len(models) + 1) + 0.75 + 0.22 * len(models)
+        figure = Figure(figsize=(WIDTH, tall), layout="constrained")
+        axes = _share_axes(figure, measures)
+        for i, (name, rates) in enumerate(models.items()):
+            colour, hatch = COLOURS[i % len(COLOURS)], HATCHES[i % len(HATCHES)]
+            axes.barh([0], [0], color=colour, hatch=hatch, edgecolor=INK, label=_cut(name, 36))
+            for place, measure in enumerate(measures):
+                if measure in rates:
+                    _bar(axes, place + (i - (len(models) - 1) / 2) * width, rates[measure], 0.9 * width, colour, hatch)
+        figure.legend(loc="outside upper left")
+        return _svg(figure, "compare", "Accuracy of each model per attack with intervals")
+
+
+def curves(report: Report, norm: str) -> str:
+    """Accuracy against the budget in one norm, with bands for the intervals."""
+    return _curves([(curve.label, curve) for curve in report.curves if curve.norm == norm], report, f"curves-{norm}")
+
+
+def overlay(reports: Mapping[str, Report], label: str, key: str) -> str:
+    """The curve of one label from several reports in one figure."""
+    shown = [(name, curve) for name, report in reports.items() for curve in report.curves if curve.label == label]
+    return _curves(shown, next(iter(reports.values())), key)
+
+
+def training(report: Report) -> str:
+    """Loss and accuracies against the epoch."""
+    epochs = [e.epoch for e in report.epochs]
+    attacked = [(e.epoch, e.robust_accuracy) for e in report.epochs if e.robust_accuracy is not None]
+    with style.context(["default", STYLE]):
+        figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+        loss, right = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
+        loss.plot(epochs, [e.loss for e in report.epochs], color=INK, **_mark(0, len(epochs)))
+        loss.set_ylabel("loss")
+        right.plot(
+            epochs,
+            [e.accuracy for e in report.epochs],
+            color=COLOURS[0],
+            label="without attack",
+            **_mark(0, len(epochs)),
+        )
+        if attacked:
+            place, value = zip(*attacked, strict=True)
+            right.plot(
+                place, value, color=COLOURS[5], label="under the attack of the recipe", **_mark(1, len(attacked))
+            )
+        _share(right.yaxis, right.set_ylim)
+        right.set_ylabel("accuracy")
+        right.set_xlabel("epoch")
+        right.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+        for axes in (loss, right):
+            axes.grid(axis="y")
+        figure.align_ylabels()
+        figure.legend(loc="outside upper left", handles=right.get_legend_handles_labels()[0])
+        return _svg(figure, "training", "Loss and accuracy per epoch")
+
+
+def _curves(shown: Sequence[tuple[str, Curve]], report: Report, key: str) -> str:
+    threat, norm = threat_of(report), shown[0][1].norm
+    positive = sorted({eps for _, curve in shown for eps in curve.eps if eps > 0})
+    with style.context(["default", STYLE]):
+        figure = Figure(figsize=(WIDTH, 3.3 + 0.22 * len(shown)), layout="constrained")
+        axes = figure.add_subplot()
+        for i, (name, curve) in enumerate(shown):
+            colour = COLOURS[i % len(COLOURS)]
+            low, high = [rate.low for rate in curve.accuracy], [rate.high for rate in curve.accuracy]
+            axes.fill_between(curve.eps, low, high, color=colour, alpha=0.2, linewidth=0)
+            values = [rate.value for rate in curve.accuracy]
+            axes.plot(curve.eps, values, color=colour, label=_cut(name, 36), **_mark(i, len(values)))
+        if threat is not None and threat.norm == norm and threat.eps is not None:
+            axes.axvline(threat.eps, color=INK, linewidth=1, linestyle=(0, (1, 2)), label="budget of the audit")
+        wide = bool(positive) and positive[-1] > 40 * positive[0]
+        if wide:  # a sweep over magnitudes would crowd its small budgets
+            axes.set_xscale("symlog", linthresh=positive[0])
+            axes.xaxis.set_major_locator(FixedLocator([0, *positive[:: -(-len(positive) // 5)]]))
+            axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter("{x:.3g}")
+        axes.set_xlabel(f"{norm} budget eps in pixel units")
+        if in_levels(norm, report.model.low, report.model.high):
+            levels = axes.secondary_xaxis("top", functions=(partial(np.multiply, 255), partial(np.multiply, 1 / 255)))
+            levels.set_xlabel("levels of 255")
+            ticks = FixedLocator([255 * tick for tick in axes.get_xticks()]) if wide else MaxNLocator(6, integer=True)
+            levels.xaxis.set_major_locator(ticks)
+            levels.xaxis.set_minor_locator(NullLocator())
+            levels.xaxis.set_major_formatter("{x:.3g}")
+        _share(axes.yaxis, axes.set_ylim)
+        axes.set_ylabel("accuracy")
+        axes.grid(axis="y")
+        figure.legend(loc="outside upper left")
+        return _svg(figure, key, f"Accuracy against the {norm} budget with intervals")
+
+
+def _share_axes(figure: Figure, names: Sequence[str]) -> Axes:
+    axes = figure.add_subplot()
+    axes.set_yticks(range(len(names)), [_cut(name, 22) for name in names])
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x")
+    axes.set_axisbelow(True)
+    axes.set_xlabel("share of images rightly classified")
+    _share(axes.xaxis, axes.set_xlim)
+    axes.set_xlim(0, 1)
+    return axes
+
+
+def _bar(axes: Axes, place: float, rate: Rate, height: float, colour: str, hatch: str) -> None:
+    axes.barh([place], [rate.value], height, color=colour, hatch=hatch, edgecolor=INK, linewidth=0.7)
+    reach = [[rate.value - rate.low], [rate.high - rate.value]]
+    size = min(4.0, 8 * height)
+    axes.errorbar([rate.value], [place], xerr=reach, fmt="none", ecolor=INK, elinewidth=1.4, capsize=size)
+    axes.text(1.03, place, f"{rate.value:.1%}", transform=axes.get_yaxis_transform(), va="center")
+
+
+def _share(axis: Axis, limits: Callable[[float, float], object]) -> None:
+    limits(-0.02, 1.02)
+    axis.set_major_locator(FixedLocator([0, 0.25, 0.5, 0.75, 1]))
+    axis.set_major_formatter("{x:.0%}")
+
+
+def _mark(i: int, points: int) -> dict[str, Any]:
+    every = max(1, points // 12)
+    edge = {"markeredgecolor": INK, "markeredgewidth": 0.6}
+    return {"marker": MARKERS[i % len(MARKERS)], "linestyle": LINES[i % len(LINES)], "markevery": every, **edge}
+
+
+def _cut(text: str, length: int) -> str:
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _svg(figure: Figure, key: str, title: str) -> str:
+    """The figure as an element to put into a page: named for screen readers, its ids prefixed by `key`."""
+    buffer = StringIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the reader's browser has other fonts
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)  # its rule for * would reach the whole page
+    text = text.replace("xlink:href=", "href=").replace(' xmlns:xlink="http://www.w3.org/1999/xlink"', "")
+    used = set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', text))
+    names = {a or b for a, b in used}
+
+    def rename(found: re.Match[str]) -> str:
+        return f' id="{key}-{found[1]}"' if found[1] in names else ""
+
+    text = re.sub(r' id="([^"]*)"', rename, text)
+    text = re.sub(r'(href="#|url\(#)', rf"\g<1>{key}-", text)
+    head = f'<svg role="img" aria-label="{escape(title)}" stroke-linejoin="round"'
+    return text.replace("<svg", head, 1).replace(INK, "currentColor").strip()

@@ -1,0 +1,226 @@
+"""The report as a page: one file that needs no host, no script and no second file."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cache
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from rempart.core.stats import Difference, Rate
+from rempart.report import figures
+from rempart.report.compare import CLEAN, WORST, Comparison
+from rempart.report.schema import Curve, Report
+from rempart.report.text import amount, count, in_levels, interval, limits, notes, points, stamp, threat_of, verdict
+
+_SYMBOLS = {"passed": "✓", "repaired": "↻", "warned": "!", "failed": "✗", "skipped": "-"}
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """A figure with the numbers it was drawn from."""
+
+    key: str
+    title: str
+    caption: str
+    svg: Markup
+    header: Sequence[str]
+    rows: Sequence[Sequence[str | Markup]]
+
+
+def page(report: Report) -> str:
+    """The report as one self-contained HTML document."""
+    return (
+        _environment()
+        .get_template("report.html")
+        .render(
+            report=report,
+            stamp=stamp(report),
+            verdict=verdict(report),
+            limits=list(limits(report)),
+            notes=notes(report),
+            created=_moment(report.created),
+            budget=_budget(report),
+            charts={chart.key: chart for chart in _charts(report)},
+            replay="rempart run report.json",
+            spec=report.spec.model_dump_json(indent=2),
+            level=_level(report),
+            symbols=_SYMBOLS,
+            name_of=lambda k: report.model.classes[k] if 0 <= k < len(report.model.classes) else str(k),
+        )
+    )
+
+
+def compare_page(comparison: Comparison, reports: Mapping[str, Report]) -> str:
+    """A comparison as one self-contained HTML document."""
+    level = f"{100 * comparison.confidence:g}%"
+    return (
+        _environment()
+        .get_template("compare.html")
+        .render(
+            comparison=comparison,
+            reports=reports,
+            budgets={name: _budget(report) for name, report in reports.items()},
+            charts=list(_shared_charts(comparison, reports)),
+            level=level,
+        )
+    )
+
+
+def _shared_charts(comparison: Comparison, reports: Mapping[str, Report]) -> Iterator[Chart]:
+    yield Chart(
+        key="compare",
+        title="Accuracy of each model",
+        caption=f"Bars: share of the {count(comparison.n, 'image')} rightly classified. Whiskers: "
+        f"{100 * comparison.confidence:g}% intervals.",
+        svg=Markup(figures.grouped(comparison.measures, {e.name: e.accuracy for e in comparison.entries})),
+        header=("accuracy", "model", "right", "images", "share", "low", "high"),
+        rows=[
+            (measure, entry.name, *_exact_rate(entry.accuracy[measure]))
+            for measure in comparison.measures
+            for entry in comparison.entries
+            if measure in entry.accuracy
+        ],
+    )
+    first, *rest = reports.values()
+    for i, (label, norm) in enumerate((curve.label, curve.norm) for curve in first.curves):
+        shown = {
+            name: [c for c in report.curves if (c.label, c.norm) == (label, norm)] for name, report in reports.items()
+        }
+        if all(shown.values()) and rest:
+            levels = in_levels(norm, first.model.low, first.model.high)
+            yield Chart(
+                key=f"shared-{i}",
+                title=f"Accuracy against the {norm} budget: {label}",
+                caption="Lines: share of images rightly classified at each budget. Bands: intervals.",
+                svg=Markup(figures.overlay(reports, label, f"shared-{i}")),
+                header=("model", *_curve_header(levels)),
+                rows=[(name, *row) for name, found in shown.items() for row in _curve_rows(found[0], levels)],
+            )
+
+
+def _charts(report: Report) -> Iterator[Chart]:
+    if report.clean is not None or report.attacks:
+        rates = [(CLEAN, report.clean), *((a.label, a.accuracy) for a in report.attacks), (WORST, report.worst_case)]
+        yield Chart(
+            key="accuracy",
+            title="Accuracy under each attack",
+            caption=f"Bars: share of all images rightly classified. Whiskers: {_level(report)} intervals.",
+            svg=Markup(figures.accuracy(report)),
+            header=("attack", "right", "images", "share", "low", "high"),
+            rows=[(label, *_exact_rate(rate)) for label, rate in rates if rate is not None],
+        )
+    for norm in dict.fromkeys(curve.norm for curve in report.curves):
+        levels = in_levels(norm, report.model.low, report.model.high)
+        yield Chart(
+            key=f"curves-{norm}",
+            title=f"Accuracy against the {norm} budget",
+            caption=f"Lines: share of images rightly classified at each budget. Bands: {_level(report)} intervals.",
+            svg=Markup(figures.curves(report, norm)),
+            header=("curve", *_curve_header(levels)),
+            rows=[
+                (curve.label, *row)
+                for curve in report.curves
+                if curve.norm == norm
+                for row in _curve_rows(curve, levels)
+            ],
+        )
+    if report.epochs:
+        yield Chart(
+            key="training",
+            title="Course of the training",
+            caption="Mean loss of each epoch, and the accuracies at its end.",
+            svg=Markup(figures.training(report)),
+            header=("epoch", "loss", "accuracy", "under attack", "learning rate", "seconds"),
+            rows=[
+                (
+                    exact(e.epoch, f"{e.epoch}"),
+                    exact(e.loss, f"{e.loss:.4g}"),
+                    exact(e.accuracy, f"{e.accuracy:.1%}"),
+                    exact(e.robust_accuracy, f"{e.robust_accuracy or 0:.1%}"),
+                    exact(e.learning_rate, f"{e.learning_rate:.3g}"),
+                    exact(e.seconds, f"{e.seconds:.1f}"),
+                )
+                for e in report.epochs
+            ],
+        )
+
+
+def exact(value: float | None, told: str) -> Markup:
+    """A number as people read it, with the whole of it for programs."""
+    return Markup("-") if value is None else Markup('<data value="{}">{}</data>').format(repr(value), told)
+
+
+def _curve_header(levels: bool) -> Sequence[str]:
+    return ("eps", *(("eps x 255",) if levels else ()), "right", "images", "share", "low", "high")
+
+
+def _curve_rows(curve: Curve, levels: bool) -> Iterator[Sequence[Markup]]:
+    for eps, rate in zip(curve.eps, curve.accuracy, strict=True):
+        scaled = (exact(eps * 255, f"{eps * 255:.4g}"),) if levels else ()
+        yield exact(eps, f"{eps:.4g}"), *scaled, *_exact_rate(rate)
+
+
+def _budget(report: Report) -> str:
+    threat = threat_of(report)
+    return "" if threat is None else f"{threat.norm} {amount(threat)}"
+
+
+def _moment(created: str) -> str:
+    try:
+        return datetime.fromisoformat(created).strftime("%Y-%m-%d %H:%M %Z")
+    except ValueError:
+        return created
+
+
+def _exact_rate(rate: Rate) -> Sequence[Markup]:
+    shares = [exact(value, f"{value:.2%}") for value in (rate.value, rate.low, rate.high)]
+    return _whole(rate.k), _whole(rate.n), *shares
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("rempart.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        gap=_gap, interval=interval, number=_number, options=_options, rate=_rate, share=_share, whole=_whole
+    )
+    return environment
+
+
+def _gap(gap: Difference) -> Markup:
+    return Markup('{} <span class="interval">{}</span>').format(exact(gap.value, points(gap.value)), interval(gap))
+
+
+def _number(value: float | None, digits: int = 3) -> Markup:
+    return exact(value, f"{value or 0:.{digits}g}")
+
+
+def _options(options: Mapping[str, object]) -> str:
+    told = {key: f"{value:g}" if isinstance(value, float) else str(value).lower() for key, value in options.items()}
+    return ", ".join(f"{key}={value}" for key, value in told.items())
+
+
+def _rate(rate: Rate) -> Markup:
+    return Markup('{} <span class="interval">{}</span>').format(_share(rate), interval(rate))
+
+
+def _share(rate: Rate) -> Markup:
+    return exact(rate.value, f"{rate.value:.1%}")
+
+
+def _whole(value: int) -> Markup:
+    return exact(value, f"{value:,}")
+
+
+def _level(report: Report) -> str:
+    rates = [
+        rate for rate in (report.clean, report.worst_case, *(a.accuracy for a in report.attacks)) if rate is not None
+    ]
+    return f"{100 * rates[0].confidence:g}%" if rates else "95%"

@@ -1,0 +1,326 @@
+"""Requests and the one report: what the command line, a worker, a page and a test exchange."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from annotated_types import Ge
+from pydantic import BaseModel, ConfigDict, Field
+
+from rempart.core.errors import DataError
+from rempart.core.stats import Rate
+
+SCHEMA_VERSION = 1
+Options = dict[str, Any]
+
+
+class Strict(BaseModel):
+    """Frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class AttackChoice(Strict):
+    """An attack by name, with the options that differ from its defaults."""
+
+    name: str
+    options: Options = Field(default_factory=dict)
+
+
+class AuditSpec(Strict):
+    """Everything an audit depends on; `rempart audit --spec report.json` replays it."""
+
+    kind: Literal["audit"] = "audit"
+    model: str
+    data: str
+    threat: str
+    suite: str | None = None
+    attacks: tuple[AttackChoice, ...] = ()
+    limit: Annotated[int, Ge(1)] | None = None
+    batch_size: Annotated[int, Ge(1)] = 64
+    seed: int = 0
+    eight_bit: bool = False
+    sweep: bool = True
+    out: str | None = None
+
+
+class AttackSpec(Strict):
+    """One attack on a data set, the adversarial images kept."""
+
+    kind: Literal["attack"] = "attack"
+    model: str
+    data: str
+    threat: str
+    attack: AttackChoice
+    target: str | None = None
+    limit: Annotated[int, Ge(1)] | None = None
+    batch_size: Annotated[int, Ge(1)] = 64
+    seed: int = 0
+    eight_bit: bool = False
+    out: str
+
+
+class TrainSpec(Strict):
+    """A training run. Options override the recipe."""
+
+    kind: Literal["train"] = "train"
+    data: str
+    model: str
+    recipe: str = "plain"
+    options: Options = Field(default_factory=dict)
+    seed: int = 0
+    out: str
+
+
+Spec = Annotated[AuditSpec | AttackSpec | TrainSpec, Field(discriminator="kind")]
+
+
+class Check(Strict):
+    """One preflight check.
+
+    Attributes:
+        name: What was checked.
+        status: passed; repaired (the audit went on with a mended model); warned (read the message before the figures);
+            failed (the audit stopped).
+        message: One sentence for people.
+        evidence: The figures behind it.
+    """
+
+    name: str
+    status: Literal["passed", "repaired", "warned", "failed", "skipped"]
+    message: str
+    evidence: dict[str, float] = Field(default_factory=dict)
+
+
+class NormStats(Strict):
+    """Sizes of the smallest perturbations an attack found, over samples that were right at first.
+
+    Medians count samples without a find as infinite; the means are over the finds alone.
+
+    Attributes:
+        norm: The norm the attack minimises.
+        found: Samples for which a perturbation was found.
+        n: Samples attacked.
+        median: Median norm in pixel units; None where more than half were not found.
+        median_low: Lower end of its 95 % interval.
+        median_high: Upper end, None where it is not finite.
+        mean: Mean norm over the finds.
+        quartiles: 25 % and 75 % quantile over the finds.
+        rho2: Mean over the finds of the l2 norm of the perturbation over that of the image.
+    """
+
+    norm: Literal["linf", "l2", "l1"]
+    found: int
+    n: int
+    median: float | None
+    median_low: float | None
+    median_high: float | None
+    mean: float | None
+    quartiles: tuple[float, float] | None
+    rho2: float | None
+
+
+class AttackResult(Strict):
+    """What one attack did to every sample of the audit.
+
+    Attributes:
+        label: Unique within the report: the name, numbered where an attack runs twice.
+        name: The attack.
+        options: All its parameters, defaults included.
+        norm: The norm it worked in.
+        accuracy: Share of all samples still right under this attack, within the audit's threat.
+        success: Share of the samples that were right at first and were broken; None where none was right.
+        eight_bit: Share of all samples still right when the adversarial image is rounded to 8 bit.
+        norms: Sizes of the perturbations, for attacks that look for the smallest.
+        queries: Images sent forward by the attack.
+        gradients: Images sent backward by the attack.
+        seconds: Wall-clock time.
+    """
+
+    label: str
+    name: str
+    options: Options
+    norm: Literal["linf", "l2", "l1"]
+    accuracy: Rate
+    success: Rate | None
+    eight_bit: Rate | None = None
+    norms: NormStats | None = None
+    queries: int
+    gradients: int
+    seconds: float
+
+
+class Curve(Strict):
+    """Accuracy against the budget.
+
+    Attributes:
+        label: How it was made, for example `pgd, eps sweep`.
+        norm: The norm of the budgets.
+        eps: Budgets in pixel units, increasing.
+        accuracy: Accuracy at each, on the same samples.
+    """
+
+    label: str
+    norm: Literal["linf", "l2", "l1"]
+    eps: tuple[float, ...]
+    accuracy: tuple[Rate, ...]
+
+
+class Example(Strict):
+    """One broken sample as three PNG images (base64), with what the model said.
+
+    Attributes:
+        index: Number of the sample in its data set.
+        attack: Label of the attack that made the adversarial image.
+        label: True class.
+        predicted: Class given to the original.
+        confidence: Softmax probability of that class.
+        adversarial: Class given to the adversarial image.
+        adversarial_confidence: Softmax probability of that class.
+        distance: Size of the perturbation in the audit's norm.
+        amplification: Factor by which the perturbation is enlarged for the eye.
+    """
+
+    index: int
+    attack: str
+    label: int
+    predicted: int
+    confidence: float
+    adversarial: int
+    adversarial_confidence: float
+    distance: float
+    amplification: float
+    original_png: str
+    perturbation_png: str
+    adversarial_png: str
+
+
+class ModelCard(Strict):
+    """The audited model."""
+
+    source: str
+    name: str
+    digest: str
+    parameters: int
+    shape: tuple[int, ...]
+    classes: tuple[str, ...]
+    low: float = 0.0
+    high: float = 1.0
+
+
+class DataCard(Strict):
+    """The data it was audited on."""
+
+    source: str
+    split: str
+    digest: str
+    n: int
+    shape: tuple[int, ...]
+    classes: tuple[str, ...]
+
+
+class Samples(Strict):
+    """Results keyed by sample, as strings of 0 and 1 in the order of `index`.
+
+    Attributes:
+        index: Numbers of the samples in their data set.
+        labels: True classes.
+        clean: 1 where the model is right on the original.
+        right: For each attack label, 1 where the model is still right.
+    """
+
+    index: tuple[int, ...]
+    labels: tuple[int, ...]
+    clean: str
+    right: dict[str, str] = Field(default_factory=dict)
+
+    def worst_case(self) -> np.ndarray:
+        """True where the sample was right at first and no attack broke it."""
+        right = unpack(self.clean)
+        for row in self.right.values():
+            right &= unpack(row)
+        return right
+
+
+class Epoch(Strict):
+    """One epoch of a training run; accuracies and learning rate as at its end."""
+
+    epoch: int
+    loss: float
+    accuracy: float
+    seconds: float
+    learning_rate: float
+    robust_accuracy: float | None = None
+
+
+class Report(Strict):
+    """The result of an audit, an attack or a training run.
+
+    Attributes:
+        kind: Which.
+        complete: False where the work was interrupted; every figure in it still stands.
+        spec: The request; running it again gives the same figures.
+        not_run: What was asked for and not finished.
+        seconds: Wall-clock time.
+        notes: Sentences a reader must see before the figures.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    kind: Literal["audit", "attack", "train"]
+    complete: bool
+    spec: Spec
+    created: str
+    seconds: float
+    environment: dict[str, str]
+    model: ModelCard
+    data: DataCard
+    notes: tuple[str, ...] = ()
+    preflight: tuple[Check, ...] = ()
+    clean: Rate | None = None
+    attacks: tuple[AttackResult, ...] = ()
+    worst_case: Rate | None = None
+    not_run: tuple[str, ...] = ()
+    curves: tuple[Curve, ...] = ()
+    examples: tuple[Example, ...] = ()
+    samples: Samples | None = None
+    epochs: tuple[Epoch, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """A short name for headings and legends."""
+        return f"{self.model.name} on {self.data.source}"
+
+
+def pack(flags: Any) -> str:
+    """Booleans as a string of 0 and 1."""
+    return "".join("1" if flag else "0" for flag in np.asarray(flags, dtype=bool))
+
+
+def unpack(text: str) -> np.ndarray:
+    """The booleans of `pack`."""
+    return np.frombuffer(text.encode(), dtype=np.uint8) == ord("1")
+
+
+def same_samples(reports: Mapping[str, Report]) -> Samples:
+    """Check that reports can be compared pair by pair, and return the first one's samples.
+
+    Raises:
+        DataError: If a report has no samples, or they are not the same ones.
+    """
+    first: Samples | None = None
+    digest = ""
+    for name, report in reports.items():
+        if report.samples is None:
+            raise DataError(
+                "reports with results per sample", got=f"{name}, a {report.kind} report without", hint="compare audits"
+            )
+        if first is None:
+            first, digest = report.samples, report.data.digest
+        elif report.samples.index != first.index or report.data.digest != digest:
+            raise DataError(
+                "reports on the same samples",
+                got=f"{name} on {report.data.n} samples of {report.data.source}",
+                hint="audit both models with the same --data and --limit",
+            )
+    assert first is not None
+    return first

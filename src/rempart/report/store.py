@@ -1,0 +1,89 @@
+"""Reports on disk: report.json, and the page made from it."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json
+
+from rempart.core.errors import DataError, SpecError
+from rempart.report.html import page
+from rempart.report.schema import SCHEMA_VERSION, AttackSpec, AuditSpec, Report, Spec, TrainSpec
+
+JSON = "report.json"
+HTML = "report.html"
+
+
+def write(report: Report, directory: str | Path) -> Path:
+    """Write report.json, then report.html, and return the path of the first."""
+    directory = Path(directory)
+    replace(directory / JSON, f"{report.model_dump_json(indent=1)}\n".encode())
+    replace(directory / HTML, page(report).encode())
+    return directory / JSON
+
+
+def read(path: str | Path) -> Report:
+    """Read a report from its file or from the directory of its run.
+
+    Raises:
+        DataError: If there is no such file, it is not JSON, or it is not a report of this schema version.
+    """
+    file, raw = _load(path)
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version != SCHEMA_VERSION:
+        raise DataError(
+            f"a report of schema version {SCHEMA_VERSION}",
+            got=f"{file} with {'none' if version is None else version!r}",
+            hint="read it with the version of rempart that wrote it, or run its spec again",
+        )
+    try:
+        return Report.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        raise DataError("a valid report", got=f"{file}, where {_first(error)}", hint="run its spec again") from None
+
+
+def read_spec(path: str | Path) -> AuditSpec | AttackSpec | TrainSpec:
+    """Read a spec from its own file, or from the report it led to.
+
+    Raises:
+        DataError: If there is no such file or it is not JSON.
+        SpecError: If a key is missing, unknown or has a wrong value.
+    """
+    file, raw = _load(path)
+    if isinstance(raw, dict) and "spec" in raw:
+        raw = raw["spec"]
+    try:
+        return TypeAdapter[AuditSpec | AttackSpec | TrainSpec](Spec).validate_python(raw)
+    except ValidationError as error:
+        raise SpecError("a valid spec", got=f"{file}, where {_first(error)}") from None
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write a file under another name and rename it: no reader meets half a file, a failed write leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _load(path: str | Path) -> tuple[Path, Any]:
+    path = Path(path)
+    file = path / JSON if path.is_dir() else path
+    try:
+        return file, from_json(file.read_bytes())
+    except OSError as error:
+        raise DataError(
+            f"a {JSON} or the directory of a run", got=f"{file} ({error.strerror})", hint="check the path"
+        ) from None
+    except ValueError as error:
+        raise DataError("a file in JSON", got=f"{file} ({error})", hint=f"give the {JSON} of a run") from None
+
+
+def _first(error: ValidationError) -> str:
+    """The first thing that is wrong, and where."""
+    first = error.errors()[0]
+    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"

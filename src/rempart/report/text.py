@@ -1,0 +1,261 @@
+"""The report in words: the verdict, what limits it, and tables for a terminal."""
+
+import textwrap
+from collections.abc import Iterator, Sequence
+
+from rempart.core.stats import Difference, Rate
+from rempart.core.threat import Threat
+from rempart.report.compare import Comparison
+from rempart.report.schema import AttackSpec, Report, TrainSpec
+
+WIDTH = 100
+LAST_EPOCHS = 12
+
+
+def table(report: Report) -> str:
+    """The report as plain text for a terminal, at most 100 columns wide."""
+    lines = [report.title, stamp(report), verdict(report), *report.notes]
+    lines += [
+        f"{c.status} {c.name}: {c.message}" for c in report.preflight if c.status in ("warned", "failed", "repaired")
+    ]
+    blocks = ["\n".join(_wrap(line) for line in lines)]
+    if report.clean is not None or report.attacks:
+        blocks.append(_grid(*_results(report)))
+    if report.epochs:
+        blocks.append(_grid(*_epochs(report)))
+    return "\n\n".join(blocks) + "\n"
+
+
+def compare_table(comparison: Comparison) -> str:
+    """A comparison as plain text for a terminal, at most 100 columns wide."""
+    level = f"{100 * comparison.confidence:g}% interval"
+    first = comparison.entries[0].name
+    rows: list[Sequence[str]] = []
+    for measure in comparison.measures:
+        for entry in comparison.entries:
+            rate = entry.accuracy.get(measure)
+            gap = comparison.contrast(entry.name, measure)
+            accuracy = ("-", "") if rate is None else (f"{rate.value:.1%}", interval(rate))
+            difference = ("", "") if gap is None else (points(gap.value), interval(gap))
+            rows.append((measure, entry.name, *accuracy, *difference))
+    header = ("accuracy", "model", "share", level, "to first", level)
+    lines = [
+        f"{comparison.n} samples; differences in percentage points to {first}, paired by sample",
+        *comparison.notes,
+    ]
+    return "\n".join(_wrap(line) for line in lines) + "\n\n" + _grid(header, rows, left=2) + "\n"
+
+
+def stamp(report: Report) -> str:
+    """Complete, or partial and what is missing."""
+    if report.complete:
+        return "complete"
+    missing = f", not run: {', '.join(report.not_run)}" if report.not_run else ""
+    return f"partial: interrupted{missing}"
+
+
+def verdict(report: Report) -> str:
+    """What was found, in one or two plain sentences; never that a model is safe."""
+    if report.kind == "train":
+        return _trained(report)
+    failed = [check for check in report.preflight if check.status == "failed"]
+    if failed and not report.attacks:
+        return f"The audit stopped before any attack: {failed[0].message}"
+    if not report.attacks:
+        clean = f" Without an attack, {share(report.clean)} are rightly classified." if report.clean else ""
+        return f"No attack was finished.{clean} Nothing is known about adversarial examples."
+    if report.kind == "attack":
+        return _attacked(report)
+    if report.worst_case is None:
+        return "No worst case was computed. Read the table of attacks."
+    worst, limit = report.worst_case, where(report)
+    ran = "the attacks run here" if report.complete else "the attacks finished so far"
+    return (
+        f"{limit[:1].upper()}{limit[1:]}, {ran} left {share(worst)} rightly classified. "
+        "This is an upper bound: a stronger attack can only lower it."
+    )
+
+
+def notes(report: Report) -> tuple[str, ...]:
+    """The notes that do not stand among the checks already."""
+    told = {check.message for check in report.preflight}
+    return tuple(note for note in report.notes if note not in told)
+
+
+def limits(report: Report) -> Iterator[str]:
+    """What was not tried, and what the figures do not say, one sentence each."""
+    if report.not_run:
+        yield f"Asked for and not run: {', '.join(report.not_run)}."
+    threat = threat_of(report)
+    if threat is None:
+        yield "Accuracies measured during training are no audit: the attack of a recipe is weak."
+        return
+    size = "of any size" if threat.eps is None else f"up to {amount(threat)}"
+    yield (
+        f"The adversary may add {threat.norm} perturbations {size}. Other norms, patches, rotations, blur, noise and "
+        "changes of contrast were not tried."
+    )
+    if report.attacks:
+        most = {key: max(int(a.options.get(key) or 1) for a in report.attacks) for key in ("steps", "restarts")}
+        yield (
+            f"No attack took more than {count(most['steps'], 'step')} and {count(most['restarts'], 'restart')}; "
+            "longer ones may find more."
+        )
+        if all(attack.gradients for attack in report.attacks):
+            yield "Every attack followed gradients. A model that hides its gradients looks better here than it is."
+    yield (
+        "No attack was fitted to a defence. Where the model has one (cleaning of the input, randomness, a detector), "
+        "an attack that knows it has to be run."
+    )
+    yield "No certificate was computed: there is an upper bound on the accuracy under attack, and no lower one."
+    if report.attacks and all(attack.eight_bit is None for attack in report.attacks):
+        yield "Adversarial images were judged with exact pixels; rounded to an 8-bit file, some may fail."
+    if report.clean is not None:
+        yield (
+            f"The intervals tell the chance in drawing {count(report.clean.n, 'image')} from this source. They say "
+            "nothing about images from another source, device or site."
+        )
+
+
+def threat_of(report: Report) -> Threat | None:
+    """The threat of an audit or attack; None for a training run."""
+    if isinstance(report.spec, TrainSpec):
+        return None
+    return Threat.parse(report.spec.threat, low=report.model.low, high=report.model.high)
+
+
+def where(report: Report) -> str:
+    """The threat as the place of a sentence: `at linf 8/255 (0.0314)`."""
+    threat = threat_of(report)
+    if threat is None:
+        return ""
+    if threat.eps is None:
+        return f"with {threat.norm} perturbations of any size"
+    return f"at {threat.norm} {amount(threat)}"
+
+
+def amount(threat: Threat) -> str:
+    """The budget in pixel units, for linf in the box [0, 1] as levels of 255 too."""
+    if threat.eps is None:
+        return "any size"
+    levels = threat.eps * 255
+    plain = f"{threat.eps:.3g}"
+    if in_levels(threat.norm, threat.low, threat.high) and levels and abs(levels - round(levels)) < 1e-6:
+        return f"{levels:.0f}/255 ({plain})"
+    return plain if (threat.low, threat.high) == (0, 1) else f"{plain} in the box [{threat.low:g}, {threat.high:g}]"
+
+
+def in_levels(norm: str, low: float, high: float) -> bool:
+    """Whether a budget can be told in levels of an 8-bit image."""
+    return norm == "linf" and (low, high) == (0, 1)
+
+
+def share(rate: Rate) -> str:
+    """`46.2% [42.1, 50.3] of 500 images`."""
+    return f"{rate.value:.1%} {interval(rate)} of {count(rate.n, 'image')}"
+
+
+def interval(rate: Rate | Difference) -> str:
+    """`[42.1, 50.3]`, in percent (of a difference: percentage points)."""
+    sign = "+" if isinstance(rate, Difference) else ""
+    return f"[{100 * rate.low:{sign}.1f}, {100 * rate.high:{sign}.1f}]"
+
+
+def points(value: float) -> str:
+    """A difference of shares in percentage points, with its sign."""
+    return f"{100 * value:+.1f}"
+
+
+def count(number: int, noun: str) -> str:
+    """`1 image`, `500 images`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def _trained(report: Report) -> str:
+    if not report.epochs:
+        return "No epoch was finished."
+    last = report.epochs[-1]
+    under = "" if last.robust_accuracy is None else f" and {last.robust_accuracy:.1%} under the attack of the recipe"
+    state = "" if report.complete else "Training was interrupted. "
+    return f"{state}After {count(last.epoch, 'epoch')}, the accuracy is {last.accuracy:.1%}{under}."
+
+
+def _attacked(report: Report) -> str:
+    result = report.attacks[0]
+    if result.success is None:
+        return "No image was rightly classified at first, so that there was nothing to attack."
+    aim = "moved to the target" if isinstance(report.spec, AttackSpec) and report.spec.target else "broke"
+    rate = result.success
+    told = f"{rate.value:.1%} {interval(rate)} of the {count(rate.n, 'image')}"
+    return f"{result.label} {where(report)} {aim} {told} that were rightly classified at first."
+
+
+def _results(report: Report) -> tuple[Sequence[str], list[Sequence[str]]]:
+    rounded = any(attack.eight_bit for attack in report.attacks)
+    sizes = any(attack.norms for attack in report.attacks)
+    rates = [rate for rate in (report.clean, *(attack.accuracy for attack in report.attacks)) if rate is not None]
+    header = ["attack", "norm", "accuracy", f"{100 * rates[0].confidence:g}% interval", "broken"]
+    header += ["8-bit"] * rounded + ["median"] * sizes + ["queries", "seconds"]
+    rows: list[Sequence[str]] = []
+
+    def whole(name: str, rate: Rate | None) -> None:
+        if rate is not None:
+            rows.append([name, "", f"{rate.value:.1%}", interval(rate), *[""] * (len(header) - 4)])
+
+    whole("clean", report.clean)
+    for attack in report.attacks:
+        row = [attack.label, attack.norm, f"{attack.accuracy.value:.1%}", interval(attack.accuracy)]
+        row.append("-" if attack.success is None else f"{attack.success.value:.1%}")
+        row += ["-" if attack.eight_bit is None else f"{attack.eight_bit.value:.1%}"] * rounded
+        if sizes:
+            median = attack.norms and attack.norms.median
+            row.append(f"{median:.3g}" if median is not None else "inf" if attack.norms else "-")
+        rows.append([*row, f"{attack.queries:,}", f"{attack.seconds:.1f}"])
+    whole("worst case", report.worst_case)
+    return header, rows
+
+
+def _epochs(report: Report) -> tuple[Sequence[str], list[Sequence[str]]]:
+    header = ("epoch", "loss", "accuracy", "under attack", "learning rate", "seconds")
+    rows: list[Sequence[str]] = [
+        (
+            str(e.epoch),
+            f"{e.loss:.4g}",
+            f"{e.accuracy:.1%}",
+            "-" if e.robust_accuracy is None else f"{e.robust_accuracy:.1%}",
+            f"{e.learning_rate:.3g}",
+            f"{e.seconds:.1f}",
+        )
+        for e in report.epochs[-LAST_EPOCHS:]
+    ]
+    return header, rows
+
+
+def _grid(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Columns under their headers, the first `left` of them flush left and cut where the whole would be too wide."""
+    cells = [[_plain(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    while sum(widths) + 2 * (len(widths) - 1) > WIDTH:
+        widest = max(range(left), key=lambda i: widths[i])
+        widths[widest] -= 1
+    lines: list[str] = []
+    for row in cells:
+        parts = [
+            _cut(c, w).ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(parts).rstrip())
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _wrap(text: str) -> str:
+    return textwrap.fill(_plain(text), WIDTH, subsequent_indent="  ")
+
+
+def _plain(text: str) -> str:
+    """Names come from users: nothing that a terminal would act on."""
+    return "".join(c if c.isprintable() else "?" for c in text)

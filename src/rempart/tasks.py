@@ -1,0 +1,125 @@
+"""`run(spec, notify)`: the one entry for the command line and for a worker."""
+
+import io
+from datetime import UTC, datetime
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+
+from rempart.attacks import Outcome, attack_data, attacks
+from rempart.attacks.run import native, targets
+from rempart.audit import Planned, audit, data_card, measure, preflight
+from rempart.core.data import open_data
+from rempart.core.errors import SpecError
+from rempart.core.events import Notify, silent
+from rempart.core.repro import environment
+from rempart.core.stats import wilson
+from rempart.core.threat import Threat
+from rempart.models.load import card, load
+from rempart.report.schema import AttackSpec, AuditSpec, Report, Samples, TrainSpec, pack
+from rempart.report.store import replace, write
+from rempart.train import run_training
+
+
+def run(spec: AuditSpec | AttackSpec | TrainSpec, notify: Notify = silent) -> Report:
+    """Do what a spec asks for, write its files to `spec.out`, and return the report.
+
+    Raises:
+        RempartError: With the exit status of the command line in `exit_code`.
+    """
+    if isinstance(spec, TrainSpec):
+        report = run_training(spec, notify)
+        write(report, Path(spec.out))
+        return report
+    return _audit(spec, notify) if isinstance(spec, AuditSpec) else _attack(spec, notify)
+
+
+def _audit(spec: AuditSpec, notify: Notify) -> Report:
+    model = load(spec.model)
+    data = open_data(spec.data).head(spec.limit)
+    result = audit(model, data, spec, card=card(model, spec.model), notify=notify)
+    if spec.out is not None:
+        folder = Path(spec.out)
+        write(result.report, folder)
+        save_arrays(folder / "samples.npz", _per_sample(result.report, dict(result.outcomes)))
+    return result.report
+
+
+def _attack(spec: AttackSpec, notify: Notify) -> Report:
+    started = perf_counter()
+    if not spec.out.endswith(".npz"):
+        raise SpecError("--out to name a .npz file", got=repr(spec.out), hint="for example --out adversarial.npz")
+    model = load(spec.model)
+    data = open_data(spec.data).head(spec.limit)
+    threat = Threat.parse(spec.threat, low=model.low, high=model.high)
+    entry = attacks[spec.attack.name]
+    planned = Planned(entry.name, entry.name, entry.parse(spec.attack.options))
+    native(entry, threat)
+    described = card(model, spec.model)
+    model, checks = preflight(model, data)
+    outcome = attack_data(
+        model,
+        data,
+        threat,
+        planned.name,
+        planned.options,
+        batch_size=spec.batch_size,
+        target=targets(spec.target, model) if spec.target is not None else None,
+        seed=spec.seed,
+        eight_bit=spec.eight_bit,
+        notify=notify,
+    )
+    arrays = {"index": data.index.numpy(), "x_adv": outcome.x_adv.numpy(), "y": data.labels.numpy()}
+    save_arrays(Path(spec.out), {**arrays, **_columns(outcome)})
+    correct = int(outcome.correct.sum())
+    report = Report(
+        kind="attack",
+        complete=True,
+        spec=spec,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        seconds=perf_counter() - started,
+        environment=environment(),
+        model=described,
+        data=data_card(data),
+        notes=tuple(check.message for check in checks if check.status in ("repaired", "warned")),
+        preflight=checks,
+        clean=wilson(correct, len(data)),
+        attacks=(measure(planned, outcome, data),),
+        samples=Samples(
+            index=tuple(data.index.tolist()),
+            labels=tuple(data.labels.tolist()),
+            clean=pack(outcome.correct),
+            right={planned.label: pack(outcome.right)},
+        ),
+    )
+    replace(Path(spec.out).with_suffix(".json"), report.model_dump_json(indent=1).encode())
+    return report
+
+
+def _per_sample(report: Report, outcomes: dict[str, Outcome]) -> dict[str, np.ndarray]:
+    """The table of an audit: one row per sample, columns per attack."""
+    if report.samples is None:
+        return {}
+    table = {"index": np.array(report.samples.index), "label": np.array(report.samples.labels)}
+    for label, outcome in outcomes.items():
+        table |= {f"{label}/{name}": column for name, column in _columns(outcome).items()}
+    return table
+
+
+def _columns(outcome: Outcome) -> dict[str, np.ndarray]:
+    return {
+        "correct": outcome.correct.numpy(),
+        "success": outcome.success.numpy(),
+        "predicted": outcome.predicted.numpy(),
+        "distance": outcome.distance.numpy(),
+        "own_distance": outcome.own_distance.numpy(),
+        "margin": outcome.margin.numpy(),
+    }
+
+
+def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write a compressed .npz under a temporary name, then rename it."""
+    stream = io.BytesIO()
+    np.savez_compressed(stream, **arrays)  # pyright: ignore[reportArgumentType]
+    replace(path, stream.getvalue())

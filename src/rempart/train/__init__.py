@@ -1,0 +1,8 @@
+"""Train and harden classifiers."""
+
+from rempart.train.config import Recipe, load_recipe, recipe_names
+from rempart.train.loop import train
+from rempart.train.objectives import Loss, Objective, objectives
+from rempart.train.run import run_training
+
+__all__ = ["Loss", "Objective", "Recipe", "load_recipe", "objectives", "recipe_names", "run_training", "train"]

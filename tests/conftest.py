@@ -1,0 +1,31 @@
+"""Set up the process before torch loads, and one fixture every mirror of `src` may use."""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("steady", deadline=None, derandomize=True)  # a busy machine fails no test, nor does chance
+settings.load_profile("steady")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def untouched_rng() -> Iterator[None]:
+    """Fail the test if it draws from a global random state: of Python, of NumPy or of torch.
+
+    Ask for it by name; it cannot be autouse, because building any torch layer draws its first weights there.
+    """
+    python, legacy, torch_state = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()  # pyright: ignore
+    yield
+    assert random.getstate() == python, "the global random state of Python was touched"
+    assert np.array_equal(np.random.get_state()[1], legacy), "the global random state of NumPy was touched"  # pyright: ignore
+    assert torch.equal(torch.get_rng_state(), torch_state), "the global random state of torch was touched"

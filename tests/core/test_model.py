@@ -1,0 +1,481 @@
+"""The classifier's reading of any output, and the guards that leave a model as they found it."""
+
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import dropout
+
+import toys
+from rempart.core.errors import ModelError
+from rempart.core.model import Classifier, Normalize, accelerated, frozen, metered
+from rempart.core.repro import digest_state
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class Function(nn.Module):
+    """A network that is a plain function."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+# --- Classifier ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", toys.SHAPES)
+def test_logits_are_the_networks(shape):
+    x = toys.images(shape)
+    for classes in toys.CLASSES:
+        model = toys.linear(shape, classes)
+        weight, bias = toys.affine(model)
+        assert torch.allclose(model(x).double(), x.double().flatten(1) @ weight.T + bias, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [toys.one_logit, toys.one_probability])
+def test_one_output_is_two_classes(make):
+    """z = (0, s): the second class has probability sigmoid(s), whether the net returns s or the probability."""
+    model, x = make(), toys.images((1, 4, 4), 50)
+    weight, bias = toys.affine(model)
+    s = x.double().flatten(1) @ weight[1] + bias[1]
+    z = model(x)
+    assert z.shape == (50, 2) and not z[:, 0].any()
+    assert torch.allclose(z[:, 1].double(), s, atol=1e-5)
+    assert torch.allclose(z.softmax(1)[:, 1].double(), s.sigmoid(), atol=1e-6)
+    assert set(toys.labels(model, x).tolist()) == {0, 1}
+
+
+def test_one_output_may_be_squeezed():
+    x = toys.images((1, 4, 4), 5)
+    flat, column = (Classifier(Function(f), shape=(1, 4, 4), num_classes=2) for f in (_sum, lambda x: _sum(x)[:, None]))
+    assert torch.equal(flat(x), column(x))
+    scalar = Classifier(Function(lambda x: _sum(x).squeeze()), shape=(1, 4, 4), num_classes=2)
+    assert torch.equal(scalar(x[:1]), column(x[:1]))
+
+
+def test_a_single_image_may_be_squeezed():
+    inner = toys.linear()
+    model = Classifier(Function(lambda x: inner.net(x).squeeze()), shape=(1, 4, 4), num_classes=3)
+    x = toys.images((1, 4, 4), 2)
+    assert torch.equal(model(x[:1]), inner(x[:1]))
+
+
+def test_maps_of_one_pixel_are_flattened():
+    inner = toys.linear()
+    model = Classifier(Function(lambda x: inner.net(x)[:, :, None, None]), shape=(1, 4, 4), num_classes=3)
+    x = toys.images((1, 4, 4))
+    assert torch.equal(model(x), inner(x))
+
+
+@pytest.mark.parametrize("classes", toys.CLASSES)
+def test_probabilities_become_logits(classes):
+    """log softmax(z) is z up to a constant per image, so that softmax gives the probabilities back."""
+    x = toys.images((1, 4, 4))
+    z, expected = toys.probabilities(classes=classes)(x), toys.linear(classes=classes)(x)
+    assert torch.allclose(z - z.mean(1, keepdim=True), expected - expected.mean(1, keepdim=True), atol=1e-4)
+
+
+def test_saturated_probabilities_stay_finite_and_in_order():
+    rows = torch.tensor([[0.0, 1.0, 0.0], [1e-40, 0.2, 0.8]])
+    model = Classifier(Function(lambda x: rows), shape=(1, 1), num_classes=3, output="probabilities")
+    z = model(torch.zeros(2, 1, 1))
+    assert bool(z.isfinite().all()) and z.argmax(1).tolist() == [1, 2]
+    ends = Classifier(
+        Function(lambda x: torch.tensor([0.0, 0.5, 1.0])), shape=(1, 1), num_classes=2, output="probabilities"
+    )
+    odds = ends(torch.zeros(3, 1, 1))[:, 1]
+    assert bool(odds.isfinite().all()) and float(odds[1]) == 0 and float(odds[2]) == -float(odds[0]) > 80
+
+
+def test_temperature_divides_the_logits():
+    model = toys.linear()
+    warm = Classifier(model.net, shape=model.shape, num_classes=3, temperature=4.0)
+    x = toys.images((1, 4, 4))
+    assert torch.equal(warm(x), model(x) / 4)
+
+
+def test_an_empty_batch_has_no_logits():
+    for make in (toys.linear, toys.one_logit, toys.probabilities, toys.conv):
+        model = make()
+        assert model(torch.zeros(0, 1, 4, 4)).shape == (0, model.num_classes)
+
+
+def test_names_default_to_numbers():
+    assert toys.linear().class_names == ("0", "1", "2")
+    named = Classifier(nn.Identity(), shape=[1, 2], num_classes=2, class_names=["cat", "dog"])
+    assert (named.class_names, named.shape) == (("cat", "dog"), (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_classes": 1}, "num_classes >= 2"),
+        ({"num_classes": 2, "class_names": ["a"]}, "2 class names, got 1"),
+        ({"num_classes": 2, "temperature": 0.0}, "a temperature > 0, got 0"),
+        ({"num_classes": 2, "temperature": -1.0}, "a temperature > 0, got -1"),
+        ({"num_classes": 2, "temperature": float("nan")}, "a temperature > 0"),
+    ],
+)
+def test_impossible_classifiers_are_refused(options, message):
+    with pytest.raises(ModelError, match=message):
+        Classifier(nn.Identity(), shape=(1, 2), **options)
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (lambda x: torch.zeros(len(x), 4), "3 outputs per image, got 4"),
+        (lambda x: torch.zeros(len(x), 1), "3 outputs per image, got 2"),
+        (lambda x: torch.zeros(3, len(x)), r"one row per image, got shape \(3, 6\) for 6 images"),
+        (lambda x: torch.zeros(2 * len(x), 3), r"one row per image, got shape \(12, 3\)"),
+        (lambda x: torch.zeros(7), r"one row per image, got shape \(7,\)"),
+        (lambda x: (torch.zeros(len(x), 3),), "one tensor, got tuple; wrap"),
+        (lambda x: {"logits": torch.zeros(len(x), 3)}, "one tensor, got dict; wrap"),
+    ],
+)
+def test_outputs_of_the_wrong_form_are_refused(output, message):
+    """The shape (3, 6) for 6 images holds as many numbers as (6, 3); reading it row by row would be nonsense."""
+    with pytest.raises(ModelError, match=message):
+        Classifier(Function(output), shape=(1, 2), num_classes=3)(torch.zeros(6, 1, 2))
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5), (3, 2, 3, 4), (3, 7)])
+def test_normalize_is_per_channel(shape):
+    x = toys.images(shape)
+    mean, std = [0.1, 0.2, 0.3], [0.5, 1.0, 2.0]
+    z = Normalize(mean, std)(x)
+    for c in range(3):
+        assert torch.allclose(z[:, c], (x[:, c] - mean[c]) / std[c])
+
+
+@pytest.mark.parametrize(("mean", "std"), [([0.0], [0.0]), ([0.0], [-1.0]), ([0.0, 0.0], [1.0])])
+def test_normalize_refuses_what_does_not_divide(mean, std):
+    with pytest.raises(ModelError, match="as many positive std as mean values"):
+        Normalize(mean, std)
+
+
+# --- frozen ----------------------------------------------------------------------------------------------------------
+
+
+def mixed() -> Classifier:
+    """A net in training mode with one batch norm in inference mode, one frozen weight, one gradient and one without."""
+    model = toys.conv().train()
+    model.net[1].eval()
+    model.net[0].weight.requires_grad_(False)
+    model.net[3].weight.grad = torch.ones_like(model.net[3].weight)
+    return model
+
+
+def snapshot(model: nn.Module):
+    return (
+        [(name, module.training) for name, module in model.named_modules()],
+        [
+            (name, id(p), p.requires_grad, None if p.grad is None else p.grad.tolist())
+            for name, p in model.named_parameters()
+        ],
+        [(name, id(buffer)) for name, buffer in model.named_buffers()],
+        digest_state(model.state_dict()),
+    )
+
+
+def test_frozen_is_inference_without_weight_gradients():
+    model, x = mixed(), toys.images((1, 4, 4)).requires_grad_()
+    expected = toys.conv()(x).detach()
+    with frozen(model):
+        assert not any(module.training for module in model.modules())
+        assert not any(p.requires_grad for p in model.parameters())
+        z = model(x)
+        z.sum().backward()
+    assert torch.equal(z.detach(), expected)
+    assert x.grad is not None and bool(x.grad.any()), "images still get their gradient"
+
+
+def test_frozen_puts_everything_back():
+    model = mixed()
+    before = snapshot(model)
+    with frozen(model):
+        model(toys.images((1, 4, 4)).requires_grad_()).sum().backward()
+    assert snapshot(model) == before
+
+
+def test_frozen_puts_everything_back_after_an_error():
+    model = toys.raising(mixed(), 2)
+    model.net.net[1].eval()
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="planted"), frozen(model):
+        for _ in range(2):
+            model(toys.images((1, 4, 4)))
+    assert snapshot(model) == before and model.net.calls == 2
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_frozen_undoes_what_a_forward_pass_does_to_buffers(in_place):
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(2))
+            self.register_buffer("void", None)
+
+        def forward(self, x):
+            self.calls = self.calls.add_(1) if in_place else self.calls + 1
+            return x.flatten(1) + self.calls
+
+    model = Classifier(Counting(), shape=(1, 2), num_classes=2)
+    before = snapshot(model)
+    with frozen(model):
+        assert model(torch.zeros(1, 1, 2)).tolist() == [[1, 1]]
+        assert model(torch.zeros(1, 1, 2)).tolist() == [[2, 2]]
+    assert snapshot(model) == before
+
+
+def test_frozen_undoes_a_change_of_mode_inside():
+    """An attack that calls `train()` itself does not leave its mark, nor do the running statistics it moved."""
+    model = mixed()
+    before = snapshot(model)
+    with frozen(model):
+        model.train()
+        model(toys.images((1, 4, 4)))
+    assert snapshot(model) == before
+
+
+def test_frozen_does_not_need_eval():
+    class Stubborn(nn.Linear):
+        def train(self, mode: bool = True):
+            raise NotImplementedError
+
+    model = Stubborn(2, 2)
+    with frozen(model):
+        assert not model.training
+    assert model.training
+
+
+def test_frozen_nests():
+    model = mixed()
+    before = snapshot(model)
+    with frozen(model):
+        inside = snapshot(model)
+        with frozen(model):
+            pass
+        assert snapshot(model) == inside
+    assert snapshot(model) == before
+
+
+def test_frozen_dropout_is_the_linear_model():
+    model, x = toys.dropout(), toys.images((1, 4, 4))
+    with frozen(model):
+        assert torch.equal(model(x), toys.linear()(x))
+    assert model.training and model.net[0].training
+
+
+# --- metered ---------------------------------------------------------------------------------------------------------
+
+
+def test_images_are_counted_forward_and_backward():
+    model, x = toys.linear(), toys.images((1, 4, 4), 7)
+    with frozen(model), metered(model) as meter:
+        with torch.no_grad():
+            model(x)
+        assert (meter.queries, meter.gradients) == (7, 0)
+        model(x[:3])
+        assert (meter.queries, meter.gradients) == (10, 0), "no graph, no gradient"
+        point = x[:5].clone().requires_grad_()
+        z = model(point)
+        assert (meter.queries, meter.gradients) == (15, 0)
+        for k in range(3):
+            torch.autograd.grad(z[:, k].sum(), point, retain_graph=True)
+        assert (meter.queries, meter.gradients) == (15, 15), "one backward pass per class counts each time"
+        model(x[:0])
+        assert (meter.queries, meter.gradients) == (15, 15)
+    model(x)
+    assert (meter.queries, meter.gradients) == (15, 15), "counting ends with the block"
+
+
+def test_meters_nest_and_end_after_an_error():
+    model, x = toys.raising(toys.linear(), 3), toys.images((1, 4, 4), 2)
+    with metered(model) as outer:
+        with pytest.raises(RuntimeError, match="planted"), metered(model) as inner:
+            for _ in range(3):
+                model(x)
+        model(x)
+    assert (inner.queries, outer.queries) == (4, 6), "the pass that failed gave no answer and does not count"
+
+
+# --- accelerated -----------------------------------------------------------------------------------------------------
+
+
+def gradients(model: Classifier, x: torch.Tensor) -> torch.Tensor:
+    """Gradient of each logit with respect to the images."""
+    point = x.clone().requires_grad_()
+    z = model(point)
+    return torch.stack([torch.autograd.grad(z[:, k].sum(), point, retain_graph=True)[0] for k in range(z.shape[1])])
+
+
+def same(model: Classifier, fast: Classifier, shape: tuple[int, ...]) -> bool:
+    """Whether the two are the same function with the same gradients, for batches of several sizes."""
+    x = toys.images(shape, 5)
+    with frozen(model):
+        return all(
+            torch.allclose(fast(part), model(part), atol=1e-5)
+            and torch.allclose(gradients(fast, part), gradients(model, part), rtol=1e-3, atol=1e-4)
+            for part in (x, x[:1], x[:2])
+        )
+
+
+@pytest.mark.parametrize("shape", toys.SHAPES)
+@pytest.mark.parametrize("training", [False, True])
+def test_batch_norms_are_folded(shape, training):
+    model = toys.conv(shape).train(training)
+    before = snapshot(model)
+    fast = accelerated(model)
+    assert fast is not model
+    assert not any(isinstance(module, NORMS) for module in fast.modules()), "nothing of them is left"
+    assert any(isinstance(module, NORMS) for module in model.modules())
+    assert same(model, fast, shape)
+    assert snapshot(model) == before
+    assert not fast.training and not any(p.requires_grad for p in fast.parameters())
+    assert (fast.shape, fast.num_classes, fast.low, fast.high) == (model.shape, model.num_classes, 0.0, 1.0)
+    assert not {p.data_ptr() for p in fast.parameters()} & {p.data_ptr() for p in model.parameters()}
+
+
+class Branching(nn.Module):
+    """conv feeds a batch norm and something else (`skip`), is used twice (`shared`), or only once with one (`half`)."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.conv, self.first, self.second = toys.conv().net[0], toys.conv(seed=1).net[1], toys.conv(seed=2).net[1]
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        z = self.conv(x)
+        if self.kind == "skip":
+            z = z + self.first(z)
+        if self.kind == "shared":
+            z = self.first(z) + self.second(self.conv(1 - x))
+        if self.kind == "half":
+            z = self.first(z) + self.conv(1 - x)
+        return self.head(z.mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", ["skip", "shared", "half"])
+def test_layers_in_several_uses_are_not_folded(kind):
+    model = Classifier(Branching(kind), shape=(1, 4, 4), num_classes=3).eval()
+    fast = accelerated(model)
+    assert same(model, fast, (1, 4, 4))
+    assert fast is not model, "the rest is still made faster"
+    assert any(isinstance(module, NORMS) for module in fast.modules())
+
+
+def test_a_shared_layer_with_nearly_equal_norms_is_not_folded():
+    """Folding one norm into both uses would pass the check on random images; the graph must say no."""
+    net = Branching("shared")
+    net.second = nn.BatchNorm2d(8)
+    net.first = nn.BatchNorm2d(8)
+    net.second.running_mean += 1e-6
+    fast = accelerated(Classifier(net, shape=(1, 4, 4), num_classes=3).eval())
+    assert sum(isinstance(module, NORMS) for module in fast.modules()) == 2
+
+
+def test_norms_without_running_statistics_stay():
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Flatten(), nn.Linear(16, 3)
+    )
+    model = Classifier(net, shape=(1, 4, 4), num_classes=3).eval()
+    fast = accelerated(model)
+    assert same(model, fast, (1, 4, 4))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.flatten(1)[:, :3] if float(x.sum()) > 0 else x.flatten(1)[:, 3:6],
+        lambda x: dropout(x.flatten(1)[:, :3], 0.5, training=True),
+        lambda x: x.flatten(1)[:, :3] + torch.rand(()),
+    ],
+    ids=["control flow", "random", "traced as a constant"],
+)
+def test_what_cannot_be_traced_or_differs_comes_back_as_it_is(function):
+    model = Classifier(Function(function), shape=(1, 4, 4), num_classes=3)
+    with torch.random.fork_rng():
+        assert accelerated(model) is model
+
+
+def test_what_cannot_be_copied_comes_back_as_it_is():
+    class Unique(nn.Linear):
+        def __deepcopy__(self, memo):
+            raise TypeError("one of a kind")
+
+    model = Classifier(nn.Sequential(nn.Flatten(), Unique(16, 3)), shape=(1, 4, 4), num_classes=3)
+    assert accelerated(model) is model
+
+
+def test_a_large_common_offset_hides_no_difference():
+    """Logits of 1e6 plus a model's own: a copy that gets the own part wrong must be noticed."""
+
+    class Drifting(nn.Module):
+        calls: ClassVar[list[int]] = []
+
+        def forward(self, x):
+            self.calls.append(1)
+            return x.flatten(1)[:, :3] * len(self.calls) * 10 + 1e6
+
+    model = Classifier(Drifting(), shape=(1, 4, 4), num_classes=3)
+    assert accelerated(model) is model
+
+
+def test_probabilities_and_temperature_survive():
+    inner = toys.conv()
+    net = nn.Sequential(inner.net, nn.Softmax(1))
+    model = Classifier(net, shape=(1, 4, 4), num_classes=3, output="probabilities", temperature=2.0).eval()
+    fast = accelerated(model)
+    assert fast is not model and same(model, fast, (1, 4, 4))
+    assert (fast.output, fast.temperature) == ("probabilities", 2.0)
+
+
+# --- the toys, because every later suite trusts them -----------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("untouched_rng")
+@pytest.mark.parametrize("shape", toys.SHAPES)
+def test_toys_are_made_from_their_seed_alone(shape):
+    for make in (toys.linear, toys.squashed, toys.probabilities, toys.smooth, toys.conv, toys.dropout):
+        one, two, other = make(shape, 4, 3), make(shape, 4, 3), make(shape, 4, 4)
+        assert digest_state(one.state_dict()) == digest_state(two.state_dict()) != digest_state(other.state_dict())
+        x = toys.images(shape, 64)
+        labels = toys.labels(one, x)
+        assert len(labels.unique()) >= 2, "images of several classes"
+        assert one.training == (make is toys.dropout or one.training)
+        if make is not toys.dropout:
+            assert bool(gradients(one.eval(), x[:2]).flatten(2).any(2).all()), "no gradient is zero"
+    assert not torch.equal(toys.images(shape, seed=0), toys.images(shape, seed=1))
+
+
+def test_the_constant_toy_has_a_gradient_of_zero():
+    model, x = toys.constant(classes=4), toys.images((1, 4, 4))
+    assert torch.equal(model(x), torch.tensor([[0.0, -1.0, -2.0, -3.0]]).expand(8, 4))
+    assert not gradients(model, x).any()
+    assert bool(toys.radius(model, x, toys.labels(model, x), "l2").isinf().all())
+
+
+def test_training_mode_changes_the_toys_that_have_one():
+    x = toys.images((1, 4, 4))
+    for model in (toys.conv(), toys.dropout()):
+        with torch.random.fork_rng():
+            assert not torch.allclose(model.train()(x), model.eval()(x), atol=1e-3)
+
+
+def test_a_box_that_is_active_is_noticed():
+    model = toys.linear()
+    x = torch.zeros(2, 1, 4, 4)
+    with pytest.raises(AssertionError, match="the box is active"):
+        toys.radius(model, x, model(x).argmax(1), "l1")
+
+
+def _sum(x: torch.Tensor) -> torch.Tensor:
+    return x.flatten(1).sum(1)

@@ -1,0 +1,152 @@
+"""Intervals against independent formulas, exact binomial tails and simulated coverage."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.optimize import brentq
+from scipy.stats import binom, norm
+
+from rempart.core.errors import SpecError
+from rempart.core.stats import clopper_pearson, median_interval, paired_bootstrap, wilson
+
+CASES = [(k, n) for n in (1, 2, 7, 50, 1000) for k in {0, 1, n // 3, n - 1, n}]
+
+
+@pytest.mark.parametrize(("k", "n"), CASES)
+@pytest.mark.parametrize("confidence", [0.8, 0.95, 0.99])
+def test_wilson_solves_its_quadratic(k, n, confidence):
+    """The ends are the p at which |k/n - p| is z standard errors of that very p."""
+    z = norm.ppf(0.5 + confidence / 2)
+
+    def excess(p):
+        return (k / n - p) ** 2 - z * z * p * (1 - p) / n
+
+    rate = wilson(k, n, confidence)
+    low = 0.0 if k == 0 else brentq(excess, 1e-15, k / n - 1e-15 if k == n else k / n, xtol=1e-14)
+    high = 1.0 if k == n else brentq(excess, k / n if k else 1e-15, 1 - 1e-15, xtol=1e-14)
+    assert rate.low == pytest.approx(low, abs=1e-9)
+    assert rate.high == pytest.approx(high, abs=1e-9)
+    assert (rate.k, rate.n, rate.confidence, rate.method) == (k, n, confidence, "wilson")
+
+
+@pytest.mark.parametrize(("n", "p"), [(30, 0.1), (100, 0.5), (1000, 0.01)])
+def test_wilson_covers(n, p):
+    """Exact coverage, summed over the binomial, is close to the nominal one (Brown, Cai, DasGupta 2001)."""
+    covered = sum(binom.pmf(k, n, p) for k in range(n + 1) if wilson(k, n).low <= p <= wilson(k, n).high)
+    assert 0.92 < covered < 0.98
+
+
+@pytest.mark.parametrize(("k", "n"), CASES)
+def test_clopper_pearson_tails_are_exact(k, n):
+    """At the lower end P(X >= k) is alpha / 2, at the upper end P(X <= k) is."""
+    rate = clopper_pearson(k, n, 0.9)
+    assert rate.low == 0 if k == 0 else binom.sf(k - 1, n, rate.low) == pytest.approx(0.05, rel=1e-6)
+    assert rate.high == 1 if k == n else binom.cdf(k, n, rate.high) == pytest.approx(0.05, rel=1e-6)
+    assert rate.method == "clopper-pearson"
+
+
+@pytest.mark.parametrize("n", [1, 10, 1000])
+def test_clopper_pearson_closed_form_at_the_ends(n):
+    assert clopper_pearson(n, n, 0.99).low == pytest.approx(0.005 ** (1 / n), rel=1e-9)
+    assert clopper_pearson(0, n, 0.99).high == pytest.approx(1 - 0.005 ** (1 / n), rel=1e-9)
+
+
+@given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_intervals_hold_the_estimate_and_mirror(kn):
+    k, n = kn
+    for interval in (wilson, clopper_pearson):
+        rate, mirror = interval(k, n), interval(n - k, n)
+        assert 0 <= rate.low <= rate.value <= rate.high <= 1
+        assert rate.low == pytest.approx(1 - mirror.high, abs=1e-9)
+    assert clopper_pearson(k, n).high - clopper_pearson(k, n).low > 0
+
+
+def test_rate_in_words():
+    assert str(wilson(45, 100)) == "45.0% [35.6%, 54.8%] (n=100)"
+
+
+@pytest.mark.parametrize("interval", [wilson, clopper_pearson])
+@pytest.mark.parametrize(("k", "n"), [(0, 0), (-1, 5), (6, 5)])
+def test_impossible_counts_are_refused(interval, k, n):
+    with pytest.raises(SpecError, match=f"k={k}, n={n}"):
+        interval(k, n)
+
+
+@pytest.mark.parametrize("confidence", [0.0, 1.0, 95, -0.5, math.nan])
+def test_impossible_confidence_is_refused(confidence):
+    """95 for 95 % must not give an interval of nan."""
+    for call in (
+        lambda: wilson(1, 2, confidence),
+        lambda: clopper_pearson(1, 2, confidence),
+        lambda: median_interval([1.0], confidence),
+        lambda: paired_bootstrap([True], [False], confidence=confidence),
+    ):
+        with pytest.raises(SpecError, match=r"confidence in \(0, 1\)"):
+            call()
+
+
+@pytest.mark.parametrize("n", [6, 7, 20, 99, 1000])
+def test_median_interval_is_the_narrowest_pair_of_order_statistics_that_covers(n):
+    """P(X_(r) <= m <= X_(n+1-r)) = 1 - 2 P(B(n, 1/2) < r) for 1-based r: enough for r, not for r + 1."""
+    low, high = median_interval(np.random.default_rng(n).permutation(n) + 1.0)
+    rank = int(low)
+    assert high == n + 1 - rank
+    assert 1 - 2 * binom.cdf(rank - 1, n, 0.5) >= 0.95 > 1 - 2 * binom.cdf(rank, n, 0.5)
+
+
+def test_median_interval_covers_by_simulation():
+    draws = np.random.default_rng(0).exponential(size=(2000, 40))
+    hits = np.mean([low <= math.log(2) <= high for low, high in map(median_interval, draws)])
+    nominal = 1 - 2 * binom.cdf(13, 40, 0.5)
+    assert hits == pytest.approx(nominal, abs=4 * math.sqrt(nominal * (1 - nominal) / 2000))
+
+
+def test_median_interval_of_few_infinite_or_no_values():
+    assert median_interval([3.0]) == (3.0, 3.0)
+    assert median_interval([2.0, 1.0, 3.0]) == (1.0, 3.0)
+    assert median_interval([0.1] * 3 + [math.inf] * 17) == (math.inf, math.inf)
+    with pytest.raises(SpecError, match="at least one value"):
+        median_interval([])
+    with pytest.raises(SpecError, match="got 1 nan"):
+        median_interval([1.0, math.nan, 2.0])
+
+
+def test_paired_bootstrap_is_resampling_of_pairs():
+    """Against the plain form: draw sample numbers with replacement, take both columns, subtract the means."""
+    rng = np.random.default_rng(3)
+    first = rng.random(80) < 0.7
+    second = np.where(rng.random(80) < 0.8, first, rng.random(80) < 0.3)
+    picks = rng.integers(0, 80, size=(20_000, 80))
+    low, high = np.quantile(first[picks].mean(1) - second[picks].mean(1), [0.05, 0.95])
+    found = paired_bootstrap(first, second, confidence=0.9, resamples=20_000)
+    assert found.value == pytest.approx(first.mean() - second.mean(), abs=1e-12)
+    assert found.low == pytest.approx(low, abs=0.0126)  # one step of 1 / 80
+    assert found.high == pytest.approx(high, abs=0.0126)
+    unpaired = np.quantile(first[picks].mean(1) - second[picks[::-1]].mean(1), [0.05, 0.95])
+    assert unpaired[1] - unpaired[0] > 1.2 * (found.high - found.low), "the example must tell pairs from no pairs"
+    assert (found.n, found.confidence) == (80, 0.9)
+
+
+def test_paired_bootstrap_orientation_seed_and_certainty():
+    first, second = [True, True, True, False], [True, False, False, False]
+    one = paired_bootstrap(first, second)
+    back = paired_bootstrap(second, first)
+    assert (one.value, back.value) == (0.5, -0.5)
+    assert one.low >= 0 and back.high <= 0
+    assert one == paired_bootstrap(first, second) != paired_bootstrap(first * 20, second * 20)
+    always = paired_bootstrap([True] * 9, [False] * 9)
+    assert (always.value, always.low, always.high) == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(("first", "second"), [([], []), ([True], [True, False])])
+def test_paired_bootstrap_refuses_sequences_that_do_not_pair(first, second):
+    with pytest.raises(SpecError, match=f"got {len(first)} and {len(second)}"):
+        paired_bootstrap(first, second)
+
+
+@pytest.mark.usefixtures("untouched_rng")
+def test_bootstrap_leaves_the_global_state_alone():
+    paired_bootstrap([True, False], [False, False])

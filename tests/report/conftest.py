@@ -1,0 +1,249 @@
+"""Reports that could have come from an audit: every rate follows from the results per sample."""
+
+import base64
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rempart.core.stats import Rate, wilson
+from rempart.report.schema import (
+    AttackChoice,
+    AttackResult,
+    AttackSpec,
+    AuditSpec,
+    Check,
+    Curve,
+    DataCard,
+    Epoch,
+    Example,
+    ModelCard,
+    NormStats,
+    Report,
+    Samples,
+    TrainSpec,
+    pack,
+)
+
+HOSTILE = "<script>alert('x')</script>"
+LONG = tuple(f"glioma, grade {k // 3 + 1}, with perifocal oedema, variant {k}" for k in range(30))
+TUMOURS = ("glioma", "meningioma", "no tumour", "pituitary")
+
+
+def attack_result(label: str, right: np.ndarray, clean: np.ndarray, **changes: Any) -> AttackResult:
+    broken = wilson(int((clean & ~right).sum()), int(clean.sum())) if clean.any() else None
+    values = {
+        "label": label,
+        "name": label.split(" ")[0],
+        "options": {"steps": 40, "step": None, "restarts": 1, "random_start": True, "loss": "ce", "stop_early": True},
+        "norm": "linf",
+        "accuracy": rate(right),
+        "success": broken,
+        "eight_bit": rate(right | (np.arange(len(right)) % 41 == 0) & clean),
+        "queries": 41 * int(clean.sum()),
+        "gradients": 40 * int(clean.sum()),
+        "seconds": 12.345,
+    }
+    return AttackResult(**{**values, **changes})
+
+
+def rate(flags: np.ndarray) -> Rate:
+    return wilson(int(flags.sum()), len(flags))
+
+
+def png(pixels: np.ndarray) -> str:
+    stream = io.BytesIO()
+    Image.fromarray(np.uint8(np.clip(pixels, 0, 1) * 255)).save(stream, "PNG")
+    return base64.b64encode(stream.getvalue()).decode()
+
+
+def example(index: int, classes: tuple[str, ...], attack: str) -> Example:
+    side = np.linspace(-1, 1, 16)
+    ring = np.exp(-18 * (np.hypot(*np.meshgrid(side, side * (1 + 0.2 * (index % 3)))) - 0.6) ** 2)
+    noise = np.sign(np.random.default_rng(index).normal(size=ring.shape)) * 8 / 255
+    return Example(
+        index=index,
+        attack=attack,
+        label=index % len(classes),
+        predicted=index % len(classes),
+        confidence=0.9912,
+        adversarial=(index + 1) % len(classes),
+        adversarial_confidence=0.8734,
+        distance=8 / 255,
+        amplification=10.0,
+        original_png=png(ring),
+        perturbation_png=png(0.5 + 10 * noise),
+        adversarial_png=png(ring + noise),
+    )
+
+
+def build(
+    *,
+    n: int = 500,
+    classes: tuple[str, ...] = TUMOURS,
+    attacks: bool = True,
+    strength: float = 0.5,
+    seed: int = 0,
+    name: str = "mri-cnn",
+    minimum_found: float = 1.0,
+    **changes: Any,
+) -> Report:
+    """An audit; `strength` is the share of images an attack breaks, `minimum_found` the share deepfool finds."""
+    rng = np.random.default_rng(seed)
+    clean, order = rng.random(n) < 0.95, rng.random(n)
+    if n == 1:
+        clean[:] = True
+    right = {
+        "fgsm": clean & (order > 0.6 * strength),
+        "pgd": clean & (order > strength),
+        "pgd margin": clean & ((order > strength) ^ (rng.random(n) < 0.02)),
+        "deepfool": clean & (order > 0.9 * strength),
+    }
+    right = right if attacks else {}
+    samples = Samples(
+        index=tuple(range(n)),
+        labels=tuple(k % len(classes) for k in range(n)),
+        clean=pack(clean),
+        right={label: pack(row) for label, row in right.items()},
+    )
+    results = [attack_result(label, row, clean) for label, row in right.items()]
+    if attacks:
+        found = round(minimum_found * clean.sum())
+        many = found > clean.sum() / 2
+        norms = NormStats(
+            norm="l2",
+            found=found,
+            n=int(clean.sum()),
+            median=0.4123 if many else None,
+            median_low=0.3871 if many else None,
+            median_high=0.4402 if many else None,
+            mean=0.5012 if found else None,
+            quartiles=(0.21, 0.77) if found else None,
+            rho2=0.0123 if found else None,
+        )
+        options = {"steps": 50, "overshoot": 0.02}
+        results[-1] = attack_result("deepfool", right["deepfool"], clean, norm="l2", options=options, norms=norms)
+    grid = tuple(k / 255 for k in (0, 1, 2, 4, 8, 12, 16))
+    sizes = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6)
+    curves = (
+        Curve(
+            label="pgd, eps sweep", norm="linf", eps=grid, accuracy=tuple(rate(clean & (order > 16 * e)) for e in grid)
+        ),
+        Curve(
+            label="fgsm, eps sweep", norm="linf", eps=grid, accuracy=tuple(rate(clean & (order > 7 * e)) for e in grid)
+        ),
+        Curve(label="deepfool", norm="l2", eps=sizes, accuracy=tuple(rate(clean & (order > e)) for e in sizes)),
+    )
+    values: dict[str, Any] = {
+        "kind": "audit",
+        "complete": True,
+        "spec": AuditSpec(model="runs/mri-cnn", data="brain-mri:test", threat="linf:8/255", suite="quick", limit=n),
+        "created": "2026-11-21T06:11:41+00:00",
+        "seconds": 187.25,
+        "environment": {"python": "3.11.2", "system": "Linux x86_64", "torch": "2.9.0", "rempart": "0.1.0"},
+        "model": ModelCard(
+            source="runs/mri-cnn",
+            name=name,
+            digest="0123456789abcdef",
+            parameters=123_456,
+            shape=(1, 64, 64),
+            classes=classes,
+        ),
+        "data": DataCard(
+            source="brain-mri:test", split="test", digest="fedcba9876543210", n=n, shape=(1, 64, 64), classes=classes
+        ),
+        "notes": ("The images were resized from 512 x 512 to 64 x 64 pixels.",),
+        "preflight": (
+            Check(name="value range", status="passed", message="Pixels lie in the model's box [0, 1]."),
+            Check(
+                name="batch independence",
+                status="repaired",
+                message="Dropout was active in training mode and was switched off for the audit.",
+                evidence={"largest_difference": 0.0312},
+            ),
+            Check(
+                name="gradient masking",
+                status="warned",
+                message="Gradients vanish for 12 of 64 images: attacks that follow gradients may miss weak points.",
+                evidence={"zero_gradients": 12.0, "images": 64.0},
+            ),
+            Check(name="labels", status="skipped", message="The data set has no names of classes to compare."),
+        ),
+        "clean": rate(clean),
+        "attacks": tuple(results),
+        "worst_case": rate(samples.worst_case()) if attacks else None,
+        "curves": curves if attacks else (),
+        "examples": tuple(example(k, classes, "pgd") for k in range(4)) if attacks else (),
+        "samples": samples,
+    }
+    return Report(**{**values, **changes})
+
+
+def build_attack(**changes: Any) -> Report:
+    """The report of one attack."""
+    audit = build()
+    spec = AttackSpec(
+        model="runs/mri-cnn", data="brain-mri:test", threat="linf:8/255", attack=AttackChoice(name="pgd"), out="runs/a"
+    )
+    values = {"kind": "attack", "spec": spec, "attacks": audit.attacks[1:2], "preflight": (), "curves": ()}
+    return audit.model_copy(update={**values, **changes})
+
+
+def build_training(num_epochs: int = 30, **changes: Any) -> Report:
+    """The report of a training run."""
+    audit = build(attacks=False)
+    epochs = tuple(
+        Epoch(
+            epoch=k,
+            loss=2.3 * float(np.exp(-k / 8)) + 0.05,
+            accuracy=1 - 0.8 * float(np.exp(-k / 6)),
+            seconds=3.21,
+            learning_rate=0.1 * (1 - k / 40),
+            robust_accuracy=0.55 * (1 - float(np.exp(-k / 9))) if k % 2 == 0 else None,
+        )
+        for k in range(1, num_epochs + 1)
+    )
+    spec = TrainSpec(data="brain-mri", model="mri-cnn", recipe="trades", options={"epochs": 30}, out="runs/mri-cnn")
+    values = {"kind": "train", "spec": spec, "preflight": (), "clean": None, "samples": None, "epochs": epochs}
+    return audit.model_copy(update={**values, **changes})
+
+
+CASES: dict[str, Callable[[], Report]] = {
+    "full": build,
+    "partial": lambda: build(complete=False, not_run=("cw", "ead")),
+    "no attacks": lambda: build(attacks=False, complete=False, not_run=("fgsm", "pgd")),
+    "two classes": lambda: build(classes=("benign", "malignant")),
+    "thirty classes": lambda: build(classes=LONG, name="a-rather-long-name-of-a-model-with-many-parts-" * 2),
+    "one image": lambda: build(n=1),
+    "nothing found": lambda: build(minimum_found=0.2),
+    "hostile": lambda: build(
+        classes=(HOSTILE, '"><img src=x>', "$\\frac{$", "日本\x00"), name=HOSTILE, notes=(HOSTILE,)
+    ),
+    "attack": build_attack,
+    "training": build_training,
+    "one epoch": lambda: build_training(1),
+}
+
+
+@pytest.fixture
+def make_report() -> Callable[..., Report]:
+    return build
+
+
+@pytest.fixture
+def make_training() -> Callable[..., Report]:
+    return build_training
+
+
+@pytest.fixture
+def make_attack() -> Callable[..., Report]:
+    return build_attack
+
+
+@pytest.fixture(params=list(CASES))
+def any_report(request: pytest.FixtureRequest) -> Report:
+    """Each kind of report in turn."""
+    return CASES[request.param]()
