@@ -5,8 +5,10 @@ in the box [0, 1] and draws nothing from the global random state. The affine toy
 `probabilities`, `constant`) have a known smallest perturbation: `radius`.
 """
 
+import copy
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -165,13 +167,46 @@ def dropout(shape: Sequence[int] = (1, 4, 4), classes: int = 3, seed: int = 0) -
 
 def raising(model: Classifier, on_call: int) -> Classifier:
     """The same net, which raises RuntimeError("planted") on the given forward call; the first call is number 1."""
-    net = _Raising(model.net, on_call)
-    return Classifier(
-        net,
-        shape=model.shape,
-        num_classes=model.num_classes,
-        output=model.output,  # pyright: ignore[reportArgumentType]  (torch reads attributes as `str`)
-    ).train(model.training)
+    return _around(model, _Raising(model.net, on_call))
+
+
+def equidistant(model: Classifier, norm: Norm, n: int = 6, seed: int = 0) -> tuple[Tensor, Tensor, float]:
+    """n images in the dtype of an affine toy, their classes, and their common radius in `norm`.
+
+    All K logits tie at some point m (the one nearest to mid-grey is taken; K - 1 <= D), so that moving an image towards
+    m scales its gaps and its radius by the same factor and leaves its class alone.
+    """
+    weight, bias = affine(model)
+    slopes, offsets = weight[1:] - weight[0], bias[1:] - bias[0]
+    middle = torch.full((weight.shape[1],), 0.5).double()
+    tie = (middle - torch.linalg.pinv(slopes) @ (slopes @ middle + offsets)).view(model.shape)
+    x = images(model.shape, 4 * n, seed).to(weight.dtype)
+    y = (x.flatten(1) @ weight.T + bias).argmax(1)
+    far = radius(model, x, y, norm).argsort(descending=True)[:n]
+    x, y = x[far], y[far]
+    size = radius(model, x, y, norm)
+    x = (tie + (x - tie) * (size[-1] / size).view(-1, *(1,) * (x.ndim - 1))).to(next(model.parameters()).dtype)
+    return x, y, float(radius(model, x, y, norm).mean())
+
+
+def rescaled(model: Classifier, factor: float = 1.0, shift: float = 0.0) -> Classifier:
+    """An affine toy with the logits factor * z + shift: the same decisions and radii, rounding apart."""
+    model = copy.deepcopy(model)
+    layer = next(module for module in model.modules() if isinstance(module, nn.Linear))
+    with torch.no_grad():
+        layer.weight.mul_(factor)
+        layer.bias.mul_(factor).add_(shift)
+    return model
+
+
+def opaque(model: Classifier) -> Classifier:
+    """The same function with the same net, which cannot be traced, so that attacks search on it and on no copy."""
+    return _around(model, _Opaque(model.net))
+
+
+def samplewise(model: Classifier) -> Classifier:
+    """The same function, images one by one: same bits of logits and gradients whatever the batch. Opaque too."""
+    return _around(model, _Samplewise(model.net))
 
 
 class _SpaceMean(nn.Module):
@@ -189,6 +224,26 @@ class _Raising(nn.Module):
         if self.calls == self.on_call:
             raise RuntimeError("planted")
         return self.net(x)
+
+
+class _Opaque(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert bool(x.isfinite().all())  # a decision on values, which torch.fx cannot follow
+        return self.net(x)
+
+
+class _Samplewise(_Opaque):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.net(one) for one in x.split(1)]) if bool(x.isfinite().all()) else x
+
+
+def _around(model: Classifier, net: nn.Module) -> Classifier:
+    output: Any = model.output  # torch reads attributes as `str`
+    return Classifier(net, shape=model.shape, num_classes=model.num_classes, output=output).train(model.training)
 
 
 def _affine(shape: Sequence[int], outputs: int, seed: int) -> nn.Sequential:

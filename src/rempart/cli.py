@@ -196,11 +196,9 @@ def main() -> NoReturn:
     """Run the command line; a wrong request exits with 2, a failed run with 3, an interrupted one with 130."""
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
-        app(standalone_mode=False)
+        status = app(standalone_mode=False)
     except RempartError as error:
         _fail(str(error), error.exit_code)
-    except typer.Exit as end:
-        sys.exit(end.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
     except Exception as error:
@@ -210,7 +208,7 @@ def main() -> NoReturn:
             error.show()
             sys.exit(error.exit_code)
         raise
-    sys.exit(0)
+    sys.exit(status or 0)
 
 
 def _run(spec: Any) -> None:

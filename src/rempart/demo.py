@@ -9,7 +9,7 @@ from rempart.report import store, text
 from rempart.report.schema import AuditSpec, Report, TrainSpec
 from rempart.tasks import run
 
-_DATA, _THREAT = "digits", "linf:0.1"
+_DATA, _MODEL, _THREAT = "digits", "lenet", "linf:0.1"
 
 
 def demo(out: Path, notify: Notify = silent, *, say: Callable[[str], None]) -> Path:
@@ -18,8 +18,9 @@ def demo(out: Path, notify: Notify = silent, *, say: Callable[[str], None]) -> P
     for name, recipe in (("plain", "plain"), ("pgd-at", "pgd-at")):
         say(f"\n{name}: train on {_DATA} with recipe {recipe}, then audit at {_THREAT}")
         folder = out / name
-        run(TrainSpec(data=_DATA, model="convnet", recipe=recipe, out=str(folder)), notify)
-        spec = AuditSpec(model=str(folder), data=_DATA, threat=_THREAT, suite="classic", out=str(out / f"audit-{name}"))
+        run(TrainSpec(data=_DATA, model=_MODEL, recipe=recipe, out=str(folder)), notify)
+        audit = str(out / f"audit-{name}")
+        spec = AuditSpec(model=str(folder), data=_DATA, threat=_THREAT, suite="classic", batch_size=256, out=audit)
         named[name] = run(spec, notify)
         say(text.table(named[name]))
     result = comparing.compare(named)

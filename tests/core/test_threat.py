@@ -232,6 +232,7 @@ def test_starts_are_uniform_in_the_ball():
             part = (d[:, i].abs() / r) ** (2 if norm == "l2" else 1)
             assert kstest(part.numpy(), law.cdf).pvalue > 1e-4
             assert abs(float(d[:, i].sign().mean())) < 4 / math.sqrt(n)
+            assert abs(float((d[:, i] / r).mean())) < 4 / math.sqrt(n * dims), "the sign does not go with the size"
         assert np.abs(np.corrcoef(d.sign().T.numpy()) - np.eye(dims)).max() < 5 / math.sqrt(n)
     d = (Threat(norm="linf", eps=eps).start(x, Draws(5, torch.arange(n))) - x).flatten()
     assert kstest(d.numpy(), "uniform", (-eps, 2 * eps)).pvalue > 1e-3
@@ -256,14 +257,17 @@ def test_starts_hold_where_the_box_is_active(norm, low, high):
 
 @pytest.mark.parametrize(("low", "high"), BOXES)
 @pytest.mark.parametrize("norm", NORMS)
-def test_holds_accepts_rounding_and_refuses_an_excess(norm, low, high):
-    span, dims = high - low, 12
+@pytest.mark.parametrize("dims", [12, 50_000])
+def test_holds_accepts_rounding_and_refuses_an_excess(norm, low, high, dims):
+    span = high - low
     x = torch.full((1, 1, dims), low + span / 2)
     eps = span / 16
     threat = Threat(norm=norm, eps=eps, low=low, high=high)
-    direction = torch.full_like(x, {"linf": 1, "l2": dims**-0.5, "l1": 1 / dims}[norm])
+    direction = torch.full_like(x, {"linf": 1, "l2": dims**-0.5, "l1": 0}[norm])
+    if norm == "l1":
+        direction[..., 0] = 1
     assert bool(threat.holds(x, x)) and bool(threat.holds(x, x + eps * direction))
-    assert not threat.holds(x, x + eps * direction * 1.001)
+    assert not threat.holds(x, x + eps * direction * 1.01)
     edge = torch.full_like(x, high)
     wide = Threat(norm=norm, low=low, high=high)
     assert bool(wide.holds(x, edge)) and not wide.holds(x, edge + span * 1e-4)

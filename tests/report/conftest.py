@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from rempart.core.stats import Rate, wilson
+from rempart.report.html import page
 from rempart.report.schema import (
     AttackChoice,
     AttackResult,
@@ -35,7 +37,7 @@ TUMOURS = ("glioma", "meningioma", "no tumour", "pituitary")
 
 def attack_result(label: str, right: np.ndarray, clean: np.ndarray, **changes: Any) -> AttackResult:
     broken = wilson(int((clean & ~right).sum()), int(clean.sum())) if clean.any() else None
-    values = {
+    values: dict[str, Any] = {
         "label": label,
         "name": label.split(" ")[0],
         "options": {"steps": 40, "step": None, "restarts": 1, "random_start": True, "loss": "ce", "stop_early": True},
@@ -188,7 +190,13 @@ def build_attack(**changes: Any) -> Report:
     spec = AttackSpec(
         model="runs/mri-cnn", data="brain-mri:test", threat="linf:8/255", attack=AttackChoice(name="pgd"), out="runs/a"
     )
-    values = {"kind": "attack", "spec": spec, "attacks": audit.attacks[1:2], "preflight": (), "curves": ()}
+    values: dict[str, Any] = {
+        "kind": "attack",
+        "spec": spec,
+        "attacks": audit.attacks[1:2],
+        "preflight": (),
+        "curves": (),
+    }
     return audit.model_copy(update={**values, **changes})
 
 
@@ -207,7 +215,14 @@ def build_training(num_epochs: int = 30, **changes: Any) -> Report:
         for k in range(1, num_epochs + 1)
     )
     spec = TrainSpec(data="brain-mri", model="mri-cnn", recipe="trades", options={"epochs": 30}, out="runs/mri-cnn")
-    values = {"kind": "train", "spec": spec, "preflight": (), "clean": None, "samples": None, "epochs": epochs}
+    values: dict[str, Any] = {
+        "kind": "train",
+        "spec": spec,
+        "preflight": (),
+        "clean": None,
+        "samples": None,
+        "epochs": epochs,
+    }
     return audit.model_copy(update={**values, **changes})
 
 
@@ -228,6 +243,16 @@ CASES: dict[str, Callable[[], Report]] = {
 }
 
 
+@cache
+def report_of(case: str) -> Report:
+    return CASES[case]()
+
+
+@cache
+def page_of(case: str) -> str:
+    return page(report_of(case))
+
+
 @pytest.fixture
 def make_report() -> Callable[..., Report]:
     return build
@@ -244,6 +269,17 @@ def make_attack() -> Callable[..., Report]:
 
 
 @pytest.fixture(params=list(CASES))
-def any_report(request: pytest.FixtureRequest) -> Report:
+def case(request: pytest.FixtureRequest) -> str:
     """Each kind of report in turn."""
-    return CASES[request.param]()
+    return str(request.param)
+
+
+@pytest.fixture
+def any_report(case: str) -> Report:
+    return report_of(case)
+
+
+@pytest.fixture
+def any_page(case: str) -> str:
+    """The page of `any_report`, made once."""
+    return page_of(case)

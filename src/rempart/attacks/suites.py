@@ -20,7 +20,7 @@ SUITES: dict[str, Suite] = {
         ("pgd", {"steps": 40, "restarts": 2}),
         ("pgd", {"steps": 40, "loss": "margin", "restarts": 2}),
         ("deepfool", {}),
-        ("cw", {"steps": 100, "search_steps": 6, "initial_const": 0.1}),
-        ("ead", {"steps": 100, "search_steps": 6, "initial_const": 0.1}),
+        ("cw", {"steps": 100, "search_steps": 5, "initial_const": 0.1, "learning_rate": 0.1}),
+        ("ead", {"steps": 100, "search_steps": 5, "initial_const": 0.1}),
     ),
 }

@@ -103,7 +103,7 @@ def audit(model: Classifier, data: Data, spec: AuditSpec, *, card: ModelCard, no
             curves.append(sweep(model, data, threat, batch_size=spec.batch_size, seed=spec.seed, notify=notify))
         complete = True
     except (KeyboardInterrupt, Cancelled):
-        notify(Event(stage="interrupted", done=len(outcomes), total=len(planned), note="what was finished is kept"))
+        pass  # the report says what is missing
     samples = None
     if correct is not None:
         rows = {label: pack(outcome.right) for label, outcome in outcomes.items()}

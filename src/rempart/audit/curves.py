@@ -33,7 +33,7 @@ def from_distances(label: str, outcome: Outcome, threat: Threat) -> Curve:
 def sweep(
     model: Classifier, data: Data, threat: Threat, *, batch_size: int = 64, seed: int = 0, notify: Notify = silent
 ) -> Curve:
-    """Attack with pgd (20 steps) at growing budgets, on up to 200 samples.
+    """Attack with pgd (20 steps on each of two losses) at growing budgets, on up to 200 samples.
 
     A sample broken at one budget stays broken at the larger ones, where its image is feasible too; only the others are
     attacked again.
@@ -44,19 +44,21 @@ def sweep(
     standing = torch.ones(len(data), dtype=torch.bool)
     counts = [0]
     for eps in grid:
-        at = standing.nonzero()[:, 0]
-        if len(at):
+        for loss in ("ce", "margin"):
+            at = standing.nonzero()[:, 0]
+            if len(at) == 0:
+                break
             outcome = attack_data(
                 model,
                 data.take(at),
                 replace(threat, eps=eps),
                 "pgd",
-                {"steps": 20, "early_stop": True},
+                {"steps": 20, "loss": loss, "early_stop": True},
                 batch_size=batch_size,
                 seed=seed,
                 notify=notify,
             )
-            if eps == grid[0]:
+            if len(at) == len(data):
                 counts[0] = int(outcome.correct.sum())
             standing[at] = outcome.right
         counts.append(int(standing.sum()))

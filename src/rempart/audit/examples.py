@@ -56,7 +56,7 @@ def _example(model: Classifier, data: Data, outcome: Outcome, label: str, at: in
 
 
 def _png(image: Tensor) -> str:
-    """An image (c, h, w), or the middle slice of a volume (c, d, h, w), as base64 PNG; grey unless it has 3 channels."""
+    """An image (c, h, w) or the middle slice of a volume, as base64 PNG; in colour if it has 3 channels."""
     while image.ndim > 3:
         image = image[:, image.shape[1] // 2]
     if image.ndim == 2:

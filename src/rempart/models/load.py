@@ -23,7 +23,7 @@ from torch.export import ExportedProgram
 from rempart.core.errors import ModelError, SpecError
 from rempart.core.model import Classifier
 from rempart.core.repro import digest_state
-from rempart.models.save import CONFIG, WEIGHTS, Config
+from rempart.models.save import CONFIG, WEIGHTS, Config, differing
 from rempart.models.zoo import build
 from rempart.report.schema import ModelCard
 
@@ -124,14 +124,8 @@ def _fill(model: Classifier, path: Path) -> None:
         state = from_bytes(path.read_bytes())
     except SafetensorError as error:
         raise ModelError("a safetensors file", got=f"{path}, which is damaged ({error})") from None
-    expected = model.state_dict()
-    wrong = [key for key in expected if key not in state or state[key].shape != expected[key].shape]
-    wrong += [key for key in state if key not in expected]
-    if wrong:
-        raise ModelError(
-            f"the weights of the architecture in {CONFIG}",
-            got=f"{path} with other {', '.join(wrong[:4])}{' and more' if len(wrong) > 4 else ''}",
-        )
+    if wrong := differing(model.state_dict(), state):
+        raise ModelError(f"the weights of the architecture in {CONFIG}", got=f"{path} with another {wrong}")
     broken = [key for key, value in state.items() if not bool(value.isfinite().all())]
     if broken:
         raise ModelError("finite weights", got=f"NaN or infinity in {', '.join(broken[:4])} of {path}")

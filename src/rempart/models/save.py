@@ -9,8 +9,11 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import save as to_bytes
+from torch import Tensor
 
+from rempart.core.errors import ModelError
 from rempart.core.model import Classifier, Output
+from rempart.models.zoo import build
 
 CONFIG, WEIGHTS = "config.json", "weights.safetensors"
 
@@ -57,11 +60,14 @@ def save(
     Each file is written under a temporary name and then renamed; other files in the directory stay.
 
     Args:
-        model: The classifier, on any device.
+        model: The classifier, on any device and in any memory format.
         directory: Made where it does not exist.
         name: Architecture that `model` was built from.
         options: Options it was built with.
         training: How the weights came about; must fit into JSON.
+
+    Raises:
+        ModelError: If `name` and `options` would build another network.
     """
     config = Config(
         architecture=name,
@@ -74,14 +80,22 @@ def save(
         temperature=model.temperature,
         training=dict(training or {}),
     )
-    weights = {
-        key: value.detach().cpu().contiguous(memory_format=torch.contiguous_format)
-        for key, value in model.state_dict().items()
-    }
+    weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    with torch.device("meta"):
+        twin = build(name, shape=config.shape, num_classes=len(config.class_names), options=config.options)
+    if wrong := differing(twin.state_dict(), weights):
+        raise ModelError(f"a model built as {name} with options {config.options}", got=f"another {wrong}")
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / WEIGHTS, to_bytes(weights))
     _write(folder / CONFIG, (config.model_dump_json(indent=2) + "\n").encode())
+
+
+def differing(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """Names of the first tensors that are missing, left over or of another shape; empty where all fit."""
+    names = [key for key in expected if key not in state or state[key].shape != expected[key].shape]
+    names += [key for key in state if key not in expected]
+    return ", ".join(names[:4]) + (" and more" if len(names) > 4 else "")
 
 
 def _write(path: Path, content: bytes) -> None:

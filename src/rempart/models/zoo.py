@@ -184,10 +184,10 @@ def resnet18(*, shape: Shape, num_classes: int, width: Width = 64) -> nn.Module:
 
 @models.register("mri-cnn", None)
 def mri_cnn(*, shape: Shape, num_classes: int, width: Width = 16) -> nn.Module:
-    """Five convolutions with batch norm for grey medical images around 128x128, quick on a CPU.
+    """Four convolutions with batch norm for grey medical images around 128x128, quick on a CPU.
 
     The first convolution strides, every stage halves the grid, and the last grid is averaged: 98 thousand weights
-    and 21 million multiplications for an image of 128x128.
+    and 16 million multiplications for an image of 128x128.
     """
     _sides(shape, 16)
     return nn.Sequential(

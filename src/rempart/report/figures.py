@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from html import escape
 from io import StringIO
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -152,7 +153,7 @@ def _curves(shown: Sequence[tuple[str, Curve]], report: Report, key: str) -> str
         wide = bool(positive) and positive[-1] > 40 * positive[0]
         if wide:  # a sweep over magnitudes would crowd its small budgets
             axes.set_xscale("symlog", linthresh=positive[0])
-            axes.xaxis.set_major_locator(FixedLocator([0, *positive[:: -(-len(positive) // 5)]]))
+            axes.xaxis.set_major_locator(FixedLocator([0, *positive[:: -ceil(len(positive) / 5)]]))
             axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter("{x:.3g}")
         axes.set_xlabel(f"{norm} budget eps in pixel units")

@@ -1,5 +1,6 @@
 """Reports on disk: report.json, and the page made from it."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def read(path: str | Path) -> Report:
     if version != SCHEMA_VERSION:
         raise DataError(
             f"a report of schema version {SCHEMA_VERSION}",
-            got=f"{file} with {'none' if version is None else version!r}",
+            got=f"{file} with {json.dumps(version)}",
             hint="read it with the version of rempart that wrote it, or run its spec again",
         )
     try:

@@ -107,7 +107,7 @@ def limits(report: Report) -> Iterator[str]:
         "No attack was fitted to a defence. Where the model has one (cleaning of the input, randomness, a detector), "
         "an attack that knows it has to be run."
     )
-    yield "No certificate was computed: there is an upper bound on the accuracy under attack, and no lower one."
+    yield "No certificate was computed: nothing here bounds the accuracy under attack from below."
     if report.attacks and all(attack.eight_bit is None for attack in report.attacks):
         yield "Adversarial images were judged with exact pixels; rounded to an 8-bit file, some may fail."
     if report.clean is not None:

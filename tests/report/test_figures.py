@@ -1,0 +1,114 @@
+import re
+from collections.abc import Callable
+from itertools import combinations
+from xml.etree import ElementTree
+
+import matplotlib as mpl
+import pytest
+
+from rempart.report import figures
+from rempart.report.schema import Report
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def drawn(report: Report) -> dict[str, str]:
+    """Every figure that belongs to a report."""
+    found = {}
+    if report.clean is not None:
+        found["accuracy"] = figures.accuracy(report)
+    for norm in {curve.norm for curve in report.curves}:
+        found[f"curves-{norm}"] = figures.curves(report, norm)
+    if report.epochs:
+        found["training"] = figures.training(report)
+    return found
+
+
+def texts(svg: str) -> list[str]:
+    return ["".join(node.itertext()).strip() for node in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+
+
+@pytest.mark.parametrize("case", ["hostile", "one image", "training", "one epoch"], indirect=True)
+def test_every_figure_is_xml_and_the_same_bytes_twice_whatever_the_users_settings(any_report: Report):
+    first = drawn(any_report)
+    with mpl.rc_context({"font.size": 30, "axes.facecolor": "red", "svg.hashsalt": None, "svg.fonttype": "path"}):
+        before = dict(mpl.rcParams)
+        assert drawn(any_report) == first
+        assert dict(mpl.rcParams) == before
+    for svg in first.values():
+        assert ElementTree.fromstring(svg).tag == f"{SVG}svg"
+
+
+def test_ids_of_figures_on_one_page_differ_and_every_reference_is_met(make_report: Callable[..., Report]):
+    ids = {}
+    for key, svg in drawn(make_report()).items():
+        ids[key] = re.findall(r' id="([^"]+)"', svg)
+        assert len(set(ids[key])) == len(ids[key])
+        assert all(name.startswith(f"{key}-") for name in ids[key])
+        assert {a or b for a, b in re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', svg)} == set(ids[key])
+        assert ids[key]
+    for one, other in combinations(ids.values(), 2):
+        assert not set(one) & set(other)
+
+
+def test_ink_follows_the_page_and_nothing_lies_behind_it(make_report: Callable[..., Report]):
+    for svg in drawn(make_report()).values():
+        assert "currentColor" in svg
+        assert figures.INK not in svg
+        assert "<style" not in svg
+        assert "metadata" not in svg
+        assert not re.search(r"fill: #(ffffff|000000)", svg)
+
+
+def test_bars_carry_each_label_and_rate_in_the_order_of_the_report(make_report: Callable[..., Report]):
+    report = make_report()
+    rates = [report.clean, *(a.accuracy for a in report.attacks), report.worst_case]
+    found = texts(figures.accuracy(report))
+    assert [t for t in found if "." in t] == [f"{r.value:.1%}" for r in rates if r]
+    labels = ["clean", *(a.label for a in report.attacks), "worst case"]
+    assert [t for t in found if t in labels] == labels
+
+
+def test_bars_and_whiskers_are_as_long_as_the_rates(make_report: Callable[..., Report]):
+    """Read the lengths back from the paths: x is affine in the share, fixed by the ticks at 0% and 100%."""
+    report = make_report()
+    rates = [report.clean, *(a.accuracy for a in report.attacks), report.worst_case]
+    root = ElementTree.fromstring(figures.accuracy(report))
+    ticks = {"".join(node.itertext()): float(node.get("x", "nan")) for node in root.iter(f"{SVG}text")}
+    zero, one = ticks["0%"], ticks["100%"]
+    paths = [re.findall(r"-?[\d.]+", path.get("d", "")) for path in root.iter(f"{SVG}path")]
+    spans = [(min(xs), max(xs)) for p in paths if len(xs := [float(v) for v in p[::2]]) > 1]
+    shares = [((low - zero) / (one - zero), (high - zero) / (one - zero)) for low, high in spans]
+    for rate in rates:
+        assert rate is not None
+        assert any(s == pytest.approx((0, rate.value), abs=1e-3) for s in shares)
+        assert any(s == pytest.approx((rate.low, rate.high), abs=1e-3) for s in shares)
+
+
+def test_the_second_axis_is_there_only_where_it_means_something(make_report: Callable[..., Report]):
+    report = make_report()
+    assert "levels of 255" in texts(figures.curves(report, "linf"))
+    assert "levels of 255" not in texts(figures.curves(report, "l2"))
+    boxed = report.model_copy(update={"model": report.model.model_copy(update={"low": -1.0})})
+    assert "levels of 255" not in texts(figures.curves(boxed, "linf"))
+
+
+def test_a_sweep_over_magnitudes_keeps_its_small_budgets_apart(make_report: Callable[..., Report]):
+    report = make_report()
+    curve = report.curves[0]
+    wide = curve.model_copy(update={"eps": (0.0, 0.001, 0.002, 0.004, 0.1, 0.5, 1.0)})
+    found = texts(figures.curves(report.model_copy(update={"curves": (wide,)}), "linf"))
+    assert {"0", "0.002", "0.1", "1"} <= set(found)
+
+
+def test_a_training_of_one_epoch_still_shows_its_points(make_training: Callable[..., Report]):
+    root = ElementTree.fromstring(figures.training(make_training(1)))
+    assert sum(1 for _ in root.iter(f"{SVG}use")) >= 2 + 2  # loss and accuracy, beside ticks and legend
+
+
+def test_hostile_names_stay_text(make_report: Callable[..., Report]):
+    clean = make_report().clean
+    assert clean is not None
+    rates = {"clean": clean}
+    svg = figures.grouped(["clean"], {"<b>$\\frac{$</b>\x00\x1b": rates, "日本": rates})
+    assert {"<b>$\\frac{$</b>??", "日本"} <= set(texts(svg))

@@ -1,0 +1,144 @@
+import re
+from collections.abc import Callable
+
+import pytest
+
+from rempart.core.threat import Threat
+from rempart.report.compare import compare
+from rempart.report.schema import Check, Report
+from rempart.report.text import WIDTH, amount, compare_table, limits, stamp, table, verdict
+
+
+def columns(text: str) -> list[dict[str, str]]:
+    """The grid of a table, cut at the rule under its header."""
+    lines = text.splitlines()
+    at = next(i for i, line in enumerate(lines) if re.fullmatch(r"-+(  -+)+", line))
+    spans = [match.span() for match in re.finditer(r"-+", lines[at])]
+    header = [lines[at - 1][a:b].strip() for a, b in spans]
+    rows = [line for line in lines[at + 1 :] if line]
+    for line in rows:  # nothing stands between the columns
+        assert all(not line[b : b + 2].strip() for _, b in spans)
+    return [dict(zip(header, (line[a:b].strip() for a, b in spans), strict=True)) for line in rows]
+
+
+def test_tables_are_narrow_printable_and_say_the_verdict(any_report: Report):
+    text = table(any_report)
+    assert max(map(len, text.splitlines())) <= WIDTH
+    assert all(c.isprintable() or c == "\n" for c in text)
+    words = " ".join(text.split())
+    assert stamp(any_report) in words
+    assert verdict(any_report) in words
+
+
+def test_columns_hold_the_figures_of_the_report(make_report: Callable[..., Report]):
+    report = make_report()
+    rows = {row["attack"]: row for row in columns(table(report))}
+    assert list(rows) == ["clean", *(a.label for a in report.attacks), "worst case"]
+    for attack in report.attacks:
+        assert attack.success is not None
+        assert attack.eight_bit is not None
+        row, rate = rows[attack.label], attack.accuracy
+        assert row["accuracy"] == f"{rate.k / rate.n:.1%}"
+        assert row["95% interval"] == f"[{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
+        assert row["broken"] == f"{attack.success.k / attack.success.n:.1%}"
+        assert row["8-bit"] == f"{attack.eight_bit.k / attack.eight_bit.n:.1%}"
+        assert row["queries"] == f"{attack.queries:,}"
+    assert rows["deepfool"]["median"] == "0.412"
+    assert columns(table(make_report(minimum_found=0.1)))[4]["median"] == "inf"
+
+
+def test_long_labels_are_cut_and_keep_the_width(make_report: Callable[..., Report]):
+    report = make_report()
+    long = report.attacks[0].model_copy(update={"label": "a" * 150})
+    text = table(report.model_copy(update={"attacks": (long, *report.attacks[1:])}))
+    assert max(map(len, text.splitlines())) <= WIDTH
+    assert columns(text)[1]["attack"].endswith("a…")
+
+
+def test_a_terminal_is_not_moved_by_a_name(make_report: Callable[..., Report]):
+    text = table(make_report(name="\x1b[2J\x07evil", notes=("line\r\x1b]0;title",)))
+    assert "\x1b" not in text
+    assert "\r" not in text
+    assert "?[2J?evil" in text
+
+
+def test_epochs_are_the_last_ones(make_training: Callable[..., Report]):
+    report = make_training(40)
+    rows = columns(table(report))
+    assert [int(row["epoch"]) for row in rows] == list(range(29, 41))
+    assert rows[-1]["accuracy"] == f"{report.epochs[-1].accuracy:.1%}"
+
+
+def test_compare_table_holds_shares_and_differences(make_report: Callable[..., Report]):
+    reports = {"plain": make_report(seed=1), "b" * 120: make_report(seed=2, strength=0.2)}
+    comparison = compare(reports)
+    text = compare_table(comparison)
+    assert max(map(len, text.splitlines())) <= WIDTH
+    rows = [line.split() for line in text.splitlines() if line.startswith("clean")]
+    gap = comparison.contrast("b" * 120, "clean")
+    assert gap is not None
+    assert f"{100 * gap.value:+.1f}" in rows[1]
+    assert len([line for line in text.splitlines() if "%" in line and "[" in line]) == 2 * len(comparison.measures)
+
+
+VERDICTS = {
+    "full": (
+        {},
+        "At linf 8/255 (0.0314), the attacks run here left 45.8% [41.5, 50.2] of 500 images rightly classified. "
+        "This is an upper bound: a stronger attack can only lower it.",
+    ),
+    "partial": ({"complete": False, "not_run": ("cw",)}, "the attacks finished so far left 45.8%"),
+    "no attack": ({"attacks": False, "complete": False}, "No attack was finished. Without an attack, 93.8%"),
+    "one": ({"n": 1}, "left 0.0% [0.0, 79.3] of 1 image rightly"),
+    "failed": (
+        {
+            "attacks": False,
+            "complete": False,
+            "preflight": (Check(name="range", status="failed", message="Pixels reach 255."),),
+        },
+        "The audit stopped before any attack: Pixels reach 255.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", VERDICTS)
+def test_the_verdict_in_golden_words(make_report: Callable[..., Report], case: str):
+    changes, words = VERDICTS[case]
+    assert words in verdict(make_report(**changes))
+
+
+def test_verdicts_of_attacks_and_trainings(make_attack: Callable[..., Report], make_training: Callable[..., Report]):
+    report = make_attack()
+    spec = report.spec.model_copy(update={"target": "nearest"})
+    assert verdict(report).startswith("pgd at linf 8/255 (0.0314) broke 49.5% [45.0, 54.0] of the 469 images")
+    assert "moved to the target" in verdict(report.model_copy(update={"spec": spec}))
+    assert verdict(make_training(1)).startswith("After 1 epoch, the accuracy is 32.3%.")
+    assert verdict(make_training(0)) == "No epoch was finished."
+
+
+@pytest.mark.parametrize(
+    ("threat", "words"),
+    [
+        (Threat(norm="linf", eps=8 / 255), "8/255 (0.0314)"),
+        (Threat(norm="linf", eps=0.1), "0.1"),
+        (Threat(norm="linf", eps=0), "0"),
+        (Threat(norm="linf", eps=8 / 255, low=-1), "0.0314 in the box [-1, 1]"),
+        (Threat(norm="l2", eps=0.5), "0.5"),
+        (Threat(norm="l2"), "any size"),
+    ],
+)
+def test_a_budget_is_told_in_its_units(threat: Threat, words: str):
+    assert amount(threat) == words
+
+
+def test_limits_name_what_this_report_left_out(make_report: Callable[..., Report]):
+    report = make_report(complete=False, not_run=("cw",))
+    told = " ".join(limits(report))
+    assert "not run: cw" in told
+    assert "50 steps and 1 restart;" in told
+    assert "followed gradients" in told
+    assert "8-bit" not in told
+    blind = report.attacks[0].model_copy(update={"gradients": 0, "eight_bit": None})
+    told = " ".join(limits(report.model_copy(update={"attacks": (blind,)})))
+    assert "followed gradients" not in told
+    assert "8-bit" in told

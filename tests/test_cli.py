@@ -1,0 +1,206 @@
+"""The command line as a user meets it: exit statuses, messages, files, interruption and replay."""
+
+import json
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rempart import cli
+from rempart.report import store
+from rempart.report.schema import Report
+
+
+def rempart(*arguments: str | Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """Run the command line in this process."""
+    handler = signal.getsignal(signal.SIGTERM)
+    before, sys.argv = sys.argv, ["rempart", *map(str, arguments)]
+    try:
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+    finally:
+        sys.argv = before
+        signal.signal(signal.SIGTERM, handler)
+    out, err = capsys.readouterr()
+    return int(end.value.code or 0), out, err
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small network trained on the embedded digits through the command line."""
+    out = tmp_path_factory.mktemp("runs") / "mlp"
+    command = ["train", "--data", "digits", "--model", "mlp", "-o", "epochs=3", "--out", str(out)]
+    subprocess.run([sys.executable, "-m", "rempart", *command], check=True, capture_output=True)
+    return out
+
+
+def test_train_writes_a_model_and_a_report_that_agree(trained: Path) -> None:
+    report = store.read(trained)
+    assert report.kind == "train" and len(report.epochs) == 3 and report.clean is not None
+    assert report.clean.value == pytest.approx(report.epochs[-1].accuracy, abs=1e-9)
+    assert report.clean.value > 0.85
+    assert {path.name for path in trained.iterdir()} >= {"config.json", "weights.safetensors", "report.html"}
+
+
+def test_audit_writes_report_page_and_samples(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["audit", trained, "--data", "digits:test[:80]", "--threat", "linf:0.1", "--out", tmp_path]
+    attacks = ["--attack", "fgsm", "--attack", "bim:steps=5", "--attack", "pgd", "--no-sweep"]
+    status, out, _ = rempart(*arguments, *attacks, capsys=capsys)
+    assert status == 0
+    report = store.read(tmp_path)
+    accuracy = {result.label: result.accuracy.k for result in report.attacks}
+    assert accuracy["fgsm"] >= accuracy["bim"] >= accuracy["pgd"], "stronger attacks leave less"
+    assert report.attacks[1].options["steps"] == 5
+    assert "upper bound" in out and str(tmp_path / "report.html") in out
+    with np.load(tmp_path / "samples.npz", allow_pickle=False) as table:
+        assert table["index"].tolist() == list(report.samples.index) if report.samples else False
+        assert int((table["pgd/correct"] & ~table["pgd/success"]).sum()) == accuracy["pgd"]
+    gate = {0.0: 0, 0.99: 1}
+    for least, expected in gate.items():
+        assert rempart("gate", tmp_path, "--min-robust", str(least), capsys=capsys)[0] == expected
+
+
+def test_replay_gives_the_same_figures(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    arguments = ["--data", "digits:test[:40]", "--threat", "l2:0.5", "--attack", "pgd", "--out", out]
+    assert rempart("audit", trained, *arguments, "--no-sweep", capsys=capsys)[0] == 0
+    first = store.read(out)
+    assert rempart("run", out / "report.json", capsys=capsys)[0] == 0
+    again = store.read(out)
+    assert again.created >= first.created and again.samples == first.samples and again.worst_case == first.worst_case
+
+
+def test_attack_keeps_the_images_it_was_judged_on(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "adversarial.npz"
+    arguments = ["--data", "digits:test[:30]", "--attack", "pgd", "--threat", "linf:0.2", "--target", "7"]
+    assert rempart("attack", trained, *arguments, "--out", file, capsys=capsys)[0] == 0
+    from rempart.core.data import open_data
+    from rempart.models.load import load
+
+    model, data = load(str(trained)), open_data("digits:test[:30]")
+    with np.load(file, allow_pickle=False) as arrays:
+        images, success, correct = (torch.from_numpy(arrays[key]) for key in ("x_adv", "success", "correct"))
+    x = data.batch(torch.arange(30)).x
+    assert float((images - x).abs().max()) <= 0.2 + 1e-6
+    hit = (model(images).argmax(1) == 7) & (data.labels != 7)
+    assert torch.equal(hit & correct, success & correct)
+    assert hit.any()
+
+
+def test_compare_needs_the_same_samples(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, data in (("a", "digits:test[:40]"), ("b", "digits:test[:40]"), ("c", "digits:test[:30]")):
+        arguments = ["--data", data, "--threat", "linf:0.1", "--attack", "fgsm", "--no-sweep", "--out", tmp_path / name]
+        assert rempart("audit", trained, *arguments, capsys=capsys)[0] == 0
+    status, out, _ = rempart("compare", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "c.html", capsys=capsys)
+    assert status == 0 and "worst case" in out and (tmp_path / "c.html").exists()
+    status, _, err = rempart("compare", tmp_path / "a", tmp_path / "c", capsys=capsys)
+    assert status == 2 and "same samples" in err
+
+
+@pytest.mark.parametrize("what", ["attacks", "suites", "models", "recipes", "data"])
+def test_lists(what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = rempart("list", what, capsys=capsys)
+    expected = {"attacks": "steps=40", "suites": "quick: fgsm", "models": "lenet", "recipes": "plain", "data": "digits"}
+    assert status == 0 and expected[what] in out
+
+
+def write_idx(folder: Path, labels: list[int]) -> None:
+    folder.mkdir()
+    for prefix in ("train", "t10k"):
+        n = len(labels)
+        pixels = bytes([0, 0, 8, 3]) + b"".join(v.to_bytes(4, "big") for v in (n, 8, 8)) + bytes(64 * n)
+        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(pixels)
+        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1]) + n.to_bytes(4, "big") + bytes(labels))
+
+
+def bad_requests(trained: Path, folder: Path) -> dict[str, tuple[list[str], tuple[str, ...]]]:
+    """Arguments that are wrong, with words the message must have: expected, got, what to try."""
+    audit = ["audit", str(trained), "--out", str(folder / "out"), "--threat", "linf:0.1", "--attack", "pgd"]
+    digits = ["--data", "digits:test[:10]"]
+    (folder / "model.pt").write_bytes(pickle.dumps({"weights": 1}))
+    (folder / "cut.zip").write_bytes(b"PK\x03\x04 this is not the whole archive")
+    nan = np.full((4, 8, 8), np.nan, np.float32)
+    np.savez(folder / "nan.npz", test_images=nan, test_labels=np.arange(4)[:, None])
+    other = [*audit[:4], "--attack", "pgd", *digits]
+    return {
+        "a wrong key": ([*audit, *digits, "-o", "stepz=3"], ("unknown option 'stepz'", "did you mean 'step", "it takes steps")),
+        "a wrong value": ([*audit, *digits, "-o", "steps=many"], ("steps='many'", "it takes steps")),
+        "not key=value": ([*audit, *digits, "-o", "steps"], ("key=value", "-o steps=40")),
+        "eps 8 on [0, 1]": ([*other, "--threat", "linf:8"], ("linf eps in [0, 1]", "got 8.0", "did you mean 8/255")),
+        "an unknown norm": ([*other, "--threat", "l3:1"], ("linf, l2, l1", "'l3'")),
+        "an unknown attack": ([*audit[:-1], "pdg", *digits], ("'pdg'", "did you mean 'pgd'")),
+        "labels beyond the classes": ([*audit, "--data", f"mnist:{folder / 'idx'}"], ("classes", "got")),
+        "NaN pixels": ([*audit, "--data", str(folder / "nan.npz:test")], ("expected", "got")),
+        "a truncated zip": ([*audit, "--data", str(folder / "cut.zip")], ("zip", "got")),
+        "a missing file": ([*audit, "--data", str(folder / "none.zip")], ("expected", "none.zip")),
+        "a pickle as MODEL": (
+            ["audit", str(folder / "model.pt"), *audit[2:], *digits],
+            ("pickle", "safetensors"),
+        ),
+        "a missing model": (["audit", str(folder / "nowhere"), *audit[2:], *digits], ("expected", "nowhere")),
+        "an unknown suite": ([*other, "--threat", "linf:0.1", "--suite", "quik"], ("quick", "did you mean")),
+        "an unknown recipe": (
+            ["train", "--data", "digits", "--recipe", "plane", "--out", str(folder / "out")],
+            ("plain", "'plane'", "did you mean"),
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(14))
+def test_bad_requests_exit_with_2_and_say_what_to_try(
+    number: int, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_idx(tmp_path / "idx", [0, 1, 2, 99])
+    case, (arguments, words) = sorted(bad_requests(trained, tmp_path).items())[number]
+    status, _, err = rempart(*arguments, capsys=capsys)
+    assert status == 2, f"{case}: {err}"
+    assert all(word in err for word in ("expected", *words)), f"{case}: {err}"
+    assert "Traceback" not in err and not (tmp_path / "out" / "report.json").exists()
+
+
+def test_interrupt_leaves_a_valid_partial_report(trained: Path, tmp_path: Path) -> None:
+    slow = [f"--attack=pgd:steps=2000,restarts={r}" for r in range(2, 6)]
+    arguments = ["--data", "digits", "--threat", "linf:0.02", "--attack", "fgsm", *slow, "--out", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rempart", "audit", str(trained), *arguments],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    deadline = time.monotonic() + 60
+    for line in process.stderr:
+        if line.startswith("pgd") or time.monotonic() > deadline:
+            break
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    report = Report.model_validate(json.loads((tmp_path / "report.json").read_text()))
+    assert not report.complete
+    assert [result.label for result in report.attacks] == ["fgsm"] and "pgd" in report.not_run
+    assert report.worst_case == report.attacks[0].accuracy
+    assert "interrupted" in (tmp_path / "report.html").read_text()
+
+
+def test_help_is_quick_and_does_not_load_torch() -> None:
+    code = "import sys; sys.argv = ['rempart', '--help']; from rempart import cli\n"
+    code += "try: cli.main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_torchvision_is_absent_or_imports() -> None:
+    """A torchvision built for another torch breaks torchmetrics and transformers at import; it must not creep in."""
+    import importlib.util
+
+    if importlib.util.find_spec("torchvision") is not None:
+        importlib.import_module("torchvision")
