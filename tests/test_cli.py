@@ -133,7 +133,7 @@ def bad_requests(trained: Path, folder: Path) -> dict[str, tuple[list[str], tupl
     np.savez(folder / "nan.npz", test_images=nan, test_labels=np.arange(4)[:, None])
     other = [*audit[:4], "--attack", "pgd", *digits]
     return {
-        "a wrong key": ([*audit, *digits, "-o", "stepz=3"], ("unknown option 'stepz'", "did you mean 'step", "it takes steps")),
+        "a wrong key": ([*audit, *digits, "-o", "stepz=3"], ("unknown option", "did you mean 'step", "it takes")),
         "a wrong value": ([*audit, *digits, "-o", "steps=many"], ("steps='many'", "it takes steps")),
         "not key=value": ([*audit, *digits, "-o", "steps"], ("key=value", "-o steps=40")),
         "eps 8 on [0, 1]": ([*other, "--threat", "linf:8"], ("linf eps in [0, 1]", "got 8.0", "did you mean 8/255")),
@@ -196,11 +196,3 @@ def test_help_is_quick_and_does_not_load_torch() -> None:
     code = "import sys; sys.argv = ['rempart', '--help']; from rempart import cli\n"
     code += "try: cli.main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-
-
-def test_torchvision_is_absent_or_imports() -> None:
-    """A torchvision built for another torch breaks torchmetrics and transformers at import; it must not creep in."""
-    import importlib.util
-
-    if importlib.util.find_spec("torchvision") is not None:
-        importlib.import_module("torchvision")

@@ -6,8 +6,9 @@ from xml.etree import ElementTree
 import matplotlib as mpl
 import pytest
 
+from rempart.core.stats import wilson
 from rempart.report import figures
-from rempart.report.schema import Report
+from rempart.report.schema import Curve, Report
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -15,7 +16,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 def drawn(report: Report) -> dict[str, str]:
     """Every figure that belongs to a report."""
     found = {}
-    if report.clean is not None:
+    if report.attacks:
         found["accuracy"] = figures.accuracy(report)
     for norm in {curve.norm for curve in report.curves}:
         found[f"curves-{norm}"] = figures.curves(report, norm)
@@ -31,7 +32,7 @@ def texts(svg: str) -> list[str]:
 @pytest.mark.parametrize("case", ["hostile", "one image", "training", "one epoch"], indirect=True)
 def test_every_figure_is_xml_and_the_same_bytes_twice_whatever_the_users_settings(any_report: Report):
     first = drawn(any_report)
-    with mpl.rc_context({"font.size": 30, "axes.facecolor": "red", "svg.hashsalt": None, "svg.fonttype": "path"}):
+    with mpl.rc_context({"axes.labelsize": 30, "axes.grid": True, "svg.hashsalt": None, "svg.fonttype": "path"}):
         before = dict(mpl.rcParams)
         assert drawn(any_report) == first
         assert dict(mpl.rcParams) == before
@@ -93,12 +94,20 @@ def test_the_second_axis_is_there_only_where_it_means_something(make_report: Cal
     assert "levels of 255" not in texts(figures.curves(boxed, "linf"))
 
 
-def test_a_sweep_over_magnitudes_keeps_its_small_budgets_apart(make_report: Callable[..., Report]):
+@pytest.mark.parametrize(("left", "last"), [(0, 0.25), (1, 1.0)])
+def test_a_figure_ends_where_nothing_is_left(make_report: Callable[..., Report], left: int, last: float):
+    """The l2 axis reaches the first budget with nothing right, and the end where something always is."""
     report = make_report()
-    curve = report.curves[0]
-    wide = curve.model_copy(update={"eps": (0.0, 0.001, 0.002, 0.004, 0.1, 0.5, 1.0)})
-    found = texts(figures.curves(report.model_copy(update={"curves": (wide,)}), "linf"))
-    assert {"0", "0.002", "0.1", "1"} <= set(found)
+    shares = [wilson(k, 100) for k in (95, 40, 0, 0)]
+    shares[2:] = [wilson(left, 100)] * 2
+    curve = Curve(label="sweep", norm="l2", eps=(0.0, 0.1, 0.25, 1.0), accuracy=tuple(shares))
+    root = ElementTree.fromstring(figures.curves(report.model_copy(update={"curves": (curve,)}), "l2"))
+    at = {"".join(node.itertext()): float(node.get("x", "nan")) for node in root.iter(f"{SVG}text")}
+    ticks = sorted((float(text), x) for text, x in at.items() if re.fullmatch(r"[\d.]+", text))
+    (low, left_x), (high, right_x) = ticks[0], ticks[-1]
+    width = float(root.get("width", "").removesuffix("pt"))
+    edge = low + (width - 5 - left_x) / (right_x - left_x) * (high - low)  # the axis ends near the right margin
+    assert edge == pytest.approx(1.05 * last, rel=0.05)
 
 
 def test_a_training_of_one_epoch_still_shows_its_points(make_training: Callable[..., Report]):

@@ -141,4 +141,6 @@ def test_limits_name_what_this_report_left_out(make_report: Callable[..., Report
     blind = report.attacks[0].model_copy(update={"gradients": 0, "eight_bit": None})
     told = " ".join(limits(report.model_copy(update={"attacks": (blind,)})))
     assert "followed gradients" not in told
+    mixed = report.model_copy(update={"attacks": (blind, *report.attacks[1:])})
+    assert "followed gradients" not in " ".join(limits(mixed))
     assert "8-bit" in told

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from html import escape
 from io import StringIO
-from math import ceil
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from rempart.core.stats import Rate
 from rempart.report.compare import CLEAN, WORST
@@ -125,6 +124,7 @@ def training(report: Report) -> str:
             right.plot(
                 place, value, color=COLOURS[5], label="under the attack of the recipe", **_mark(1, len(attacked))
             )
+            figure.legend(loc="outside upper left", handles=right.get_legend_handles_labels()[0])
         _share(right.yaxis, right.set_ylim)
         right.set_ylabel("accuracy")
         right.set_xlabel("epoch")
@@ -132,13 +132,12 @@ def training(report: Report) -> str:
         for axes in (loss, right):
             axes.grid(axis="y")
         figure.align_ylabels()
-        figure.legend(loc="outside upper left", handles=right.get_legend_handles_labels()[0])
         return _svg(figure, "training", "Loss and accuracy per epoch")
 
 
 def _curves(shown: Sequence[tuple[str, Curve]], report: Report, key: str) -> str:
     threat, norm = threat_of(report), shown[0][1].norm
-    positive = sorted({eps for _, curve in shown for eps in curve.eps if eps > 0})
+    budget = threat.eps if threat is not None and threat.norm == norm else None
     with style.context(["default", STYLE]):
         figure = Figure(figsize=(WIDTH, 3.3 + 0.22 * len(shown)), layout="constrained")
         axes = figure.add_subplot()
@@ -148,27 +147,28 @@ def _curves(shown: Sequence[tuple[str, Curve]], report: Report, key: str) -> str
             axes.fill_between(curve.eps, low, high, color=colour, alpha=0.2, linewidth=0)
             values = [rate.value for rate in curve.accuracy]
             axes.plot(curve.eps, values, color=colour, label=_cut(name, 36), **_mark(i, len(values)))
-        if threat is not None and threat.norm == norm and threat.eps is not None:
-            axes.axvline(threat.eps, color=INK, linewidth=1, linestyle=(0, (1, 2)), label="budget of the audit")
-        wide = bool(positive) and positive[-1] > 40 * positive[0]
-        if wide:  # a sweep over magnitudes would crowd its small budgets
-            axes.set_xscale("symlog", linthresh=positive[0])
-            axes.xaxis.set_major_locator(FixedLocator([0, *positive[:: -ceil(len(positive) / 5)]]))
-            axes.xaxis.set_minor_locator(NullLocator())
+        if budget is not None:
+            axes.axvline(budget, color=INK, linewidth=1, linestyle=(0, (1, 2)), label="budget of the audit")
+        end = max(budget or 0.0, *(_end(curve) for _, curve in shown)) or 1.0
+        axes.set_xlim(-0.03 * end, 1.05 * end)
         axes.xaxis.set_major_formatter("{x:.3g}")
         axes.set_xlabel(f"{norm} budget eps in pixel units")
         if in_levels(norm, report.model.low, report.model.high):
             levels = axes.secondary_xaxis("top", functions=(partial(np.multiply, 255), partial(np.multiply, 1 / 255)))
             levels.set_xlabel("levels of 255")
-            ticks = FixedLocator([255 * tick for tick in axes.get_xticks()]) if wide else MaxNLocator(6, integer=True)
-            levels.xaxis.set_major_locator(ticks)
-            levels.xaxis.set_minor_locator(NullLocator())
+            levels.xaxis.set_major_locator(MaxNLocator(6))
             levels.xaxis.set_major_formatter("{x:.3g}")
         _share(axes.yaxis, axes.set_ylim)
         axes.set_ylabel("accuracy")
         axes.grid(axis="y")
         figure.legend(loc="outside upper left")
         return _svg(figure, key, f"Accuracy against the {norm} budget with intervals")
+
+
+def _end(curve: Curve) -> float:
+    """The budget from which on nothing is left: a figure that went on would squeeze what there is to see."""
+    gone = (eps for eps, rate in zip(curve.eps, curve.accuracy, strict=True) if rate.k == 0)
+    return next(gone, curve.eps[-1])
 
 
 def _share_axes(figure: Figure, names: Sequence[str]) -> Axes:

@@ -101,7 +101,7 @@ def _shared_charts(comparison: Comparison, reports: Mapping[str, Report]) -> Ite
 
 
 def _charts(report: Report) -> Iterator[Chart]:
-    if report.clean is not None or report.attacks:
+    if report.attacks:
         rates = [(CLEAN, report.clean), *((a.label, a.accuracy) for a in report.attacks), (WORST, report.worst_case)]
         yield Chart(
             key="accuracy",

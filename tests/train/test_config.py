@@ -1,0 +1,75 @@
+"""Recipes: files, overrides, and messages that name every fault."""
+
+import pytest
+
+from rempart.core.errors import SpecError, ThreatError
+from rempart.train import load_recipe, objectives, recipe_names
+from rempart.train.config import Settings
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_packaged_recipe_parses_and_says_what_it_is(name):
+    recipe = load_recipe(name)
+    assert recipe.summary and callable(recipe.build_objective())
+
+
+def test_the_packaged_recipes_are_found():
+    assert {"plain", "digits", "mri", "pgd-at"} <= set(recipe_names())
+
+
+def test_options_override_recipe_and_objective_as_text():
+    recipe = load_recipe("pgd-at", {"epochs": "3", "flip": "true", "threat": "l2:0.5", "step": "2/255", "steps": "4"})
+    assert (recipe.epochs, recipe.flip) == (3, True)
+    assert recipe.options == {"threat": "l2:0.5", "steps": 4, "step": 2 / 255}
+
+
+def test_defaults_of_the_objective_are_recorded():
+    assert load_recipe("plain", {"objective": "pgd-at"}).options == {"threat": "linf:8/255", "steps": 10, "step": None}
+
+
+def test_all_faults_come_in_one_message():
+    with pytest.raises(SpecError) as error:
+        load_recipe("pgd-at", {"epocs": 3, "treat": "linf:0.1", "learning_rate": "-1"})
+    for part in ("'epocs' (did you mean 'epochs'?)", "'treat' (did you mean 'threat'?)", "learning_rate='-1'"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"threat": "linf:8"}, {"threat": "linf"}, {"threat": "lmax:0.1"}],
+)
+def test_impossible_threats_are_refused_before_training(options):
+    with pytest.raises(ThreatError):
+        load_recipe("pgd-at", options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"epochs": 0}, {"batch_size": 0}, {"weight_decay": -1}, {"optimiser": "lion"}, {"schedule": "x"}, {"shift": -1}],
+)
+def test_values_out_of_range_are_refused(options):
+    with pytest.raises(SpecError, match=next(iter(options))):
+        load_recipe("plain", options)
+
+
+def test_unknown_names_are_suggested(tmp_path):
+    with pytest.raises(SpecError, match="did you mean 'plain'"):
+        load_recipe("plane")
+    with pytest.raises(SpecError, match="did you mean 'pgd-at'"):
+        load_recipe("plain", {"objective": "pgdat"})
+    with pytest.raises(SpecError, match="readable recipe file"):
+        load_recipe(str(tmp_path / "none.toml"))
+
+
+def test_recipe_files_are_read_by_path(tmp_path):
+    (tmp_path / "mine.toml").write_text('objective = "pgd-at"\nepochs = 2\nthreat = "linf:0.3"\n')
+    recipe = load_recipe(str(tmp_path / "mine.toml"), {"epochs": 4})
+    assert (recipe.objective, recipe.epochs, recipe.options["threat"]) == ("pgd-at", 4, "linf:0.3")
+    (tmp_path / "bad.toml").write_text("epochs =")
+    with pytest.raises(SpecError, match="TOML"):
+        load_recipe(str(tmp_path / "bad.toml"))
+
+
+@pytest.mark.parametrize("entry", objectives, ids=lambda entry: entry.name)
+def test_no_objective_hides_a_setting(entry):
+    assert not entry.params.model_fields.keys() & Settings.model_fields.keys()
