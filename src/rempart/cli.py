@@ -102,7 +102,9 @@ def attack(
     data: Data,
     attack: Annotated[str, typer.Option("--attack", help="See `rempart list attacks`")],
     threat: ThreatText,
-    out: Annotated[str, typer.Option("--out", help="FILE.npz for the adversarial images; the report goes beside it")],
+    out: Annotated[
+        str, typer.Option("--out", help="FILE.npz for the adversarial images; FILE.json and FILE.html beside it")
+    ],
     target: Annotated[
         str | None, typer.Option("--target", help="Class to reach: a name, a number, nearest or least-likely")
     ] = None,
@@ -220,8 +222,8 @@ def _run(spec: Any) -> None:
         report: Report = tasks.run(spec, notify)
     print(text.table(report))
     if spec.out is not None:
-        page = Path(spec.out) / "report.html"
-        print(f"\n{page if page.exists() else spec.out}")
+        out = Path(spec.out)
+        print(f"\n{out.with_suffix('.html') if out.suffix == '.npz' else out / 'report.html'}")
     if not report.complete:
         raise typer.Exit(130)
 

@@ -17,6 +17,7 @@ from rempart.core.repro import environment
 from rempart.core.stats import wilson
 from rempart.core.threat import Threat
 from rempart.models.load import card, load
+from rempart.report.html import page
 from rempart.report.schema import AttackSpec, AuditSpec, Report, Samples, TrainSpec, pack
 from rempart.report.store import replace, write
 from rempart.train import run_training
@@ -94,6 +95,7 @@ def _attack(spec: AttackSpec, notify: Notify) -> Report:
         ),
     )
     replace(Path(spec.out).with_suffix(".json"), report.model_dump_json(indent=1).encode())
+    replace(Path(spec.out).with_suffix(".html"), page(report).encode())
     return report
 
 

@@ -110,6 +110,9 @@ def test_names_differ(make_report: Callable[..., Report], sources: list[str], na
     assert list(named([report.model_copy(update={"model": model}) for model in models])) == names
 
 
+PASSED = Check(name="gradients", status="passed", message="Every sample gives an input gradient.")
+WARNED = PASSED.model_copy(update={"status": "warned", "message": "100% of the samples give a gradient of zero."})
+REPAIRED = PASSED.model_copy(update={"status": "repaired"})
 FAILED = Check(name="pixel range", status="failed", message="Pixels reach 255.")
 
 
@@ -124,12 +127,14 @@ FAILED = Check(name="pixel range", status="failed", message="Pixels reach 255.")
         ({"complete": False, "not_run": ("cw",)}, 0.0, False, "interrupted.*not run: cw"),
         ({"attacks": False}, 0.0, False, "no attack"),
         ({"attacks": False, "complete": False}, 0.0, False, "interrupted"),
-        ({"preflight": (FAILED,)}, 0.0, False, r"preflight failed \(pixel range\)"),
+        ({"preflight": (FAILED,)}, 0.0, False, r"too high.*\(pixel range\)"),
+        ({"preflight": (FAILED, WARNED)}, 0.0, False, r"too high.*\(pixel range, gradients\)"),
+        ({"preflight": (PASSED, REPAIRED)}, 0.0, True, "begins at"),
         ({"worst_case": None}, 0.0, False, "no attack"),
     ],
 )
 def test_gate(make_report: Callable[..., Report], changes: dict[str, Any], least: float, passed: bool, reason: str):
-    got, words = gate(make_report(**changes), least)
+    got, words = gate(make_report(**{"preflight": (PASSED,), **changes}), least)
     assert got is passed
     assert re.search(reason, words)
 
