@@ -150,6 +150,9 @@ def test_digest_is_one_for_folder_zip_and_load_and_tells_changes(tmp_path: Path)
     different = [open_data(str(other)), archive.head(3), archive.take(torch.arange(8).flip(0))]
     different += [open_data(f"{tmp_path / 'x.zip'}{words}") for words in ("@3", "@rgb", ":train")]
     assert len({archive.digest, *(d.digest for d in different)}) == 7
+    named = [zipped(tmp_path / f"{k}.zip", {f"{c}/{k}.png": encoded(changed) for c in "ab"}) for k in (0, 2)]
+    first, second = (open_data(str(path)) for path in named)  # the same images and labels in the same order
+    assert torch.equal(first.labels, second.labels) and first.digest != second.digest
 
 
 def test_digest_of_arrays_tells_pixels_and_labels() -> None:
@@ -159,7 +162,10 @@ def test_digest_of_arrays_tells_pixels_and_labels() -> None:
     images[8, 0, 7, 7] += 1 / 16
     relabelled = Data(data.source, "test", data.index, labels, data.shape, data.class_names, data.read)
     repainted = Data(data.source, "test", data.index, data.labels, data.shape, data.class_names, images.__getitem__)
-    assert len({data.digest, relabelled.digest, repainted.digest}) == 3
+    moved = Data(
+        data.source, "test", data.index + 1, data.labels, data.shape, data.class_names, lambda n: data.read(n - 1)
+    )
+    assert len({data.digest, relabelled.digest, repainted.digest, moved.digest}) == 4
     assert data.digest == open_data("digits[:9]").digest
 
 
@@ -428,7 +434,8 @@ def test_archives_are_read_in_place_from_copies_and_threads(tmp_path: Path) -> N
 
 def test_one_split_answers_to_every_name_and_says_so(tmp_path: Path) -> None:
     flat = {name.removeprefix("test/"): content for name, content in FILES.items() if name.startswith("test/")}
-    path = zipped(tmp_path / "flat.zip", flat)
+    noise = {"__MACOSX/": b"", "__MACOSX/ant/._0.png": b"x", "ant/._1.png": b"x", ".git/": b""}
+    path = zipped(tmp_path / "flat.zip", flat | noise)
     data = open_data(f"{path}:train[:5]")
     assert (data.split, data.source, len(data)) == ("all", "flat.zip (no split folders)[:5]", 5)
     assert data.digest == open_data(f"{zipped(tmp_path / 'x.zip', FILES)}[:5]").digest
@@ -607,6 +614,7 @@ def test_refuses_a_bomb_that_claims_to_be_small(tmp_path: Path) -> None:
     entry = content.rindex(b"test/bee/bomb.png") - 46  # its record in the archive's directory
     assert content[entry : entry + 4] == b"PK\1\2"
     content[entry + 24 : entry + 28] = struct.pack("<I", 1000)
+    content[entry + 16 : entry + 20] = struct.pack("<I", zlib.crc32(bytes(1001)))  # right, were it to stop there
     path.write_bytes(content)
     data = open_data(str(path))
     tracemalloc.start()
@@ -625,6 +633,13 @@ def test_names_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, consta
     monkeypatch.setattr(module, constant, limit)
     with pytest.raises(DataError, match=rf"at most {limit} \w+ \({constant}\)"):
         open_data(str(path))
+
+
+def test_limits_the_files_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = open_data(str(written(tmp_path, FILES)))
+    monkeypatch.setattr(module, "MAX_IMAGE_BYTES", 60)
+    with pytest.raises(DataError, match=r"at most 60 bytes \(MAX_IMAGE_BYTES\), got 61 in test/"):  # the rest unread
+        everything(data)
 
 
 def test_limits_the_ratio_of_the_archive_not_of_a_blank_image(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def cw(
         w = torch.atanh(((x - middle) / half * 0.999999).clamp(-0.999999, 0.999999))
         first, second = torch.zeros_like(w), torch.zeros_like(w)
         weight, origin, label, before, lowest = const, x, y, *_endless(const)
-        for t in range(steps):
+        for t in range(steps + 1):  # the last round only judges what the last step reached
             if t % max(1, steps // 10) == 0:
                 notify(Event(stage="descent", done=rung * steps + t, total=search_steps * steps))
             w = w.detach().requires_grad_(True)

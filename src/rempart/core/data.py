@@ -621,7 +621,7 @@ def _opened(name: str, content: bytes) -> Image.Image:
 
 
 def _pixels(image: Image.Image, channels: int, size: tuple[int, int]) -> np.ndarray:
-    """Decode to (channels, height, width): uint8, or float32 in [0, 1] for 16-bit images."""
+    """Decode to (channels, height, width): uint8, or float32 in [0, 1] with one channel for 16-bit images."""
     if image.mode.startswith("I;16"):  # scaled by hand: convert("L") cuts everything above 255
         image = Image.fromarray(np.asarray(image).astype(np.float32) / np.float32(65535))
     else:
@@ -631,10 +631,7 @@ def _pixels(image: Image.Image, channels: int, size: tuple[int, int]) -> np.ndar
     if image.size != size:
         image = image.resize(size, Image.Resampling.BILINEAR)
     array = np.array(image)
-    if array.dtype == np.float32:
-        array = array.clip(0, 1)
-    planes = array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
-    return planes if len(planes) == channels else planes.repeat(channels, 0)
+    return array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
 
 
 def _is_image(name: str) -> bool:
