@@ -45,7 +45,7 @@ def radii(model: Classifier, x: Tensor, y: Tensor, norm: Norm) -> Tensor:
     (z_y - z_k) / |w_y - w_k|_dual for z = W x + b, the dual of linf, l2, l1 being l1, l2, linf; inf for k = y, inf
     where the two rows of W are the same, 0 where k leads already. Exact while the box is not active: no norm lets a
     pixel move further than the radius, and `images` leaves every pixel more room than the radius of the nearest class,
-    which is asserted. Squashing, softmax or a temperature above zero change nothing: they keep the order of the logits.
+    which is asserted. Squashing and softmax change nothing: they keep the order of the logits.
     """
     weight, bias = affine(model)
     rows = torch.arange(len(x))

@@ -44,12 +44,25 @@ def train(
         str, typer.Option("--recipe", help="Recipe name or TOML file; see `rempart list recipes`")
     ] = "plain",
     option: Options = None,
+    model_option: Annotated[
+        list[str] | None, typer.Option("--model-option", "-m", help="key=value of the architecture, repeatable")
+    ] = None,
     seed: Seed = 0,
 ) -> None:
     """Train a model, so that there is something to audit."""
     from rempart.report.schema import TrainSpec
 
-    _run(TrainSpec(data=data, model=model, recipe=recipe, options=_options(option), seed=seed, out=out))
+    _run(
+        TrainSpec(
+            data=data,
+            model=model,
+            model_options=_options(model_option),
+            recipe=recipe,
+            options=_options(option),
+            seed=seed,
+            out=out,
+        )
+    )
 
 
 @app.command()

@@ -9,7 +9,7 @@ import numpy as np
 
 from rempart.attacks import Outcome, attack_data, attacks
 from rempart.attacks.run import native, targets
-from rempart.audit import Planned, audit, data_card, measure, preflight
+from rempart.audit import Planned, audit, measure, preflight
 from rempart.core.data import open_data
 from rempart.core.errors import SpecError
 from rempart.core.events import Notify, silent
@@ -18,9 +18,8 @@ from rempart.core.stats import wilson
 from rempart.core.threat import Threat
 from rempart.models.load import card, load
 from rempart.report.html import page
-from rempart.report.schema import AttackSpec, AuditSpec, Report, Samples, TrainSpec, pack
+from rempart.report.schema import AttackSpec, AuditSpec, DataCard, Report, Samples, TrainSpec, pack
 from rempart.report.store import replace, write
-from rempart.train import run_training
 
 
 def run(spec: AuditSpec | AttackSpec | TrainSpec, notify: Notify = silent) -> Report:
@@ -30,6 +29,8 @@ def run(spec: AuditSpec | AttackSpec | TrainSpec, notify: Notify = silent) -> Re
         RempartError: With the exit status of the command line in `exit_code`.
     """
     if isinstance(spec, TrainSpec):
+        from rempart.train import run_training  # loads Lightning Fabric, which an audit does not need
+
         report = run_training(spec, notify)
         write(report, Path(spec.out))
         return report
@@ -82,7 +83,7 @@ def _attack(spec: AttackSpec, notify: Notify) -> Report:
         seconds=perf_counter() - started,
         environment=environment(),
         model=described,
-        data=data_card(data),
+        data=DataCard.of(data),
         notes=tuple(check.message for check in checks if check.status in ("repaired", "warned")),
         preflight=checks,
         clean=wilson(correct, len(data)),

@@ -63,8 +63,8 @@ def test_full_batches_are_gradient_descent_written_out(digits, optimiser):
             w = w * (1 - rate * decay)
             w = w - rate * (first / (1 - 0.9**t)) / ((second / (1 - 0.999**t)).sqrt() + 1e-8)
     assert [epoch.loss for epoch in epochs] == pytest.approx(losses, rel=1e-5 if optimiser == "sgd" else 1e-3)
-    well = g[:64].abs().amax(1) > 1e-3  # Adam divides by the size of the gradient: rounding decides where it vanishes
-    assert torch.allclose(model.net[1].weight.T.double()[well], w[:64][well], atol=1e-3)
+    if optimiser == "sgd":  # Adam divides by the size of the gradient: where it vanishes, rounding decides
+        assert torch.allclose(model.net[1].weight.T.double(), w[:64], atol=1e-5)
     assert [epoch.learning_rate for epoch in epochs][-1] == pytest.approx(rate)
 
 
@@ -78,14 +78,16 @@ def test_accuracy_is_that_of_the_model_handed_back(digits):
     assert [epoch.epoch for epoch in epochs] == [1, 2, 3]
 
 
-def test_same_seed_same_run(digits, untouched_rng):
-    options = {"epochs": 2, "shift": 1, "flip": True}
+def test_same_seed_same_run_whatever_the_global_state_and_the_mode(digits):
     runs = []
-    for seed in (4, 4, 5):
-        model = build("nin", shape=(1, 8, 8), num_classes=10, seed=9)  # with dropout
+    for seed, state, mode in ((4, 1, True), (4, 2, False), (5, 1, True)):
+        model = build("nin", shape=(1, 8, 8), num_classes=10, seed=9).train(mode)  # with dropout
         losses = []
-        with contextlib.suppress(TrainError):  # two epochs need not beat guessing
-            run(digits, model, seed=seed, notify=lambda event, log=losses: log.append(event.values["loss"]), **options)
+        torch.manual_seed(state)
+        before = torch.get_rng_state()
+        with contextlib.suppress(TrainError):  # one epoch need not beat guessing
+            run(digits, model, seed=seed, notify=lambda event, log=losses: log.append(event.values["loss"]), epochs=1)
+        assert torch.equal(before, torch.get_rng_state())
         runs.append((losses[-1], digest_state(model.state_dict())))
     assert runs[0] == runs[1] and runs[0][0] != runs[2][0]
 

@@ -11,9 +11,10 @@ from PIL import Image
 
 from rempart.core.data import open_data
 from rempart.core.errors import Cancelled, DataError, SpecError, TrainError
-from rempart.models import load
+from rempart.core.repro import digest_state
+from rempart.models import build, load
 from rempart.report.schema import Report, TrainSpec
-from rempart.train import run_training
+from rempart.train import load_recipe, run_training, train
 from rempart.train.run import channel_moments
 
 DATA = Path(os.environ.get("REMPART_DATA", Path(__file__).resolve().parents[2] / "../shared/data"))
@@ -46,10 +47,20 @@ def test_the_same_spec_gives_the_same_model(tmp_path):
     assert [epoch.loss for epoch in first.epochs] == [epoch.loss for epoch in again.epochs]
 
 
+def test_weights_and_order_come_from_the_seed_of_the_spec(tmp_path):
+    made = run_training(spec(tmp_path))
+    train_data, test_data = (open_data("digits[:300]", split=split) for split in ("train", "test"))
+    mean, std = channel_moments(train_data)
+    model = build("mlp", shape=(1, 8, 8), num_classes=10, mean=mean, std=std, seed=7)
+    epochs = train(train_data, test_data, model, load_recipe("plain", made.spec.options), seed=7)
+    assert made.model.digest == digest_state(model.state_dict())
+    assert [epoch.loss for epoch in made.epochs] == [epoch.loss for epoch in epochs]
+
+
 @pytest.mark.parametrize("stop", [Cancelled(), KeyboardInterrupt()], ids=["cancelled", "ctrl-c"])
 def test_an_interrupted_training_keeps_the_finished_epochs(tmp_path, stop):
     def interrupt(event):
-        if event.note.startswith("epoch 3"):
+        if event.done > 2 * 300:
             raise stop
 
     cut = run_training(spec(tmp_path, options={"epochs": 5}, out=str(tmp_path / "cut")), interrupt)

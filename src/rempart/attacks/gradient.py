@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
 from rempart.attacks.catalogue import Traits, attacks
@@ -15,6 +15,7 @@ from rempart.core.threat import NORMS, Threat
 from rempart.core.types import Images, Labels, Mask, Pixels, Scores
 
 Steps = Annotated[int, Ge(1)]
+Step = Annotated[Pixels, Gt(0)]
 Keep = Literal["best", "last"]
 _SPREAD = 0.05  # l1: share of the coordinates the first step moves, as in SLIDE (Tramer & Boneh 2019, 1 % to 5 %)
 
@@ -64,7 +65,7 @@ def bim(
     threat: Threat,
     *,
     steps: Steps = 10,
-    step: Pixels | None = None,
+    step: Step | None = None,
     loss: LossName = "ce",
     keep: Keep = "best",
     early_stop: bool = False,
@@ -107,7 +108,7 @@ def mim(
     threat: Threat,
     *,
     steps: Steps = 10,
-    step: Pixels | None = None,
+    step: Step | None = None,
     momentum: Annotated[float, Ge(0)] = 1.0,
     loss: LossName = "ce",
     keep: Keep = "best",
@@ -153,7 +154,7 @@ def pgd(
     threat: Threat,
     *,
     steps: Steps = 40,
-    step: Pixels | None = None,
+    step: Step | None = None,
     restarts: Annotated[int, Ge(1)] = 1,
     random_start: bool = True,
     loss: LossName = "ce",

@@ -315,6 +315,7 @@ def _attack(ready: Prepared, job: _Job, batch: Batch, notify: Notify) -> Outcome
         )
         _check_contract(job, x[some], result)
         found[some] = result
+    queries, gradients = ready.meter.queries - queries, ready.meter.gradients - gradients
     seconds = time.perf_counter() - started
     z = _logits(ready.judge, found, index)
     hit = ~correct | (attacked & reached(z, goal, targeted=targeted))
@@ -337,8 +338,8 @@ def _attack(ready: Prepared, job: _Job, batch: Batch, notify: Notify) -> Outcome
         predicted=z.argmax(1).cpu(),
         eight_bit=None if rounded is None else rounded.cpu(),
         norm=own.norm,
-        queries=ready.meter.queries - queries,
-        gradients=ready.meter.gradients - gradients,
+        queries=queries,
+        gradients=gradients,
         seconds=seconds,
     )
 

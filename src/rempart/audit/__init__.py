@@ -35,7 +35,7 @@ from rempart.report.schema import (
     pack,
 )
 
-__all__ = ["Audit", "Planned", "audit", "data_card", "measure", "plan", "preflight"]
+__all__ = ["Audit", "Planned", "audit", "measure", "plan", "preflight"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ def audit(model: Classifier, data: Data, spec: AuditSpec, *, card: ModelCard, no
         seconds=time.perf_counter() - started,
         environment=environment(),
         model=card,
-        data=data_card(data),
+        data=DataCard.of(data),
         notes=_notes(correct, checks, data.num_classes),
         preflight=checks,
         clean=None if correct is None else wilson(int(correct.sum()), len(correct)),
@@ -180,18 +180,6 @@ def measure(attack: Planned, outcome: Outcome, data: Data) -> AttackResult:
         queries=outcome.queries,
         gradients=outcome.gradients,
         seconds=outcome.seconds,
-    )
-
-
-def data_card(data: Data) -> DataCard:
-    """What the report says about the data."""
-    return DataCard(
-        source=data.source,
-        split=data.split,
-        digest=data.digest,
-        n=len(data),
-        shape=data.shape,
-        classes=data.class_names,
     )
 
 

@@ -5,10 +5,11 @@ from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.functional import fold
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from rempart.core.errors import ModelError
@@ -50,7 +51,6 @@ class Classifier(nn.Module):
         low: Smallest pixel value.
         high: Largest pixel value.
         output: What `net` returns.
-        temperature: Logits are divided by it; the predictions do not change.
     """
 
     def __init__(
@@ -63,7 +63,6 @@ class Classifier(nn.Module):
         low: float = 0.0,
         high: float = 1.0,
         output: Output = "logits",
-        temperature: float = 1.0,
     ) -> None:
         super().__init__()
         if num_classes < 2:
@@ -71,12 +70,10 @@ class Classifier(nn.Module):
         names = tuple(class_names or (str(k) for k in range(num_classes)))
         if len(names) != num_classes:
             raise ModelError(f"{num_classes} class names", got=len(names))
-        if not temperature > 0:
-            raise ModelError("a temperature > 0", got=temperature)
         self.net = net
         self.shape = tuple(shape)
         self.num_classes, self.class_names = num_classes, names
-        self.low, self.high, self.output, self.temperature = low, high, output, temperature
+        self.low, self.high, self.output = low, high, output
 
     def forward(self, x: Images) -> Logits:
         """Logits of images in the box.
@@ -100,7 +97,7 @@ class Classifier(nn.Module):
             z = torch.cat([torch.zeros_like(z), z], 1)
         if z.shape[1] != self.num_classes:
             raise ModelError(f"{self.num_classes} outputs per image", got=z.shape[1])
-        return z / self.temperature
+        return z
 
 
 @contextmanager
@@ -161,38 +158,67 @@ def metered(model: nn.Module) -> Generator[Meter]:
 
 
 def accelerated(model: Classifier) -> Classifier:
-    """A copy of a frozen classifier that computes the same function faster.
+    """A copy of a frozen classifier that computes the same function and gradients faster.
 
-    Batch norms are folded into the convolution before them, and image weights are stored
-    channels-last (about 1.7 times faster input gradients on a CPU). The copy is checked on a few random images;
+    Batch norms are folded into the convolution before them, ReLU comes after max pooling, image weights are stored
+    channels-last, and the gradient of a convolution over grey or colour images becomes a matrix product: about 1.5 to
+    2.5 times faster input gradients on a CPU. Logits and gradients of the copy are checked on a few random images;
     where it cannot be made, or differs, the model itself is returned.
     """
     try:
         fast = copy.deepcopy(model)
         with frozen(fast):
-            fast.net = _fold(fast.net)
+            fast.net = _rewritten(fast.net)
+        fast.eval().requires_grad_(False)
+        if len(model.shape) == 3:
+            fast.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        return fast if _agree(model, fast) else model
     except Exception:  # noqa: BLE001  networks that cannot be copied or traced are attacked as they are
         return model
-    fast.eval().requires_grad_(False)
-    if len(model.shape) == 3:
-        fast.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    return fast if _agree(model, fast) else model
 
 
 def _agree(model: Classifier, fast: Classifier) -> bool:
+    """Whether both give the same logits, for batches of two sizes, and the same gradients.
+
+    Tracing drops what is no operation on tensors: the backward pass of an own `autograd.Function`, `torch.no_grad`.
+    Rounding may move a few units across a kink, hence the wide tolerance on gradients.
+    """
     weight = next(model.parameters(), torch.zeros(()))
     generator = torch.Generator().manual_seed(0)
     probe = torch.rand((4, *model.shape), generator=generator) * (model.high - model.low) + model.low
     probe = probe.to(device=weight.device, dtype=weight.dtype)
-    with torch.no_grad(), frozen(model):
-        expected, got, part = model(probe), fast(probe), fast(probe[:3])
+    mix = torch.randn((4, model.num_classes), generator=generator).to(probe)
+    with frozen(model):
+        expected, slope = _pull_back(model, probe, mix)
+        got, fast_slope = _pull_back(fast, probe, mix)
+        with torch.no_grad():
+            part = fast(probe[:3])
     slack = 1e-4 * float((expected - expected.mean()).abs().max())
-    return bool(torch.allclose(expected, got, 0, slack) and torch.allclose(expected[:3], part, 0, slack))
+    close = torch.allclose(expected, got, 0, slack) and torch.allclose(expected[:3], part, 0, slack)
+    return bool(close and (slope - fast_slope).norm() <= 1e-2 * slope.norm())
 
 
-def _fold(net: nn.Module) -> nn.Module:
-    """Merge every batch norm into the layer that feeds it and nothing else."""
+def _pull_back(model: Classifier, x: Images, mix: Tensor) -> tuple[Logits, Images]:
+    """Logits, and the gradient of their sum weighted by `mix`: zero where the model lets none through."""
+    x = x.detach().requires_grad_(True)
+    with torch.enable_grad():
+        z = model(x)
+        (slope,) = torch.autograd.grad((z * mix).sum(), x, allow_unused=True) if z.requires_grad else (None,)
+    return z.detach(), torch.zeros_like(x) if slope is None else slope
+
+
+def _rewritten(net: nn.Module) -> nn.Module:
     traced = fx.symbolic_trace(net)
+    _fold_norms(traced)
+    _pool_first(traced)
+    _exchange_image_layers(traced)
+    traced.delete_all_unused_submodules()
+    traced.recompile()
+    return traced
+
+
+def _fold_norms(traced: fx.GraphModule) -> None:
+    """Merge every batch norm into the layer that feeds it and nothing else."""
     modules = dict(traced.named_modules())
     calls = Counter(str(node.target) for node in traced.graph.nodes if node.op == "call_module")
     for node in list(traced.graph.nodes):
@@ -205,6 +231,58 @@ def _fold(net: nn.Module) -> nn.Module:
             traced.set_submodule(str(source.target), fuse_conv_bn_eval(layer, norm))
             node.replace_all_uses_with(source)
             traced.graph.erase_node(node)
-    traced.delete_all_unused_submodules()
-    traced.recompile()
-    return traced
+
+
+def _pool_first(traced: fx.GraphModule) -> None:
+    """Exchange ReLU and the max pooling after it: the same function and gradient, on a quarter of the numbers."""
+    modules = dict(traced.named_modules())
+    for node in traced.graph.nodes:
+        relu = node.args[0] if node.args else None
+        if (
+            isinstance(relu, fx.Node)
+            and (node.op, relu.op, len(relu.users)) == ("call_module", "call_module", 1)
+            and isinstance(modules[str(node.target)], nn.MaxPool2d)
+            and isinstance(modules[str(relu.target)], nn.ReLU)
+            and len(relu.all_input_nodes[0].users) == 1  # nobody else sees what a ReLU in place would change
+        ):
+            node.target, relu.target = relu.target, node.target
+
+
+def _exchange_image_layers(traced: fx.GraphModule) -> None:
+    for name, layer in list(traced.named_modules()):
+        if isinstance(layer, nn.Conv2d) and _over_images(layer):
+            traced.set_submodule(name, _ImageConv(layer))
+
+
+def _over_images(layer: nn.Conv2d) -> bool:
+    plain = layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    return plain and layer.in_channels <= 3 and layer.weight.device.type == "cpu"
+
+
+class _ImageConv(nn.Module):
+    """A convolution over grey or colour images, with a gradient that does not pad their channels.
+
+    The CPU kernel of the usual one computes it for sixteen channels: it can take half the time of a small network.
+    """
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Images) -> Images:
+        return _ImageConvolution.apply(x, self.layer)  # pyright: ignore[reportReturnType]
+
+
+class _ImageConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Images, layer: nn.Conv2d) -> Images:
+        ctx.layer, ctx.size = layer, x.shape[2:]
+        return layer(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        layer = ctx.layer
+        columns = layer.weight.flatten(1).T
+        parts = gradients[0].split(8)  # because the columns of many large images take a lot of memory
+        geometry = (layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+        return torch.cat([fold(columns @ part.flatten(2), ctx.size, *geometry) for part in parts]), None

@@ -109,7 +109,7 @@ class Registry(Generic[F, T]):
 
     def _load_plugins(self) -> None:
         if not self._plugins_loaded:
-            self._plugins_loaded = True
+            self._plugins_loaded = True  # before loading: a plug-in may look into the registry it joins
             for point in entry_points(group=self.group):
                 point.load()
 
@@ -124,9 +124,11 @@ def bounds_of(field: Any) -> str:
     """Describe the type and the bounds of a pydantic field in a few words, for tables and help."""
     kind = field.annotation
     inner = [getattr(a, "__origin__", a) for a in get_args(kind)]  # a number in bounds counts as its plain type
+    nested = [m for a in get_args(kind) for m in getattr(a, "__metadata__", ())]
     choices = [repr(a) if isinstance(a, str) else getattr(a, "__name__", "") for a in inner]
     words = " | ".join("none" if c == "NoneType" else c for c in choices) if choices else getattr(kind, "__name__", "")
-    limits = [f"{op} {getattr(m, attr)}" for m in field.metadata for op, attr in _LIMITS if hasattr(m, attr)]
+    bounds = [*field.metadata, *nested]
+    limits = [f"{op} {getattr(m, attr)}" for m in bounds for op, attr in _LIMITS if hasattr(m, attr)]
     return ", ".join([words, *limits])
 
 

@@ -114,7 +114,7 @@ def _from_directory(path: Path) -> Classifier:
     except SpecError as error:
         raise ModelError(f"an architecture of this version in {path / CONFIG}", got=str(error)) from None
     model.low, model.high = config.low, config.high
-    model.output, model.temperature = config.output, config.temperature
+    model.output = config.output
     _fill(model, path / WEIGHTS)
     return model
 
@@ -185,7 +185,8 @@ def _refuse_hidden_pickle(content: bytes, path: Path) -> None:
         names = [info.filename for info in archive.infolist()]
         parts = [name.partition("/") for name in names]
         known = all(inner.startswith(_RECORDS) for _, _, inner in parts)
-        if len({root for root, _, _ in parts}) != 1 or len(set(names)) != len(names) or not known:
+        # torch finds records whatever their case: two that differ in it alone are refused with the doubles
+        if len({root for root, _, _ in parts}) != 1 or len({name.lower() for name in names}) != len(names) or not known:
             raise refused
         for name in names:
             if name.endswith("_config.json"):
@@ -199,7 +200,10 @@ def _refuse_hidden_pickle(content: bytes, path: Path) -> None:
                 torch.load(io.BytesIO(examples), weights_only=True)
             elif name.endswith((".pt", ".pkl")):
                 raise refused
-    except (zipfile.BadZipFile, pickle.UnpicklingError, json.JSONDecodeError, KeyError, RuntimeError, EOFError):
+    except (
+        *(zipfile.BadZipFile, pickle.UnpicklingError, EOFError, RuntimeError),
+        *(KeyError, TypeError, AttributeError, ValueError),
+    ):
         raise refused from None
 
 

@@ -30,7 +30,6 @@ class Config(BaseModel):
         low: Smallest pixel value.
         high: Largest pixel value.
         output: What the network returns.
-        temperature: Logits are divided by it.
         training: How the weights came about; for people, not needed to load.
     """
 
@@ -43,7 +42,6 @@ class Config(BaseModel):
     low: float
     high: float
     output: Output = "logits"
-    temperature: float = 1.0
     training: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -77,7 +75,6 @@ def save(
         low=model.low,
         high=model.high,
         output=model.output,  # pyright: ignore[reportArgumentType]
-        temperature=model.temperature,
         training=dict(training or {}),
     )
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}

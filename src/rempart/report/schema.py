@@ -7,6 +7,7 @@ import numpy as np
 from annotated_types import Ge
 from pydantic import BaseModel, ConfigDict, Field
 
+from rempart.core.data import Data
 from rempart.core.errors import DataError
 from rempart.core.stats import Rate
 
@@ -61,11 +62,12 @@ class AttackSpec(Strict):
 
 
 class TrainSpec(Strict):
-    """A training run. Options override the recipe."""
+    """A training run. `options` override the recipe, `model_options` those of the architecture."""
 
     kind: Literal["train"] = "train"
     data: str
     model: str
+    model_options: Options = Field(default_factory=dict)
     recipe: str = "plain"
     options: Options = Field(default_factory=dict)
     seed: int = 0
@@ -217,6 +219,18 @@ class DataCard(Strict):
     n: int
     shape: tuple[int, ...]
     classes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, data: Data) -> "DataCard":
+        """The card of the data an audit or a training is measured on."""
+        return cls(
+            source=data.source,
+            split=data.split,
+            digest=data.digest,
+            n=len(data),
+            shape=data.shape,
+            classes=data.class_names,
+        )
 
 
 class Samples(Strict):

@@ -163,7 +163,7 @@ def validate(run: Run, data: Data, epoch: int) -> Tensor:
     right: list[Tensor] = []
     loss_sum, seen, heard = 0.0, 0, time.monotonic()
     with frozen(run.classifier):
-        for batch in data.batches(256):
+        for batch in data.batches(run.recipe.batch_size):
             z = run.model(batch.x.to(run.fabric.device)).cpu()
             loss_sum += float(nn.functional.cross_entropy(z, batch.y, reduction="sum"))
             right.append(z.argmax(1) == batch.y)

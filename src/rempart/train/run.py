@@ -7,7 +7,7 @@ import torch
 
 from rempart.core.data import Data, open_data
 from rempart.core.errors import Cancelled, DataError
-from rempart.core.events import Event, Notify, silent
+from rempart.core.events import Notify, silent
 from rempart.core.repro import environment
 from rempart.core.stats import wilson
 from rempart.models import build, card, load, save
@@ -34,6 +34,7 @@ def run_training(spec: TrainSpec, notify: Notify = silent) -> Report:
         spec.model,
         shape=train_data.shape,
         num_classes=train_data.num_classes,
+        options=spec.model_options,
         class_names=train_data.class_names,
         mean=mean,
         std=std,
@@ -47,6 +48,7 @@ def run_training(spec: TrainSpec, notify: Notify = silent) -> Report:
             classifier,
             spec.out,
             name=spec.model,
+            options=spec.model_options,
             training={**record, "epochs": [epoch.model_dump() for epoch in finished]},
         )
         epochs[:] = finished
@@ -56,12 +58,6 @@ def run_training(spec: TrainSpec, notify: Notify = silent) -> Report:
     except (KeyboardInterrupt, Cancelled):
         if not epochs:
             raise
-        done = len(train_data) * len(epochs)
-        notify(
-            Event(
-                stage="interrupted", done=done, total=len(train_data) * recipe.epochs, note="finished epochs are kept"
-            )
-        )
     left = recipe.epochs - len(epochs)
     return Report(
         kind="train",
@@ -71,14 +67,7 @@ def run_training(spec: TrainSpec, notify: Notify = silent) -> Report:
         seconds=time.perf_counter() - started,
         environment=environment(),
         model=card(load(spec.out), spec.out),
-        data=DataCard(
-            source=test_data.source,
-            split=test_data.split,
-            digest=test_data.digest,
-            n=len(test_data),
-            shape=test_data.shape,
-            classes=test_data.class_names,
-        ),
+        data=DataCard.of(test_data),
         clean=wilson(round(epochs[-1].accuracy * len(test_data)), len(test_data)),
         not_run=(f"the last {left} of {recipe.epochs} epochs",) if left else (),
         epochs=tuple(epochs),

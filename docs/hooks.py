@@ -1,0 +1,350 @@
+"""The generated part of the documentation: made at build time from the code and from `benchmarks/results/*.json`.
+
+`pages()` gives the reference as Markdown, `results()` the tables of figures. Only `on_files` and `on_page_markdown`,
+which mkdocs calls, know mkdocs; the tests read the other two directly.
+"""
+
+import inspect
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+
+import rempart
+from rempart import cli, listing
+from rempart.attacks import SUITES, attacks
+from rempart.core import data, errors
+from rempart.core.registry import Entry, bounds_of
+from rempart.core.stats import Rate
+from rempart.models.zoo import models
+from rempart.report import text
+from rempart.report.schema import Report
+from rempart.train.config import Settings, load_recipe, recipe_names
+from rempart.train.objectives import objectives
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+MARK = "<!-- results -->"
+
+
+def on_files(files: Any, *, config: Any) -> Any:
+    """Add the reference pages and the JSON files of the results to the site."""
+    from mkdocs.structure.files import File
+
+    for path, content in pages().items():
+        files.append(File.generated(config, path, content=content))
+    for path in sorted(RESULTS.glob("*.json")):
+        files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
+    """Put the tables of figures where the page asks for them."""
+    return markdown.replace(MARK, results()) if page.file.src_uri == "results.md" else markdown
+
+
+# ---- the reference
+
+
+def pages() -> dict[str, str]:
+    """The generated pages: path in the site to Markdown."""
+    return {
+        "reference/cli.md": _cli(),
+        "reference/attacks.md": _attacks(),
+        "reference/suites.md": _suites(),
+        "reference/models.md": _models(),
+        "reference/recipes.md": _recipes(),
+        "reference/data.md": _data(),
+        "reference/python.md": _python(),
+    }
+
+
+def _cli() -> str:
+    group = typer.main.get_command(cli.app)
+    parts = ["# Command line", group.help or "", "Every command has `--help`.", "## Exit status", _statuses()]
+    for name, command in group.commands.items():  # pyright: ignore[reportAttributeAccessIssue]
+        context = command.make_context(name, [], resilient_parsing=True)
+        rows = [_parameter(*record) for p in command.params if (record := p.get_help_record(context))]
+        parts += [
+            f"## {name} {{ #{name} }}",
+            command.help or "",
+            f"```text\nrempart {_plain_usage(command.get_usage(context))}\n```",
+            _table(("argument or option", "meaning", "default and bounds"), rows),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _plain_usage(usage: str) -> str:
+    return usage.removeprefix("Usage: ").replace("{", "").replace("}", "").strip()
+
+
+def _parameter(left: str, right: str) -> Sequence[str]:
+    """Split `meaning  [default: 0; x>=1]`, as `--help` prints it."""
+    meaning, _, bounds = f"  {right}".partition("  [") if right.endswith("]") else (right, "", "]")
+    return _code(left), meaning.strip(), _code(bounds.removesuffix("]"))
+
+
+def _statuses() -> str:
+    kinds = {kind.exit_code: kind for kind in (errors.Cancelled, errors.SpecError, errors.RempartError)}
+    meanings = {
+        0: "done",
+        1: "`rempart gate`: the audit does not pass",
+        kinds[2].exit_code: "the request was wrong: the message says what was expected, what came and what to try",
+        kinds[3].exit_code: "the run failed",
+        kinds[130].exit_code: "interrupted; what was finished is kept",
+    }
+    return _table(("status", "meaning"), [(str(status), meaning) for status, meaning in meanings.items()])
+
+
+def _attacks() -> str:
+    parts = [
+        "# Attacks",
+        "The norm that stands first is the attack's own. An option is given as `-o key=value`, or inside "
+        "`--attack NAME:key=value,key=value`. Formulas, sources and differences are in [Methods](../methods.md).",
+    ]
+    for entry in attacks:
+        traits = entry.traits
+        facts = [f"Norms: {', '.join(traits.norms)}"]
+        facts += ["can aim at a class" if traits.targeted else "untargeted only"]
+        facts += ["looks for the smallest perturbation" if traits.minimum else "works within a budget"]
+        facts += ["draws random numbers" if traits.random else "draws nothing"]
+        parts += _entry(entry, "; ".join(facts) + ".")
+    return "\n\n".join(parts) + "\n"
+
+
+def _suites() -> str:
+    parts = [
+        "# Suites",
+        "A suite is a list of attacks with their options: `rempart audit ... --suite NAME`. Options that are not named "
+        "have their [defaults](attacks.md). Attacks that need a budget and do not know the norm of the threat are left "
+        "out; a minimum-norm attack that does not know it searches in its own norm and is judged in that of the "
+        "threat. The worst case of an audit is taken over all its attacks, sample by sample.",
+    ]
+    for name, suite in SUITES.items():
+        rows = [
+            (f"[{attack}](attacks.md#{attack})", _code(", ".join(f"{k}={v}" for k, v in options.items())))
+            for attack, options in suite
+        ]
+        parts += [f"## {name} {{ #{name} }}", _table(("attack", "options"), rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _models() -> str:
+    parts = [
+        "# Models",
+        "Networks that `rempart train --model NAME` builds for any image shape and number of classes, behind their "
+        "normalisation. Other networks are audited through [a function of yours](../how-to/own-model.md).",
+    ]
+    for entry in models:
+        parts += _entry(entry)
+    return "\n\n".join(parts) + "\n"
+
+
+def _recipes() -> str:
+    told = _sections(Settings)["Attributes"]
+    parts = [
+        "# Recipes",
+        "A recipe is a TOML file: an objective, an optimiser and a schedule. `rempart train --recipe NAME` takes one "
+        "of the packaged ones, `--recipe FILE.toml` one of yours, and `-o key=value` overrides a key of either.",
+    ]
+    for name in recipe_names():
+        recipe = load_recipe(name).model_dump()
+        rows = [(_code(k), _code(_value(v))) for k, v in recipe.items() if k not in ("summary", "options")]
+        rows += [(_code(k), _code(_value(v))) for k, v in recipe["options"].items()]
+        parts += [f"## {name} {{ #{name} }}", f"{recipe['summary']}.", _table(("key", "value"), rows)]
+    parts += ["## Keys of every recipe { #keys }", _options(Settings.model_fields, told)]
+    parts += ["## Objectives { #objectives }", "What a training run minimises. Their options are keys of the recipe."]
+    for entry in objectives:
+        parts += _entry(entry, level=3, prefix="objective-")
+    return "\n\n".join(parts) + "\n"
+
+
+def _data() -> str:
+    rows = [(_code(form), meaning) for form, meaning in listing._DATA]
+    return "\n\n".join(
+        [
+            "# Data",
+            "What `--data` takes. Training reads the train split; everything else reads the test split unless the "
+            "spec names another.",
+            _table(("form", "meaning"), rows),
+            "## In detail",
+            "::: rempart.core.data.open_data",
+            "::: rempart.core.data.Data",
+            "::: rempart.core.data.Batch",
+            "## Limits",
+            "Archives and images are untrusted input. These limits are constants of `rempart.core.data`.",
+            *(f"::: rempart.core.data.{name}" for name in vars(data) if name.startswith("MAX_")),
+            "",
+        ]
+    )
+
+
+def _python() -> str:
+    """Public names by their homes, then what they are made of."""
+    public = [getattr(rempart, name) for name in rempart.__all__]
+    parts = [
+        "# Python",
+        "`import rempart` gives the names of the first section and loads them on first use. `open_data` and `Data` are "
+        "on [the page about data](data.md).",
+        "## rempart",
+        *(f"::: {o.__module__}.{o.__qualname__}" for o in public if o.__module__ != "rempart.core.data"),
+    ]
+    for title, names in _FURTHER.items():
+        parts += [f"## {title}", *(f"::: rempart.{name}" for name in names)]
+    return "\n\n".join(parts) + "\n"
+
+
+_FURTHER = {
+    "Requests": [f"report.schema.{name}" for name in ("AuditSpec", "AttackSpec", "TrainSpec", "AttackChoice")],
+    "What a report holds": [
+        *(f"report.schema.{name}" for name in ("AttackResult", "NormStats", "Check", "Curve", "Example", "Samples")),
+        *(f"report.schema.{name}" for name in ("ModelCard", "DataCard", "Epoch")),
+        *(f"core.stats.{name}" for name in ("Rate", "Difference", "wilson", "paired_bootstrap", "median_interval")),
+    ],
+    "Reports on disk, comparison, gate": [
+        *(f"report.store.{name}" for name in ("read", "read_spec", "write")),
+        *(f"report.compare.{name}" for name in ("compare", "gate")),
+    ],
+    "The audit": ["audit.audit", "audit.preflight.preflight", "audit.curves.sweep", "audit.curves.from_distances"],
+    "Adding an attack, a model, an objective": [
+        *(f"attacks.catalogue.{name}" for name in ("Attack", "Traits", "attacks")),
+        *(f"attacks.losses.{name}" for name in ("score", "climb_direction", "reached", "surely_reached")),
+        *(f"core.repro.{name}" for name in ("Draws",)),
+        *(f"core.registry.{name}" for name in ("Registry", "Entry")),
+        "models.zoo.build",
+        *(f"train.objectives.catalogue.{name}" for name in ("Objective", "Loss")),
+    ],
+    "Progress": ["core.events.Event", "core.events.Notify"],
+    "Errors": [f"core.errors.{name}" for name, kind in vars(errors).items() if inspect.isclass(kind) and name != "Any"],
+}
+
+
+def _entry(entry: Entry[Any, Any], facts: str = "", *, level: int = 2, prefix: str = "") -> list[str]:
+    """A registered function: what it does, its options, and the other sections of its docstring."""
+    told = _sections(entry.function)
+    parts = [f"{'#' * level} {entry.name} {{ #{prefix}{entry.name} }}", told[""], facts]
+    parts += [_options(entry.params.model_fields, told.get("Args", ""))]
+    parts += [f"**{name}.** {_flat(told[name])}" for name in ("Returns", "Raises", "Source") if name in told]
+    return [part for part in parts if part]
+
+
+def _options(fields: Mapping[str, Any], told: str) -> str:
+    meanings = dict(_items(told))
+    rows = [
+        (_code(key), _code(_value(field.default)), _code(bounds_of(field)), meanings.get(key, ""))
+        for key, field in fields.items()
+    ]
+    return _table(("option", "default", "values", "meaning"), rows) if rows else "No options."
+
+
+def _value(value: Any) -> str:
+    return str(value).lower() if value is None or isinstance(value, bool) else f"{value}"
+
+
+def _sections(documented: Any) -> dict[str, str]:
+    """The sections of a Google docstring, indented as they stand; the text before them under the empty name."""
+    parts = re.split(r"^([A-Z][a-z]+):$", inspect.getdoc(documented) or "", flags=re.MULTILINE)
+    return {name: inspect.cleandoc(body) for name, body in zip(["", *parts[1::2]], parts[::2], strict=True)}
+
+
+def _items(section: str) -> Iterator[tuple[str, str]]:
+    for item in re.split(r"\n(?=\w)", section):
+        name, _, meaning = item.partition(": ")
+        yield name, _flat(meaning)
+
+
+def _flat(lines: str) -> str:
+    return " ".join(lines.split())
+
+
+# ---- the results
+
+
+def results() -> str:
+    """One section per JSON file there is; nothing about those there are not."""
+    return "\n\n".join(_result(path) for path in sorted(RESULTS.glob("*.json")))
+
+
+def _result(path: Path) -> str:
+    body = json.loads(path.read_text("utf-8"))
+    facts = [("Result", body.get("result")), ("Note", body.get("note")), ("Date", body.get("date"))]
+    facts += [("Images", body.get("n")), ("Seed", body.get("seed")), ("Hardware", _hardware(body))]
+    parts = [f"## {path.stem} {{ #{path.stem} }}", str(body.get("question", ""))]
+    if body.get("command"):
+        parts += [f"```sh\n{body['command']}\n```"]
+    parts += ["\n".join(f"- {name}: {value}" for name, value in facts if value not in (None, ""))]
+    if "report" in body:
+        parts += [_report(Report.model_validate(body["report"]))]
+    if "results" in body:
+        parts += [_grid(body["results"])]
+    return "\n\n".join(part for part in [*parts, f"[The whole of it](results/{path.name})"] if part)
+
+
+def _hardware(body: Mapping[str, Any]) -> str:
+    known = {**body.get("hardware", {}), **body.get("versions", {})} if _is_flat(body.get("hardware", {})) else {}
+    named = ("processor", "cores", "threads", "accelerator", "python", "torch", "rempart")
+    return ", ".join(f"{key} {known[key]}" for key in named if key in known)
+
+
+def _is_flat(value: Any) -> bool:
+    return isinstance(value, Mapping) and not any(isinstance(v, Mapping | list) for v in value.values())
+
+
+def _report(report: Report) -> str:
+    rounded = any(attack.eight_bit for attack in report.attacks)
+    rows = [("clean", "", _rate(report.clean), "", *[""] * rounded, "", "", "")]
+    for attack in report.attacks:
+        median = "" if attack.norms is None else f"{m:.3g}" if (m := attack.norms.median) is not None else "not reached"
+        broken = "" if attack.success is None else f"{attack.success.value:.1%}"
+        options = _code(", ".join(f"{key}={_value(value)}" for key, value in attack.options.items()))
+        eight = [_rate(attack.eight_bit)] * rounded
+        first = (attack.label, attack.norm, _rate(attack.accuracy), broken)
+        rows += [(*first, *eight, median, f"{attack.queries:,}", options)]
+    rows += [("**worst case**", "", _rate(report.worst_case), "", *[""] * rounded, "", "", "")]
+    header = ("attack", "norm", "accuracy", "broken", *["8-bit"] * rounded, "median size", "queries", "options")
+    title = f"{report.title}, {text.where(report)}. " if report.attacks else f"{report.title}. "
+    return title + "Intervals: 95 %.\n\n" + _table(header, rows)
+
+
+def _rate(rate: Rate | None) -> str:
+    return "" if rate is None else f"{rate.value:.1%} {text.interval(rate)}"
+
+
+def _grid(value: Any) -> str:
+    """Nested figures as one table: a row for each innermost group of plain values."""
+    rows = list(_rows(value, ()))
+    columns = list(dict.fromkeys(key for _, row in rows for key in row))
+    depth = max((len(path) for path, _ in rows), default=0)
+    cells = [[*path, *[""] * (depth - len(path)), *(_cell(row.get(key, "")) for key in columns)] for path, row in rows]
+    return _table([*[" "] * depth, *(column.replace("_", " ") for column in columns)], cells) if rows else ""
+
+
+def _rows(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    if isinstance(value, list):
+        for item in value:
+            yield from _rows(item, path)
+    elif isinstance(value, Mapping):
+        plain = {k: v for k, v in value.items() if not isinstance(v, Mapping | list)}
+        if plain:
+            yield path, plain
+        for key, inner in value.items():
+            if key not in plain:
+                yield from _rows(inner, (*path, str(key)))
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+# ---- Markdown
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _code(words: str) -> str:
+    return f"`{words}`" if words else ""
