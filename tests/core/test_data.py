@@ -22,6 +22,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from rempart.core import data as module
+from rempart.core import files
 from rempart.core.data import Data, open_data
 from rempart.core.errors import DataError
 
@@ -391,7 +392,7 @@ def test_refuses_unusable_npz(tmp_path: Path, images: np.ndarray, labels: np.nda
 def test_refuses_npz_files_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = Path(saved(tmp_path, ZEROS, LABELS))
     with monkeypatch.context() as patch, pytest.raises(DataError, match="MAX_TOTAL_BYTES"):
-        patch.setattr(module, "MAX_TOTAL_BYTES", 500)
+        patch.setattr(files, "MAX_TOTAL_BYTES", 500)
         open_data(str(path))
     header = b"\x93NUMPY\1\0\x76\0" + b"{'descr':'|u1','fortran_order':False,'shape':(99999999999999,9,9)}".ljust(118)
     for content in (path.read_bytes()[:-40], b"none", pickle.dumps([1])):
@@ -630,14 +631,14 @@ def test_refuses_a_bomb_that_claims_to_be_small(tmp_path: Path) -> None:
 def test_names_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, constant: str, limit: int) -> None:
     path = zipped(tmp_path / "x.zip", FILES)
     open_data(str(path))
-    monkeypatch.setattr(module, constant, limit)
+    monkeypatch.setattr(files, constant, limit)
     with pytest.raises(DataError, match=rf"at most {limit} \w+ \({constant}\)"):
         open_data(str(path))
 
 
 def test_limits_the_files_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = open_data(str(written(tmp_path, FILES)))
-    monkeypatch.setattr(module, "MAX_IMAGE_BYTES", 60)
+    monkeypatch.setattr(files, "MAX_IMAGE_BYTES", 60)
     with pytest.raises(DataError, match=r"at most 60 bytes \(MAX_IMAGE_BYTES\), got 61 in test/"):  # the rest unread
         everything(data)
 

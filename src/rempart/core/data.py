@@ -1,27 +1,22 @@
 """How images come in: a spec opens one split as `Data`, which gives batches of pixels in [0, 1] keyed by sample."""
 
 import gzip
-import hashlib
 import math
 import os
 import re
 import struct
-import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from rempart.core import files
 from rempart.core.errors import DataError
 from rempart.core.registry import suggestion
 from rempart.core.repro import digest_arrays
@@ -30,16 +25,6 @@ from rempart.core.types import Images, Labels
 SPLITS = ("train", "val", "test")
 FORMS = "digits, mnist:DIR, cifar10:PATH, a folder or .zip of class folders, a MedMNIST-style .npz file"
 
-MAX_ENTRIES = 200_000
-"""Entries in one zip archive."""
-MAX_IMAGE_BYTES = 64 * 2**20
-"""Uncompressed size of one image file."""
-MAX_TOTAL_BYTES = 20 * 2**30
-"""Uncompressed size of all images of an archive, or of one array file."""
-MAX_RATIO = 100
-"""Uncompressed over compressed size of all images of an archive; a single blank image may exceed it."""
-MAX_PIXELS = 50_000_000
-"""Width times height of one image."""
 MAX_CLASSES = 100_000
 """Classes of a file that numbers them."""
 
@@ -50,13 +35,6 @@ _SPEC = re.compile(
     r"(:(?P<split>train|val|test))?(?P<part>\[[^\[\]]*\]?)?"
 )
 _PART = re.compile(r"\[(-?[0-9]{1,18})?:(-?[0-9]{1,18})?(?::(-?[0-9]{1,18})?)?\]")
-_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
-_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-_GREY_MODES = ("1", "L", "LA")
-_BROKEN_IMAGE = (
-    *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError),
-    *(struct.error, zlib.error),
-)
 _CHUNK = 256
 
 
@@ -147,8 +125,8 @@ class Data:
         images = torch.empty((len(self), *self.shape), dtype=torch.uint8)
         for number, batch in enumerate(self.batches(_CHUNK)):
             coarse = (batch.x * 255).round().to(torch.uint8)
-            if images.dtype == torch.uint8 and not torch.equal(_unit(coarse), batch.x):
-                images = _unit(images)
+            if images.dtype == torch.uint8 and not torch.equal(files.unit(coarse), batch.x):
+                images = files.unit(images)
             images[number * _CHUNK :][: len(coarse)] = coarse if images.dtype == torch.uint8 else batch.x
         rows = torch.zeros(int(self.index.max()) + 1, dtype=torch.int64)
         rows[self.index] = torch.arange(len(self))
@@ -248,11 +226,7 @@ class _Memory:
     rows: Tensor
 
     def __call__(self, numbers: Tensor) -> Images:
-        return _unit(self.images[self.rows[numbers]])
-
-
-def _unit(images: Tensor) -> Tensor:
-    return images.to(torch.float32) / 255 if images.dtype == torch.uint8 else images
+        return files.unit(self.images[self.rows[numbers]])
 
 
 def _in_memory(split: str, images: Tensor, labels: Tensor, class_names: tuple[str, ...]) -> Data:
@@ -304,7 +278,7 @@ def _read_idx(path: Path, axes: int) -> np.ndarray:
                 )
             shape = struct.unpack(f">{axes}I", header[4:])
             size = math.prod(shape)
-            _within(size, MAX_TOTAL_BYTES, "MAX_TOTAL_BYTES", path.name)
+            files.within(size, files.MAX_TOTAL_BYTES, "MAX_TOTAL_BYTES", path.name)
             content = bytearray(file.read(size + 1))
     except (OSError, EOFError, zlib.error) as error:
         raise DataError("an IDX file that is whole", got=f"{path.name}: {error}") from None
@@ -322,10 +296,10 @@ def _npz(path: Path, split: str) -> Data:
         with np.load(path, allow_pickle=False) as file:
             have = [name for name in SPLITS if f"{name}_images" in file and f"{name}_labels" in file]
             keys = [f"{name}_labels" for name in have] + [f"{split}_images"] * (split in have)
-            arrays = {key: np.asarray(file[key]) for key in keys if size <= MAX_TOTAL_BYTES}
+            arrays = {key: np.asarray(file[key]) for key in keys if size <= files.MAX_TOTAL_BYTES}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, MemoryError, NotImplementedError) as error:
         raise DataError("an .npz file of plain arrays", got=f"{path.name}: {error}") from None
-    _within(size, MAX_TOTAL_BYTES, "MAX_TOTAL_BYTES", path.name)
+    files.within(size, files.MAX_TOTAL_BYTES, "MAX_TOTAL_BYTES", path.name)
     _choose(split, have, f"{path.name}, as arrays SPLIT_images and SPLIT_labels,")
     labels, class_names = _numbered({name: arrays[f"{name}_labels"] for name in have}, split)
     return _in_memory(split, _pixel_array(arrays[f"{split}_images"], f"{split}_images"), labels, class_names)
@@ -373,166 +347,17 @@ def _pixel_array(images: np.ndarray, name: str) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(images))
 
 
-# ---- image files: folders and zips
-
-
-@dataclass(frozen=True, slots=True)
-class _Folder:
-    """Image files in a folder."""
-
-    root: Path
-
-    def names(self) -> Iterator[str]:
-        """Relative names of everything inside, folders ending in a slash, a little deeper than images belong."""
-        return self._walk("", 4)
-
-    def contents(self, names: Iterable[str]) -> Iterator[bytes]:
-        """The files' bytes."""
-        for name in names:
-            try:
-                with (self.root / name).open("rb") as file:
-                    content = file.read(MAX_IMAGE_BYTES + 1)
-            except OSError as error:
-                raise DataError("a file that can be read", got=f"{name}: {error.strerror}") from None
-            _within(len(content), MAX_IMAGE_BYTES, "MAX_IMAGE_BYTES", name)
-            yield content
-
-    def stamps(self, names: Iterable[str]) -> Iterator[tuple[int, int]]:
-        """CRC-32 and size of each file."""
-        return ((zlib.crc32(content), len(content)) for content in self.contents(names))
-
-    def _walk(self, prefix: str, depth: int) -> Iterator[str]:
-        try:
-            entries = list(os.scandir(self.root / prefix))
-        except OSError as error:
-            raise DataError("a folder that can be read", got=f"{self.root.name}/{prefix}: {error.strerror}") from None
-        for entry in entries:
-            if not entry.is_dir():
-                yield prefix + entry.name
-            elif depth:
-                yield f"{prefix}{entry.name}/"
-                yield from self._walk(f"{prefix}{entry.name}/", depth - 1)
-
-
-@dataclass(frozen=True, slots=True)
-class _Member:
-    """Where a file lies in an archive, from the archive's directory."""
-
-    offset: int
-    packed: int
-    size: int
-    crc: int
-    method: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Zip:
-    """Image files in a zip archive, read in place: nothing is written to disk, no handle stays open between calls.
-
-    Members are inflated here, not by `zipfile`, which would parse the directory again on every call (0.5 s for 60,000
-    entries) and believes the size an entry claims.
-    """
-
-    path: Path
-    members: Mapping[str, _Member | None]
-
-    def names(self) -> Iterable[str]:
-        """Names of all entries, folders ending in a slash."""
-        return self.members
-
-    def contents(self, names: Iterable[str]) -> Iterator[bytes]:
-        """The files' bytes, checked against their CRC-32."""
-        try:
-            with self.path.open("rb") as file:
-                for name in names:
-                    yield self._inflated(file, name)
-        except OSError as error:
-            raise DataError("an archive that can be read", got=f"{self.path.name}: {error.strerror}") from None
-
-    def stamps(self, names: Iterable[str]) -> Iterator[tuple[int, int]]:
-        """CRC-32 and size of each file, from the directory alone."""
-        members = (self.members[name] for name in names)
-        return ((member.crc, member.size) for member in members if member)
-
-    def _inflated(self, file: BinaryIO, name: str) -> bytes:
-        member = self.members[name]
-        assert member is not None
-        content = b""
-        with suppress(struct.error, zlib.error, OverflowError):
-            file.seek(member.offset + 26)  # the lengths of the two fields between the entry's header and its data
-            file.seek(sum(struct.unpack("<2H", file.read(4))), os.SEEK_CUR)
-            content = file.read(member.packed)
-            if member.method == zipfile.ZIP_DEFLATED:
-                content = zlib.decompressobj(-15).decompress(content, member.size + 1)
-        if len(content) != member.size or zlib.crc32(content) != member.crc:
-            raise DataError("an archive that is whole", got=f"{name} with a wrong size or checksum")
-        return content
-
-
-def _open_zip(path: Path) -> _Zip:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            infos = archive.infolist()
-    except (OSError, ValueError, EOFError, struct.error, zipfile.BadZipFile, NotImplementedError) as error:
-        raise DataError("a zip archive that is whole", got=f"{path.name}: {error}", hint="fetch it again") from None
-    _within(len(infos), MAX_ENTRIES, "MAX_ENTRIES", path.name, "entries")
-    images = [info for info in infos if _is_image(info.filename)]
-    for info in images:
-        _within(max(info.file_size, info.compress_size), MAX_IMAGE_BYTES, "MAX_IMAGE_BYTES", info.filename)
-        if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise DataError("entries stored or deflated, without a password", got=info.filename, hint="zip them anew")
-    size, packed = sum(info.file_size for info in images), sum(info.compress_size for info in images)
-    _within(size, MAX_TOTAL_BYTES, "MAX_TOTAL_BYTES", path.name)
-    _within(size / max(packed, 1), MAX_RATIO, "MAX_RATIO", path.name, "times the compressed size")
-    members = {
-        i.filename: _Member(i.header_offset, i.compress_size, i.file_size, i.CRC, i.compress_type) for i in images
-    }
-    return _Zip(path, {**dict.fromkeys(info.filename for info in infos if info.is_dir()), **members})
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Files:
-    """Reads image files and brings them to one shape."""
-
-    store: _Folder | _Zip
-    names: tuple[str, ...]
-    shape: tuple[int, int, int]
-    resize: bool
-
-    def __call__(self, numbers: Tensor) -> Images:
-        names = [self.names[number] for number in numbers.tolist()]
-        images = torch.empty((len(names), *self.shape), dtype=torch.float32)
-        for row, (name, content) in enumerate(zip(names, self.store.contents(names), strict=True)):
-            images[row] = _unit(torch.from_numpy(self._decode(name, content)))
-        return images
-
-    def stamps(self, numbers: Tensor) -> Iterator[bytes]:
-        """CLASS/NAME, CRC-32 and size of each file."""
-        names = [self.names[number] for number in numbers.tolist()]
-        for name, (crc, size) in zip(names, self.store.stamps(names), strict=True):
-            yield _key(name) + struct.pack("<IQ", crc, size)
-
-    def _decode(self, name: str, content: bytes) -> np.ndarray:
-        channels, height, width = self.shape
-        with _opened(name, content) as image:
-            if not self.resize and image.size != (width, height):
-                raise DataError(
-                    f"images of one size, {width}x{height} like {self.names[0]}",
-                    got=f"{image.width}x{image.height} in {name}",
-                    hint="add @128 to the data spec, or another size, to resize all",
-                )
-            try:
-                return _pixels(image, channels, (width, height))
-            except _BROKEN_IMAGE as error:
-                raise DataError("an image that can be read", got=f"{name}: {error}") from None
+# ---- class folders of image files
 
 
 def _class_folders(path: Path, split: str, modifiers: str) -> Data:
-    store = _Folder(path) if path.is_dir() else _open_zip(path)
+    store = files.Folder(path) if path.is_dir() else files.open_zip(path)
     tree = _tree(store.names())
     split = "all" if "all" in tree else split
     if not tree:
-        raise DataError("class folders of images", got=f"none in {path.name}", hint=f"images are {' '.join(_SUFFIXES)}")
+        raise DataError(
+            "class folders of images", got=f"none in {path.name}", hint=f"images are {' '.join(files.SUFFIXES)}"
+        )
     _choose(split, [name for name in (*SPLITS, "all") if name in tree], f"{path.name}, as folders,")
     class_names = tuple(sorted(tree[split]))
     for name, classes in tree.items():
@@ -545,11 +370,13 @@ def _class_folders(path: Path, split: str, modifiers: str) -> Data:
         raise DataError("two or more class folders", got=f"{', '.join(class_names)} in {path.name}")
 
     labels = {name: k for k, class_name in enumerate(class_names) for name in tree[split][class_name]}
-    names = tuple(sorted(labels, key=_order))
+    names = tuple(sorted(labels, key=files.order))
     reference = next(tree[name] for name in (*SPLITS, "all") if any(tree.get(name, {}).values()))
-    first = min((name for files in reference.values() for name in files), key=_order)  # the same one for every split
-    shape = _shape(store, names[0], first, modifiers)
-    read = _Files(store, names, shape, resize=any(m[:1].isdigit() for m in modifiers.split("@")))
+    first = min(
+        (name for files in reference.values() for name in files), key=files.order
+    )  # the same one for every split
+    shape = files.image_shape(store, names[0], first, modifiers)
+    read = files.Files(store, names, shape, resize=any(m[:1].isdigit() for m in modifiers.split("@")))
     return Data(
         source="",
         split=split,
@@ -575,78 +402,10 @@ def _tree(names: Iterable[str]) -> dict[str, dict[str, list[str]]]:
         if name.endswith("/"):
             if len(inner) == 1:
                 tree.setdefault(split, {}).setdefault(inner[0], [])
-        elif _is_image(name):
+        elif files.is_image(name):
             if len(inner) != 2:
                 raise DataError(
                     "images as train/CLASS/NAME or CLASS/NAME", got=name, hint=f"splits are {', '.join(SPLITS)}"
                 )
             tree.setdefault(split, {}).setdefault(inner[0], []).append(name)
     return tree
-
-
-def _shape(store: _Folder | _Zip, own: str, first: str, modifiers: str) -> tuple[int, int, int]:
-    """Channels, height and width, from the modifiers or from the headers of two images."""
-    size = channels = None
-    for word in modifiers.split("@")[1:]:
-        if word[0].isdigit():
-            width, _, height = word.partition("x")
-            size = int(width), int(height or width)
-            _within(size[0] * size[1], MAX_PIXELS, "MAX_PIXELS", f"@{word}", "pixels")
-        else:
-            channels = 1 if word == "grey" else 3
-    if channels is None:
-        with _opened(first, *store.contents([first])) as image:
-            channels = 1 if image.mode in _GREY_MODES or image.mode.startswith("I;16") else 3
-    if size is None:
-        with _opened(own, *store.contents([own])) as image:
-            size = image.size
-    return channels, size[1], size[0]
-
-
-def _opened(name: str, content: bytes) -> Image.Image:
-    """An image with its header read and its number of pixels checked; the pixels are still to be decoded."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(BytesIO(content), formats=_FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"at most {MAX_PIXELS:,} pixels (MAX_PIXELS)", got=f"{name}: {error}") from None
-    except _BROKEN_IMAGE as error:
-        reason = "in none of the formats" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise DataError(f"an image ({', '.join(_FORMATS)})", got=f"{name}: {reason}") from None
-    _within(image.width * image.height, MAX_PIXELS, "MAX_PIXELS", name, "pixels")
-    if image.mode in ("I", "F"):
-        raise DataError("8-bit or 16-bit pixels", got=f"{name} with 32-bit pixels", hint="convert the file")
-    return image
-
-
-def _pixels(image: Image.Image, channels: int, size: tuple[int, int]) -> np.ndarray:
-    """Decode to (channels, height, width): uint8, or float32 in [0, 1] with one channel for 16-bit images."""
-    if image.mode.startswith("I;16"):  # scaled by hand: convert("L") cuts everything above 255
-        image = Image.fromarray(np.asarray(image).astype(np.float32) / np.float32(65535))
-    else:
-        if image.mode == "P" and "transparency" in image.info:  # Pillow goes to RGB by way of RGBA only
-            image = image.convert("RGBA")
-        image = image.convert("L" if channels == 1 else "RGB")
-    if image.size != size:
-        image = image.resize(size, Image.Resampling.BILINEAR)
-    array = np.array(image)
-    return array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
-
-
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in _SUFFIXES
-
-
-def _key(name: str) -> bytes:
-    """CLASS/NAME, wherever the class folder lies."""
-    return "/".join(PurePosixPath(name).parts[-2:]).encode("utf-8", "surrogateescape")
-
-
-def _order(name: str) -> bytes:
-    return hashlib.sha1(_key(name), usedforsecurity=False).digest()
-
-
-def _within(value: float, limit: int, constant: str, name: str, unit: str = "bytes") -> None:
-    if value > limit:
-        raise DataError(f"at most {limit:,} {unit} ({constant})", got=f"{value:,.0f} in {name}")
