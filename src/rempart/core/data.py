@@ -1,6 +1,7 @@
 """How images come in: a spec opens one split as `Data`, which gives batches of pixels in [0, 1] keyed by sample."""
 
 import gzip
+import itertools
 import math
 import os
 import re
@@ -372,9 +373,7 @@ def _class_folders(path: Path, split: str, modifiers: str) -> Data:
     labels = {name: k for k, class_name in enumerate(class_names) for name in tree[split][class_name]}
     names = tuple(sorted(labels, key=files.order))
     reference = next(tree[name] for name in (*SPLITS, "all") if any(tree.get(name, {}).values()))
-    first = min(
-        (name for files in reference.values() for name in files), key=files.order
-    )  # the same one for every split
+    first = min(itertools.chain(*reference.values()), key=files.order)  # the same one for every split
     shape = files.image_shape(store, names[0], first, modifiers)
     read = files.Files(store, names, shape, resize=any(m[:1].isdigit() for m in modifiers.split("@")))
     return Data(

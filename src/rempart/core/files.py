@@ -135,6 +135,11 @@ class Zip:
 
 
 def open_zip(path: Path) -> Zip:
+    """Read the directory of an archive and check it against the limits; nothing is decompressed.
+
+    Raises:
+        DataError: If it is no zip archive, or exceeds a limit.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
@@ -165,6 +170,7 @@ class Files:
     resize: bool
 
     def __call__(self, numbers: Tensor) -> Images:
+        """The images of these sample numbers, float32 in [0, 1]."""
         names = [self.names[number] for number in numbers.tolist()]
         images = torch.empty((len(names), *self.shape), dtype=torch.float32)
         for row, (name, content) in enumerate(zip(names, self.store.contents(names), strict=True)):
@@ -243,6 +249,7 @@ def _pixels(image: Image.Image, channels: int, size: tuple[int, int]) -> np.ndar
 
 
 def is_image(name: str) -> bool:
+    """Whether a file is named like an image."""
     return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
@@ -252,10 +259,12 @@ def _key(name: str) -> bytes:
 
 
 def order(name: str) -> bytes:
+    """Sort key of a file: mixes the classes, and depends on CLASS/NAME alone."""
     return hashlib.sha1(_key(name), usedforsecurity=False).digest()
 
 
 def within(value: float, limit: int, constant: str, name: str, unit: str = "bytes") -> None:
+    """Raise a DataError that names the limit where a value exceeds it."""
     if value > limit:
         raise DataError(f"at most {limit:,} {unit} ({constant})", got=f"{value:,.0f} in {name}")
 

@@ -185,16 +185,16 @@ def _agree(model: Classifier, fast: Classifier) -> bool:
     """
     weight = next(model.parameters(), torch.zeros(()))
     generator = torch.Generator().manual_seed(0)
-    probe = torch.rand((4, *model.shape), generator=generator) * (model.high - model.low) + model.low
+    probe = torch.rand((2, *model.shape), generator=generator) * (model.high - model.low) + model.low
     probe = probe.to(device=weight.device, dtype=weight.dtype)
-    mix = torch.randn((4, model.num_classes), generator=generator).to(probe)
+    mix = torch.randn((2, model.num_classes), generator=generator).to(probe)
     with frozen(model):
         expected, slope = _pull_back(model, probe, mix)
         got, fast_slope = _pull_back(fast, probe, mix)
         with torch.no_grad():
-            part = fast(probe[:3])
+            part = fast(probe[:1])
     slack = 1e-4 * float((expected - expected.mean()).abs().max())
-    close = torch.allclose(expected, got, 0, slack) and torch.allclose(expected[:3], part, 0, slack)
+    close = torch.allclose(expected, got, 0, slack) and torch.allclose(expected[:1], part, 0, slack)
     return bool(close and (slope - fast_slope).norm() <= 1e-2 * slope.norm())
 
 
