@@ -16,12 +16,12 @@ import typer
 import rempart
 from rempart import cli, listing
 from rempart.attacks import SUITES, attacks
-from rempart.core import data, errors
+from rempart.core import data, errors, files
 from rempart.core.registry import Entry, bounds_of
 from rempart.core.stats import Rate
 from rempart.models.zoo import models
 from rempart.report import text
-from rempart.report.schema import Report
+from rempart.report.schema import AttackResult, Report
 from rempart.train.config import Settings, load_recipe, recipe_names
 from rempart.train.objectives import objectives
 
@@ -174,8 +174,8 @@ def _data() -> str:
             "::: rempart.core.data.Data",
             "::: rempart.core.data.Batch",
             "## Limits",
-            "Archives and images are untrusted input. These limits are constants of `rempart.core.data`.",
-            *(f"::: rempart.core.data.{name}" for name in vars(data) if name.startswith("MAX_")),
+            "Archives and images are untrusted input. The limits are constants.",
+            *(f"::: {m.__name__}.{name}" for m in (data, files) for name in vars(m) if name.startswith("MAX_")),
             "",
         ]
     )
@@ -269,7 +269,7 @@ def results() -> str:
 
 def _result(path: Path) -> str:
     body = json.loads(path.read_text("utf-8"))
-    facts = [("Result", body.get("result")), ("Note", body.get("note")), ("Date", body.get("date"))]
+    facts = [("Result", body.get("result")), ("Note", body.get("note")), ("Date", str(body.get("date", ""))[:10])]
     facts += [("Images", body.get("n")), ("Seed", body.get("seed")), ("Hardware", _hardware(body))]
     parts = [f"## {path.stem} {{ #{path.stem} }}", str(body.get("question", ""))]
     if body.get("command"):
@@ -293,23 +293,36 @@ def _is_flat(value: Any) -> bool:
 
 
 def _report(report: Report) -> str:
+    """The table of a report, and the options of its attacks under it."""
     rounded = any(attack.eight_bit for attack in report.attacks)
-    rows = [("clean", "", _rate(report.clean), "", *[""] * rounded, "", "", "")]
+    sizes = any(attack.norms for attack in report.attacks)
+
+    def row(name: str, accuracy: Rate | None, norm: str = "", *rest: str) -> Sequence[str]:
+        return name, norm, _rate(accuracy), *(rest or [""] * (2 + rounded + sizes))
+
+    rows = [row("clean", report.clean)]
     for attack in report.attacks:
-        median = "" if attack.norms is None else f"{m:.3g}" if (m := attack.norms.median) is not None else "not reached"
-        broken = "" if attack.success is None else f"{attack.success.value:.1%}"
-        options = _code(", ".join(f"{key}={_value(value)}" for key, value in attack.options.items()))
-        eight = [_rate(attack.eight_bit)] * rounded
-        first = (attack.label, attack.norm, _rate(attack.accuracy), broken)
-        rows += [(*first, *eight, median, f"{attack.queries:,}", options)]
-    rows += [("**worst case**", "", _rate(report.worst_case), "", *[""] * rounded, "", "", "")]
-    header = ("attack", "norm", "accuracy", "broken", *["8-bit"] * rounded, "median size", "queries", "options")
-    title = f"{report.title}, {text.where(report)}. " if report.attacks else f"{report.title}. "
-    return title + "Intervals: 95 %.\n\n" + _table(header, rows)
+        cells = [f"{attack.success.value:.1%}" if attack.success else ""]
+        cells += [_rate(attack.eight_bit)] * rounded
+        cells += [_median(attack)] * sizes
+        rows += [row(attack.label, attack.accuracy, attack.norm, *cells, f"{attack.queries:,}")]
+    rows += [row("**worst case**", report.worst_case)]
+    header = ("attack", "norm", "accuracy", "broken", *["8-bit"] * rounded, *["median size"] * sizes, "queries")
+    title = f"{report.title}, {text.where(report)}." if report.attacks else f"{report.title}."
+    options = (
+        (a.label, ", ".join(f"{key}={_value(value)}" for key, value in a.options.items())) for a in report.attacks
+    )
+    return "\n\n".join([title, _table(header, rows), "\n".join(f"- {label}: {_code(told)}" for label, told in options)])
+
+
+def _median(attack: AttackResult) -> str:
+    if attack.norms is None:
+        return ""
+    return "not reached" if attack.norms.median is None else f"{attack.norms.median:.3g}"
 
 
 def _rate(rate: Rate | None) -> str:
-    return "" if rate is None else f"{rate.value:.1%} {text.interval(rate)}"
+    return "" if rate is None else f"{rate.value:.1%} " + text.interval(rate).replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def _grid(value: Any) -> str:
@@ -343,7 +356,12 @@ def _cell(value: Any) -> str:
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(_cell_text, line))} |" for line in lines)
+
+
+def _cell_text(words: str) -> str:
+    """Escape bars, but not in code, where they are no border and the escape would show."""
+    return re.sub(r"`[^`]*`|\|", lambda found: "\\|" if found[0] == "|" else found[0], words)
 
 
 def _code(words: str) -> str:

@@ -16,6 +16,8 @@ from rempart.core.errors import RempartError, SpecError
 if TYPE_CHECKING:
     from rempart.report.schema import Report
 
+_UsageError = typer.BadParameter.__mro__[2]  # ClickException, whether Typer brings its own click or uses the other
+
 app = typer.Typer(
     name="rempart",
     help="Attack, audit and harden image classifiers. MODEL is a folder written by `rempart train`, a .pt2 file, or "
@@ -216,13 +218,9 @@ def main() -> NoReturn:
         _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
-    except Exception as error:
-        from click import ClickException
-
-        if isinstance(error, ClickException):
-            error.show()
-            sys.exit(error.exit_code)
-        raise
+    except _UsageError as error:
+        error.show()
+        sys.exit(2)
     sys.exit(status or 0)
 
 

@@ -12,12 +12,13 @@ from rempart.train.config import load_recipe, recipe_names
 _DATA = (
     ("digits", "1,797 scans of 8x8 digits, embedded (scikit-learn)"),
     ("mnist:DIR", "IDX files, gzipped or not"),
+    ("cifar10:PATH", "the same as FOLDER or FILE.zip"),
     (
         "FOLDER or FILE.zip",
         "train/CLASS/*.png and test/CLASS/*.png, read in place; @64 resizes, @grey or @rgb converts",
     ),
     ("FILE.npz", "MedMNIST style: {train,val,test}_{images,labels}"),
-    ("... :train | :test", "choose a split; [:500], [100:200], [::10] choose samples"),
+    ("... :train | :val | :test", "choose a split; [:500], [100:200], [::10] choose samples"),
 )
 
 

@@ -63,7 +63,8 @@ def surely_reached(z: Logits, y: Labels, *, targeted: bool) -> Mask:
     For attacks that end on the boundary: they search on a faster copy of the model that is judged.
     """
     ahead = lead(z, y) if targeted else -lead(z, y)
-    return ahead > _ROUNDING * z.abs().amax(1)
+    rounding = _ROUNDING * (z.amax(1) - z.amin(1)) + 4 * torch.finfo(z.dtype).eps * z.abs().amax(1)
+    return ahead > rounding
 
 
 def climb_direction(model: nn.Module, x: Images, y: Labels, goal: Score) -> tuple[Images, Logits, Scores]:

@@ -50,7 +50,7 @@ def cw(
         learning_rate: Of Adam, in tanh space.
         initial_const: First const; times 10 after a failure until one works, bisected from then on.
         confidence: Margin in logits the result must have.
-        abort_early: Leave a descent whose lowest loss has not fallen by 0.01 % over a tenth of the steps; per sample.
+        abort_early: Leave a descent whose lowest loss has not fallen by 0.01 % over a fifth of the steps; per sample.
         targeted: Move towards `y` instead of away from it.
         rng: Not used: the attack draws nothing.
         notify: Receives one event per tenth of a descent.
@@ -87,7 +87,7 @@ def cw(
                 scale = (second / (1 - 0.999 ** (t + 1))).sqrt_().add_(1e-8)
                 w = w.detach() - learning_rate / (1 - 0.9 ** (t + 1)) * first / scale
                 lowest = torch.minimum(lowest, value)
-                if abort_early and t % max(1, steps // 10) == 0:
+                if abort_early and t % max(1, steps // 5) == 0:
                     stay = lowest < 0.9999 * before
                     before = lowest
                     if not bool(stay.all()):
@@ -133,7 +133,7 @@ def ead(
         learning_rate: First step length; it falls as the square root of the steps left.
         initial_const: First const; times 10 after a failure until one works, bisected from then on.
         confidence: Margin in logits the result must have.
-        abort_early: Leave a descent whose lowest loss has not fallen by 0.01 % over a tenth of the steps; per sample.
+        abort_early: Leave a descent whose lowest loss has not fallen by 0.01 % over a fifth of the steps; per sample.
         targeted: Move towards `y` instead of away from it.
         rng: Not used: the attack draws nothing.
         notify: Receives one event per tenth of a descent.
@@ -170,7 +170,7 @@ def ead(
                 wins = surely_reached(z, label, targeted=targeted) & (lead >= confidence)
                 best.update(active, point, elastic if rule == "en" else size, lead, wins)
                 lowest = torch.minimum(lowest, elastic + weight * (confidence - lead).clamp_min(0))
-                if abort_early and t % max(1, steps // 10) == 0:
+                if abort_early and t % max(1, steps // 5) == 0:
                     stay = lowest < 0.9999 * before
                     before = lowest
                     if not bool(stay.all()):

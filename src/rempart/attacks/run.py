@@ -317,14 +317,15 @@ def _attack(ready: Prepared, job: _Job, batch: Batch, notify: Notify) -> Outcome
         found[some] = result
     queries, gradients = ready.meter.queries - queries, ready.meter.gradients - gradients
     seconds = time.perf_counter() - started
-    z = _logits(ready.judge, found, index)
+    rounded = None
+    with frozen(ready.judge):  # once more: an attack might have changed the mode of the model itself
+        z = _logits(ready.judge, found, index)
+        if job.eight_bit:
+            stored = threat.quantise(x, found)
+            kept = reached(_logits(ready.judge, stored, index), goal, targeted=targeted)
+            rounded = ~correct | (attacked & kept & _holds_rounded(threat, x, stored))
     hit = ~correct | (attacked & reached(z, goal, targeted=targeted))
     within = threat.holds(x, found)
-    rounded = None
-    if job.eight_bit:
-        stored = threat.quantise(x, found)
-        kept = reached(_logits(ready.judge, stored, index), goal, targeted=targeted)
-        rounded = ~correct | (attacked & kept & _holds_rounded(threat, x, stored))
     return Outcome(
         index=index,
         x_adv=found.cpu(),

@@ -1,1 +1,1 @@
-"""."""
+"""What everything else stands on: threat, model, data, randomness, statistics, errors."""

@@ -1,6 +1,7 @@
 """The classifier as an attack sees it, and the two guards around it: `frozen` and `metered`."""
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.functional import fold
+from torch.nn.functional import conv2d, pad, pixel_shuffle
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from rempart.core.errors import ModelError
@@ -161,9 +162,9 @@ def accelerated(model: Classifier) -> Classifier:
     """A copy of a frozen classifier that computes the same function and gradients faster.
 
     Batch norms are folded into the convolution before them, ReLU comes after max pooling, image weights are stored
-    channels-last, and the gradient of a convolution over grey or colour images becomes a matrix product: about 1.5 to
-    2.5 times faster input gradients on a CPU. Logits and gradients of the copy are checked on a few random images;
-    where it cannot be made, or differs, the model itself is returned.
+    channels-last, and convolutions over grey or colour images take their gradient by blocks of pixels: about 1.2 to
+    2.5 times faster input gradients on a CPU. Logits and gradients of the copy are checked on random images; where it
+    cannot be made, or differs, the model itself is returned.
     """
     try:
         fast = copy.deepcopy(model)
@@ -250,39 +251,80 @@ def _pool_first(traced: fx.GraphModule) -> None:
 
 def _exchange_image_layers(traced: fx.GraphModule) -> None:
     for name, layer in list(traced.named_modules()):
-        if isinstance(layer, nn.Conv2d) and _over_images(layer):
+        if isinstance(layer, nn.Conv2d) and _ImageConv.fits(layer):
             traced.set_submodule(name, _ImageConv(layer))
 
 
-def _over_images(layer: nn.Conv2d) -> bool:
-    plain = layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-    return plain and layer.in_channels <= 3 and layer.weight.device.type == "cpu"
-
-
 class _ImageConv(nn.Module):
-    """A convolution over grey or colour images, with a gradient that does not pad their channels.
+    """A convolution over grey or colour images, with a gradient of its own.
 
-    The CPU kernel of the usual one computes it for sixteen channels: it can take half the time of a small network.
+    The CPU kernel of the usual gradient works on sixteen channels, however few there are, and can take half the time
+    of a small network. Here a block of pixels takes the place of the channels: a convolution of the slopes gives the
+    gradient block by block, and a pixel shuffle unfolds it (the other way round in Shi et al. 2016, arXiv:1609.05158).
     """
+
+    pixels: Tensor
 
     def __init__(self, layer: nn.Conv2d) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.block = layer, _block(layer)
+        weight, left = _phases(layer.weight.detach(), 3, self.block, layer.stride[1], int(layer.padding[1]))
+        weight, top = _phases(weight, 2, self.block, layer.stride[0], int(layer.padding[0]))
+        self.padding = (top, left)
+        self.register_buffer("pixels", weight.permute(1, 2, 4, 0, 3, 5).flatten(0, 2).contiguous())
+
+    @staticmethod
+    def fits(layer: nn.Conv2d) -> bool:
+        """Whether the layer is one that this can take the place of, and gains from it."""
+        plain = layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+        small = layer.in_channels <= 3 and layer.weight.device.type == "cpu"
+        return plain and small and layer.dilation == (1, 1) and all(_block(layer) % s == 0 for s in layer.stride)
 
     def forward(self, x: Images) -> Images:
-        return _ImageConvolution.apply(x, self.layer)  # pyright: ignore[reportReturnType]
+        return _ImageConvolution.apply(x, self)  # pyright: ignore[reportReturnType]
+
+    def gradient(self, slopes: Tensor, size: Sequence[int]) -> Tensor:
+        """From slopes of the outputs to those of the images, of this height and width."""
+        steps = [self.block // s for s in self.layer.stride]
+        missing = [
+            max(0, (math.ceil(n / self.block) - 1) * step + taps - 2 * padding - m)
+            for n, step, taps, padding, m in zip(
+                size, steps, self.pixels.shape[2:], self.padding, slopes.shape[-2:], strict=True
+            )
+        ]
+        if any(missing):
+            slopes = pad(slopes, (0, missing[1], 0, missing[0]))
+        blocks = conv2d(slopes, self.pixels, None, steps, self.padding)
+        return pixel_shuffle(blocks, self.block)[..., : size[0], : size[1]]
 
 
 class _ImageConvolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Images, layer: nn.Conv2d) -> Images:
-        ctx.layer, ctx.size = layer, x.shape[2:]
-        return layer(x)
+    def forward(ctx: Any, x: Images, convolution: _ImageConv) -> Images:
+        ctx.convolution, ctx.size = convolution, x.shape[-2:]
+        return convolution.layer(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        layer = ctx.layer
-        columns = layer.weight.flatten(1).T
-        parts = gradients[0].split(8)  # because the columns of many large images take a lot of memory
-        geometry = (layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-        return torch.cat([fold(columns @ part.flatten(2), ctx.size, *geometry) for part in parts]), None
+        return ctx.convolution.gradient(gradients[0], ctx.size), None
+
+
+def _block(layer: nn.Conv2d) -> int:
+    """Side of a block: its pixels over all channels come near sixteen."""
+    return 4 if layer.in_channels == 1 else 2
+
+
+def _phases(weight: Tensor, axis: int, block: int, stride: int, padding: int) -> tuple[Tensor, int]:
+    """The weights that reach each pixel of a block along one axis, which becomes (block, taps), and the padding.
+
+    Pixel block * q + a is reached from output (block / stride) * q + u - before with weight a + padding +
+    stride * (before - u), where there is one.
+    """
+    size = weight.shape[axis]
+    before = max(0, math.ceil((size - 1 - padding) / stride))
+    taps = (block - 1 + padding) // stride + before + 1
+    index = torch.arange(block)[:, None] + padding + stride * (before - torch.arange(taps))
+    index = torch.where((index >= 0) & (index < size), index, size)
+    nothing = torch.zeros_like(weight.narrow(axis, 0, 1))
+    chosen = torch.cat([weight, nothing], axis).index_select(axis, index.flatten())
+    return chosen.unflatten(axis, (block, taps)), before

@@ -29,7 +29,7 @@ class AttackChoice(Strict):
 
 
 class AuditSpec(Strict):
-    """Everything an audit depends on; `rempart audit --spec report.json` replays it."""
+    """Everything an audit depends on; `rempart run report.json` replays it."""
 
     kind: Literal["audit"] = "audit"
     model: str
