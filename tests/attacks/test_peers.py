@@ -20,7 +20,7 @@ with warnings.catch_warnings():
     torchattacks = pytest.importorskip("torchattacks")
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
-N = 60
+N = 40
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +96,7 @@ def test_pgd_is_theirs_from_the_same_random_start(
     peer = torchattacks.PGD(model, eps=EPS, alpha=0.025, steps=STEPS, random_start=True)
     assert torch.allclose(mine, peer(x, y), atol=1e-5)
     attack = foolbox.attacks.LinfPGD(abs_stepsize=0.025, steps=STEPS, random_start=True)
-    monkeypatch.setattr(attack, "get_random_start", lambda x0, epsilon: x0 + foolbox.ep.astensor(noise)) if hasattr(
-        foolbox, "ep"
-    ) else monkeypatch.setattr(type(attack), "get_random_start", lambda self, x0, epsilon: x0 + type(x0)(noise))
+    monkeypatch.setattr(attack, "get_random_start", lambda x0, epsilon: type(x0)(start))
     assert torch.allclose(mine, foolbox_run(model, attack, x, y, EPS), atol=1e-5)
 
 
@@ -116,18 +114,19 @@ def test_l2_pgd_is_theirs_where_the_box_is_not_touched(lenet: tuple[Classifier, 
     assert torch.allclose(mine, foolbox_run(model, attack, x, y, 0.2), atol=1e-5)
 
 
-def test_float32_agrees_for_almost_every_pixel(lenet: tuple[Classifier, Tensor, Tensor]) -> None:
-    """In float32 the order of summation may flip the sign of a gradient near 0; few pixels, and no verdict, differ."""
+def test_float32_is_nearer_to_the_truth_than_theirs(lenet: tuple[Classifier, Tensor, Tensor]) -> None:
+    """Against float64, where one wrong sign shows as 2 eps: cross-entropy itself loses digits for confident images."""
     model, x, y = lenet
+    truth = ours(model, x, y, LINF, "fgsm")
     try:
         model.float()
-        x = x.float()
-        mine = ours(model, x, y, LINF, "bim", steps=STEPS, step=0.01, keep="last")
-        theirs = torchattacks.BIM(model, eps=EPS, alpha=0.01, steps=STEPS)(x, y)
-        assert float(((mine - theirs).abs() > 1e-5).double().mean()) < 0.001
-        assert torch.equal(model(mine).argmax(1), model(theirs).argmax(1))
+        images = x.float()
+        mine, theirs = ours(model, images, y, LINF, "fgsm"), torchattacks.FGSM(model, eps=EPS)(images, y)
     finally:
         model.double()
+    wrong, peer_wrong = (float(((z - truth).abs() > 1e-5).double().mean()) for z in (mine, theirs))
+    assert wrong < 0.001
+    assert wrong <= peer_wrong
 
 
 def sizes(model: nn.Module, x: Tensor, z: Tensor, y: Tensor, norm: str) -> Tensor:
@@ -151,8 +150,8 @@ def test_deepfool_finds_no_larger_norms(lenet: tuple[Classifier, Tensor, Tensor]
     kind = foolbox.attacks.L2DeepFoolAttack if norm == "l2" else foolbox.attacks.LinfDeepFoolAttack
     no_larger(mine, sizes(model, x, foolbox_run(model, kind(steps=50), x, y, None), y, norm))
     if norm == "l2":
-        theirs = torchattacks.DeepFool(model, steps=20, overshoot=0.02)(x[:15], y[:15])
-        no_larger(mine[:15], sizes(model, x[:15], theirs, y[:15], norm))
+        theirs = torchattacks.DeepFool(model, steps=20, overshoot=0.02)(x[:8], y[:8])
+        no_larger(mine[:8], sizes(model, x[:8], theirs, y[:8], norm))
 
 
 def test_cw_finds_no_larger_norms(lenet: tuple[Classifier, Tensor, Tensor]) -> None:

@@ -93,7 +93,6 @@ def test_saturated_probabilities_stay_finite_and_in_order():
     assert bool(odds.isfinite().all()) and float(odds[1]) == 0 and float(odds[2]) == -float(odds[0]) > 80
 
 
-
 def test_an_empty_batch_has_no_logits():
     for make in (toys.linear, toys.one_logit, toys.probabilities, toys.conv):
         model = make()
