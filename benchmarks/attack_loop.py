@@ -1,8 +1,8 @@
 """How much does a whole attack cost beside the gradients it cannot do without?
 
-Question: the time of `attack_batch(..., "pgd", {"steps": 10})`, checks, tracing and judging included, over the time of a
-bare loop of 10 eager forward and input-gradient passes of the same model on the same batch; PGD of torchattacks and of
-foolbox beside it, with the same steps.
+Question: the time of `attack_batch(..., "pgd", {"steps": 10})`, checks, tracing and judging included, over the time of
+a bare loop of 10 eager forward and input-gradient passes of the same model on the same batch; PGD of torchattacks and
+of foolbox beside it, with the same steps.
 
 How: the four run one after the other in every round, in an order that turns; a ratio is taken within a round, so that
 what else the machine does cancels. Models are drawn at random, with batch norm statistics disturbed so that folding

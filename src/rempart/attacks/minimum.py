@@ -12,7 +12,7 @@ from rempart.core.errors import ThreatError
 from rempart.core.events import Event, Notify, silent
 from rempart.core.repro import Draws
 from rempart.core.threat import Norm, Threat, dual, vector_norm
-from rempart.core.types import Images, Labels, Logits
+from rempart.core.types import Images, Labels, Logits, Scores
 
 
 @attacks.register("deepfool", Traits(norms=("l2", "linf"), targeted=False, minimum=True))
@@ -65,7 +65,8 @@ def deepfool(
     for t in range(steps):
         notify(Event(stage="linearisation", done=t, total=steps))
         gaps, slopes = _linearise(model, point, y, others)
-        step = _nearest(gaps, slopes, threat.norm).view_as(x)
+        past = (1e-6 + 1e-4 * threat.distance(x, point)).to(x.dtype)
+        step = _nearest(gaps, slopes, threat.norm, past).view_as(x)
         point = (point + (1 + overshoot) * step).clamp(threat.low, threat.high)
         with torch.no_grad():
             broken = surely_reached(model(point), y, targeted=False)
@@ -92,13 +93,16 @@ def _linearise(model: nn.Module, point: Images, y: Labels, others: Tensor) -> tu
     return gaps.detach(), torch.stack(slopes, 1)
 
 
-def _nearest(gaps: Logits, slopes: Tensor, norm: Norm) -> Tensor:
-    """The smallest step onto the nearest of the linearised boundaries, shape (n, D); zero where no gradient flows."""
+def _nearest(gaps: Logits, slopes: Tensor, norm: Norm, past: Scores) -> Tensor:
+    """The step to `past` the nearest of the linearised boundaries, shape (n, D); zero where no gradient flows.
+
+    Past it, not on it, where float32 cannot tell, and where each step cut to the box would only halve the gap.
+    """
     size = vector_norm(slopes.flatten(0, 1), dual(norm)).view(slopes.shape[:2])
     distance = torch.where(size > 0, gaps.abs() / size, torch.inf)
     rows, best = torch.arange(len(gaps), device=gaps.device), distance.argmin(1)
     length = torch.where(distance[rows, best].isfinite(), distance[rows, best], 0.0)[:, None]
-    length = length + 1e-6 * (length > 0)  # past the boundary, not on it, where float32 cannot tell
+    length = length + past[:, None] * (length > 0)
     slope = slopes[rows, best]
     return length * (slope.sign() if norm == "linf" else slope / size[rows, best][:, None].clamp_min(1e-30))
 
