@@ -196,3 +196,33 @@ def test_help_is_quick_and_does_not_load_torch() -> None:
     code = "import sys; sys.argv = ['rempart', '--help']; from rempart import cli\n"
     code += "try: cli.main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_failed_audit_leaves_no_report_for_a_gate(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--data", "digits:test[:20]", "--threat", "linf:0.01", "--attack", "fgsm", "--no-sweep", "--out"]
+    assert rempart("audit", trained, *arguments, tmp_path, capsys=capsys)[0] == 0
+    assert rempart("audit", tmp_path / "nothere", *arguments, tmp_path, capsys=capsys)[0] == 2
+    status, _, err = rempart("gate", tmp_path, "--min-robust", "0", capsys=capsys)
+    assert status == 2 and "report.json" in err
+    assert (tmp_path / "report.json.old").exists()
+    file = tmp_path / "file"
+    file.write_text("")
+    status, _, err = rempart("audit", trained, *arguments, file, capsys=capsys)
+    assert status == 2 and "--out" in err
+
+
+def test_an_error_in_the_users_own_factory_is_told_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "broken_factory.py").write_text("def model():\n    raise RuntimeError('no weights')\n")
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--data", "digits:test[:20]", "--threat", "linf:0.1", "--out", tmp_path / "out"]
+    status, _, err = rempart("audit", "python:broken_factory:model", *arguments, capsys=capsys)
+    assert status == 2 and "RuntimeError: no weights (broken_factory.py, line 2)" in err
+
+
+def test_an_unknown_option_is_a_wrong_request(capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = rempart("audit", "--bogus", capsys=capsys)
+    assert status == 2 and "--bogus" in err and "Traceback" not in err

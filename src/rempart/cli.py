@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: spinn
 
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -15,8 +16,6 @@ from rempart.core.errors import RempartError, SpecError
 
 if TYPE_CHECKING:
     from rempart.report.schema import Report
-
-_UsageError = typer.BadParameter.__mro__[2]  # ClickException, whether Typer brings its own click or uses the other
 
 app = typer.Typer(
     name="rempart",
@@ -163,6 +162,7 @@ def compare(
     out: Annotated[Path | None, typer.Option("--out", help="HTML file")] = None,
 ) -> None:
     """Put audits side by side, with paired intervals of the differences to the first."""
+    from rempart.core.disk import replace
     from rempart.report import compare as comparing
     from rempart.report import store, text
 
@@ -170,7 +170,7 @@ def compare(
     result = comparing.compare(named)
     print(text.compare_table(result))
     if out is not None:
-        store.replace(out, comparing.compare_html(result, named).encode())
+        replace(out, comparing.compare_html(result, named).encode())
         print(f"\n{out}")
 
 
@@ -218,8 +218,12 @@ def main() -> NoReturn:
         _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
-    except _UsageError as error:
-        error.show()
+    except Exception as error:  # noqa: BLE001  the edge of the program
+        show = getattr(error, "show", None)  # a usage error of click, whichever copy of it Typer brings
+        if show is None:
+            traceback.print_exc()
+            _fail(f"failed unexpectedly: {type(error).__name__}: {error}; please report it with the lines above", 3)
+        show()
         sys.exit(2)
     sys.exit(status or 0)
 

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from rempart.core.disk import replace
+from rempart.core.errors import Cancelled
 from rempart.core.events import Notify, silent
 from rempart.report import compare as comparing
-from rempart.report import store, text
+from rempart.report import text
 from rempart.report.schema import AuditSpec, Report, TrainSpec
 from rempart.tasks import run
 
@@ -18,13 +20,19 @@ def demo(out: Path, notify: Notify = silent, *, say: Callable[[str], None]) -> P
     for name, recipe in (("plain", "digits"), ("pgd-at", "pgd-at")):
         say(f"\n{name}: train on {_DATA} with recipe {recipe}, then audit at {_THREAT}")
         folder = out / name
-        run(TrainSpec(data=_DATA, model=_MODEL, recipe=recipe, out=str(folder)), notify)
+        _whole(run(TrainSpec(data=_DATA, model=_MODEL, recipe=recipe, out=str(folder)), notify))
         audit = str(out / f"audit-{name}")
         spec = AuditSpec(model=str(folder), data=_DATA, threat=_THREAT, suite="classic", batch_size=256, out=audit)
-        named[name] = run(spec, notify)
+        named[name] = _whole(run(spec, notify))
         say(text.table(named[name]))
     result = comparing.compare(named)
     say(f"\n{text.compare_table(result)}\n")
     page = out / "compare.html"
-    store.replace(page, comparing.compare_html(result, named).encode())
+    replace(page, comparing.compare_html(result, named).encode())
     return page
+
+
+def _whole(report: Report) -> Report:
+    if not report.complete:
+        raise Cancelled
+    return report

@@ -8,9 +8,11 @@ from time import perf_counter
 import numpy as np
 
 from rempart.attacks import Outcome, attack_data, attacks
+from rempart.attacks.losses import score
 from rempart.attacks.run import native, targets
 from rempart.audit import Planned, audit, measure, preflight
 from rempart.core.data import open_data
+from rempart.core.disk import replace
 from rempart.core.errors import SpecError
 from rempart.core.events import Notify, silent
 from rempart.core.repro import environment
@@ -19,7 +21,7 @@ from rempart.core.threat import Threat
 from rempart.models.load import card, load
 from rempart.report.html import page
 from rempart.report.schema import AttackSpec, AuditSpec, DataCard, Report, Samples, TrainSpec, pack
-from rempart.report.store import replace, write
+from rempart.report.store import claim, write
 
 
 def run(spec: AuditSpec | AttackSpec | TrainSpec, notify: Notify = silent) -> Report:
@@ -31,6 +33,7 @@ def run(spec: AuditSpec | AttackSpec | TrainSpec, notify: Notify = silent) -> Re
     if isinstance(spec, TrainSpec):
         from rempart.train import run_training  # loads Lightning Fabric, which an audit does not need
 
+        claim(Path(spec.out))
         report = run_training(spec, notify)
         write(report, Path(spec.out))
         return report
@@ -38,13 +41,17 @@ def run(spec: AuditSpec | AttackSpec | TrainSpec, notify: Notify = silent) -> Re
 
 
 def _audit(spec: AuditSpec, notify: Notify) -> Report:
+    if spec.out is not None:
+        claim(Path(spec.out))
     model = load(spec.model)
-    data = open_data(spec.data).head(spec.limit)
+    data = open_data(spec.data).head(spec.limit).scaled(model.low, model.high)
     result = audit(model, data, spec, card=card(model, spec.model), notify=notify)
     if spec.out is not None:
         folder = Path(spec.out)
         write(result.report, folder)
         save_arrays(folder / "samples.npz", _per_sample(result.report, dict(result.outcomes)))
+    if result.error is not None:
+        raise result.error
     return result.report
 
 
@@ -52,12 +59,15 @@ def _attack(spec: AttackSpec, notify: Notify) -> Report:
     started = perf_counter()
     if not spec.out.endswith(".npz"):
         raise SpecError("--out to name a .npz file", got=repr(spec.out), hint="for example --out adversarial.npz")
+    claim(Path(spec.out).parent)
     model = load(spec.model)
-    data = open_data(spec.data).head(spec.limit)
+    data = open_data(spec.data).head(spec.limit).scaled(model.low, model.high)
     threat = Threat.parse(spec.threat, low=model.low, high=model.high)
     entry = attacks[spec.attack.name]
     planned = Planned(entry.name, entry.name, entry.parse(spec.attack.options))
     native(entry, threat)
+    if "loss" in planned.options:
+        score(planned.options["loss"], targeted=spec.target is not None, num_classes=model.num_classes)
     described = card(model, spec.model)
     model, checks = preflight(model, data)
     outcome = attack_data(
@@ -84,7 +94,6 @@ def _attack(spec: AttackSpec, notify: Notify) -> Report:
         environment=environment(),
         model=described,
         data=DataCard.of(data),
-        notes=tuple(check.message for check in checks if check.status in ("repaired", "warned")),
         preflight=checks,
         clean=wilson(correct, len(data)),
         attacks=(measure(planned, outcome, data),),

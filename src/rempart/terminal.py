@@ -64,8 +64,6 @@ def _lines() -> Notify:
         now = time.monotonic()
         if event.stage == last_stage and not finished and now - last_time < _QUIET_SECONDS:
             return
-        if event.stage == last_stage and finished and now - last_time < 0.5:
-            return
         last_stage, last_time = event.stage, now
         total = "" if event.total is None else f"/{event.total}"
         print(f"{event.stage:<14} {event.done}{total}  {_values(event)}".rstrip(), file=sys.stderr, flush=True)

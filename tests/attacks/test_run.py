@@ -352,3 +352,14 @@ def test_attack_data_reports_each_batch_and_keeps_the_numbers() -> None:
 def test_join_needs_a_part() -> None:
     with pytest.raises(DataError, match="at least one batch"):
         join([])
+
+
+def test_a_targeted_attack_breaks_where_the_class_changes_at_all() -> None:
+    model = toys.linear(classes=4)
+    x = toys.images(model.shape, 20)
+    y = toys.labels(model, x)
+    threat = Threat(norm="linf", eps=3 * float(toys.radius(model, x, y, "linf").median()))
+    outcome = attack_batch(model, x, y, threat, "pgd", target=targets("least-likely", model))
+    wrong = model(outcome.x_adv).argmax(1) != y
+    assert torch.equal(outcome.right, ~wrong)
+    assert bool((outcome.broken | ~outcome.success).all()) and int(outcome.success.sum()) < int(wrong.sum())

@@ -207,10 +207,10 @@ def test_eight_bit_judges_the_rounded_image() -> None:
 
 def test_plans_number_repeated_labels_and_fill_in_defaults() -> None:
     threat = Threat.parse("linf:0.1")
-    labels = [attack.label for attack in plan(request("linf:0.1", "pgd", "pgd", "bim"), threat)]
+    labels = [attack.label for attack in plan(request("linf:0.1", "pgd", "pgd", "bim"), threat, 4)]
     assert labels == ["pgd", "pgd 2", "bim"]
-    assert plan(request("linf:0.1", "pgd"), threat)[0].options["steps"] == 40
-    assert len(plan(AuditSpec(model="", data="", threat="linf:0.1"), threat)) == 6, "the quick suite by default"
+    assert plan(request("linf:0.1", "pgd"), threat, 4)[0].options["steps"] == 40
+    assert len(plan(AuditSpec(model="", data="", threat="linf:0.1"), threat, 4)) == 6, "the quick suite by default"
 
 
 @pytest.mark.parametrize(
@@ -234,3 +234,20 @@ def test_a_wrong_request_stops_before_anything_runs(
 
     with pytest.raises(error, match=message):
         audit(model, data, spec, card=card(model), notify=never)
+
+
+def test_an_error_keeps_what_was_finished() -> None:
+    def stop(event: Event) -> None:
+        if event.stage == "pgd":
+            raise RuntimeError("out of memory")
+
+    result = run("linf:0.02", notify=stop)
+    assert isinstance(result.error, RuntimeError) and not result.report.complete
+    assert [attack.label for attack in result.report.attacks] == ["fgsm"]
+    assert "out of memory" in result.report.notes[0]
+
+
+def test_a_loss_undefined_for_so_few_classes_stops_before_anything_runs() -> None:
+    choice = AttackChoice(name="pgd", options={"loss": "dlr"})
+    with pytest.raises(SpecError, match="at least 3 classes"):
+        plan(AuditSpec(model="", data="", threat="linf:0.1", attacks=(choice,)), Threat.parse("linf:0.1"), 2)

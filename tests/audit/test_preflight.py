@@ -219,3 +219,81 @@ def test_pixels_divided_twice_are_warned_about() -> None:
     check = find(preflight(model, data_of(x, toys.labels(model, x), 3))[1], "pixel range")
     assert check.status == "warned"
     assert "twice" in check.message
+
+
+def test_a_sigmoid_per_class_is_undone() -> None:
+    plain = toys.linear(SHAPE, 4)
+    data = given(plain)
+    for last in (nn.Sigmoid(), Function(torch.sigmoid)):
+        mended, checks = preflight(wrapped(plain, last), data)
+        assert find(checks, "logits").status == "repaired"
+        x = data.batch(torch.arange(len(data))).x
+        assert torch.allclose(mended(x), plain(x), atol=1e-3)
+
+
+def test_sigmoid_outputs_are_recognised_whatever_the_labels() -> None:
+    plain = toys.one_logit(SHAPE)
+    x = toys.images(SHAPE, 24)
+    for y in (torch.ones(24, dtype=torch.long), torch.zeros(24, dtype=torch.long)):
+        _, checks = preflight(wrapped(plain, nn.Sigmoid()), data_of(x, y, 2))
+        assert find(checks, "logits").status == "repaired"
+
+
+def test_declared_probabilities_are_checked_and_stripped() -> None:
+    plain = toys.linear(SHAPE, 3)
+    data = given(plain)
+    lying = Classifier(plain.net, shape=SHAPE, num_classes=3, output="probabilities")
+    with pytest.raises(ModelError, match="as the model was declared to return"):
+        preflight(lying, data)
+    honest = Classifier(nn.Sequential(plain.net, nn.Softmax(1)), shape=SHAPE, num_classes=3, output="probabilities")
+    mended, checks = preflight(honest, data)
+    assert mended.output == "logits" and find(checks, "logits").status == "repaired"
+
+
+def test_a_sample_mixed_with_its_neighbour_stops_the_audit() -> None:
+    plain = toys.linear(SHAPE)
+    with pytest.raises(ModelError, match="do not depend on the other images"):
+        preflight(
+            wrapped(plain, Function(lambda z: z + z.roll(1, 0) * (torch.arange(len(z)) > 0)[:, None])), given(plain)
+        )
+
+
+def test_half_precision_is_refused() -> None:
+    plain = toys.linear(SHAPE)
+    data = given(plain)
+    with pytest.raises(ModelError, match=r"float32 or float64.*model\.float\(\)"):
+        preflight(plain.half(), data)
+
+
+class Rounded(torch.autograd.Function):
+    """A quantiser with a straight-through gradient."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return (x * 255).round() / 255
+
+    @staticmethod
+    def backward(ctx: object, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+class Rejecting(nn.Module):
+    """Quantises images; answers the same for noise, which is all that a check on noise would see."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        noise = (x.flatten(1).std(1) > 0.2)[:, None]
+        z = self.net(Rounded.apply(x))
+        return torch.where(noise, torch.zeros_like(z), z)
+
+
+def test_a_backward_pass_of_its_own_is_kept_where_noise_does_not_show_it() -> None:
+    plain = toys.linear(SHAPE, 2)
+    model = Classifier(Rejecting(plain.net), shape=SHAPE, num_classes=2)
+    data = given(model)
+    x, y = data.batch(torch.arange(len(data))).x, data.labels
+    threat = Threat(norm="linf", eps=2 * float(toys.radius(plain, x, y, "linf").max()) + 0.01)
+    assert bool(attack_batch(model, x, y, threat, "pgd").success.all())

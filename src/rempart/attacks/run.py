@@ -34,13 +34,14 @@ class Outcome:
         x_adv: The judged images. Samples that were wrong at first are returned as they came.
         correct: Right on the original.
         attacked: Given to the attack: right at first and, when targeted, not of the target class already.
-        found: The image is misclassified (targeted: as the target), at whatever distance.
+        found: The image is misclassified (targeted: an attacked one, as the target), at whatever distance.
         distance: Distance in the norm of the threat, float64.
         own_distance: Distance in the norm the attack worked in.
         success: `found`, and the image is within the threat.
+        broken: Wrong at first, or misclassified, as whatever, by an image within the threat.
         margin: True logit minus the best other, on the judged image.
         predicted: Class of the judged image.
-        eight_bit: `success` of the image rounded to 8 bit, where asked for.
+        eight_bit: `broken` by the image rounded to 8 bit, where asked for.
         norm: The norm the attack worked in.
         queries: Images sent forward by the attack, in all.
         gradients: Images sent backward by the attack, in all.
@@ -55,6 +56,7 @@ class Outcome:
     distance: Scores
     own_distance: Scores
     success: Mask
+    broken: Mask
     margin: Scores
     predicted: Labels
     eight_bit: Mask | None
@@ -65,13 +67,13 @@ class Outcome:
 
     @property
     def right(self) -> Mask:
-        """Still right under this attack: right at first and not broken within the threat."""
-        return self.correct & ~self.success
+        """Still right under this attack: right at first and not misclassified within the threat."""
+        return ~self.broken
 
     @property
     def right_after_rounding(self) -> Mask | None:
         """Still right when only adversarial images that survive 8-bit rounding count."""
-        return None if self.eight_bit is None else self.correct & ~self.eight_bit
+        return None if self.eight_bit is None else ~self.eight_bit
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +86,10 @@ class Prepared:
 
 
 @contextmanager
-def prepared(model: Classifier) -> Generator[Prepared]:
-    """Freeze a classifier for attacks, and put it back as it was."""
+def prepared(model: Classifier, images: Images) -> Generator[Prepared]:
+    """Freeze a classifier for attacks on such images, and put it back as it was."""
     with frozen(model):
-        fast = accelerated(model)
+        fast = accelerated(model, images)
         with metered(fast) as meter:
             yield Prepared(fast, model, meter)
 
@@ -129,7 +131,8 @@ def attack_batch(
     """
     job = _job(model, threat, attack, options or {}, target, seed, eight_bit)
     index = torch.arange(len(x)) if index is None else index
-    with prepared(model) as ready:
+    check_images(model, x, y)
+    with prepared(model, x) as ready:
         return _attack(ready, job, Batch(index, x, y), notify)
 
 
@@ -161,7 +164,7 @@ def attack_data(
             values["batch"] = event.done / event.total
         notify(Event(stage=job.entry.name, done=done, total=len(data), values=values))
 
-    with prepared(model) as ready:
+    with prepared(model, data.batch(torch.arange(min(len(data), 6))).x) as ready:
         for batch in data.batches(batch_size):
             part = _attack(ready, job, batch, report)
             parts.append(part)
@@ -210,7 +213,7 @@ def check_images(model: Classifier, x: Images, y: Labels) -> None:
         raise DataError(
             f"images of shape {model.shape}",
             got=tuple(x.shape[1:]),
-            hint="resize with DATA@64, or choose grey with DATA@grey",
+            hint=f"folders and zips can be resized: DATA@{model.shape[-1]}x{model.shape[-2]}, DATA@grey or DATA@rgb",
         )
     if not x.is_floating_point():
         raise DataError("floating-point pixels", got=str(x.dtype), hint="divide 8-bit images by 255")
@@ -322,10 +325,13 @@ def _attack(ready: Prepared, job: _Job, batch: Batch, notify: Notify) -> Outcome
         z = _logits(ready.judge, found, index)
         if job.eight_bit:
             stored = threat.quantise(x, found)
-            kept = reached(_logits(ready.judge, stored, index), goal, targeted=targeted)
-            rounded = ~correct | (attacked & kept & _holds_rounded(threat, x, stored))
-    hit = ~correct | (attacked & reached(z, goal, targeted=targeted))
+            wrong = reached(_logits(ready.judge, stored, index), y, targeted=False)
+            rounded = ~correct | (wrong & _holds_rounded(threat, x, stored))
+    hit = attacked & reached(z, goal, targeted=targeted)
+    if not targeted:
+        hit = hit | ~correct
     within = threat.holds(x, found)
+    broken = ~correct | (within & reached(z, y, targeted=False))
     return Outcome(
         index=index,
         x_adv=found.cpu(),
@@ -335,6 +341,7 @@ def _attack(ready: Prepared, job: _Job, batch: Batch, notify: Notify) -> Outcome
         distance=threat.distance(x, found).cpu(),
         own_distance=own.distance(x, found).cpu(),
         success=(hit & within).cpu(),
+        broken=broken.cpu(),
         margin=lead(z, y).cpu(),
         predicted=z.argmax(1).cpu(),
         eight_bit=None if rounded is None else rounded.cpu(),

@@ -10,13 +10,14 @@ import numpy as np
 import torch
 
 from rempart.attacks import SUITES, Outcome, attack_data, attacks
+from rempart.attacks.losses import score
 from rempart.attacks.run import native
 from rempart.audit.curves import from_distances, sweep
 from rempart.audit.examples import examples
 from rempart.audit.preflight import preflight
 from rempart.core.data import Data
 from rempart.core.errors import Cancelled, SpecError
-from rempart.core.events import Event, Notify, silent
+from rempart.core.events import Event, Notify, named, silent
 from rempart.core.model import Classifier, frozen
 from rempart.core.registry import suggestion
 from rempart.core.repro import environment
@@ -25,7 +26,6 @@ from rempart.core.threat import Threat
 from rempart.report.schema import (
     AttackResult,
     AuditSpec,
-    Check,
     Curve,
     DataCard,
     ModelCard,
@@ -49,16 +49,18 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """A finished or interrupted audit: the report, and each attack's outcome with its images."""
+    """An audit: the report, each attack's outcome with its images, and the error that ended it, if one did."""
 
     report: Report
     outcomes: Mapping[str, Outcome]
+    error: Exception | None = None
 
 
 def audit(model: Classifier, data: Data, spec: AuditSpec, *, card: ModelCard, notify: Notify = silent) -> Audit:
     """Run every planned attack on every sample and report the worst case of each.
 
-    An interruption (Ctrl-C, or `Cancelled` from `notify`) ends the audit with what was finished, marked incomplete.
+    An interruption (Ctrl-C, or `Cancelled` from `notify`) or an error once attacks run ends the audit with what was
+    finished, marked incomplete; the error stands in the result, for the caller to raise.
 
     Args:
         model: The classifier; it is left as it was.
@@ -74,16 +76,18 @@ def audit(model: Classifier, data: Data, spec: AuditSpec, *, card: ModelCard, no
     """
     started = time.perf_counter()
     threat = Threat.parse(spec.threat, low=model.low, high=model.high)
-    planned = plan(spec, threat)
+    planned = plan(spec, threat, model.num_classes)
     model, checks = preflight(model, data)
+    described = DataCard.of(data)
     outcomes: dict[str, Outcome] = {}
     curves: list[Curve] = []
     correct: np.ndarray | None = None
+    error: Exception | None = None
     complete = False
     try:
         correct = _clean(model, data, spec.batch_size, notify)
         for attack in planned:
-            outcomes[attack.label] = attack_data(
+            outcome = attack_data(
                 model,
                 data,
                 threat,
@@ -92,18 +96,19 @@ def audit(model: Classifier, data: Data, spec: AuditSpec, *, card: ModelCard, no
                 batch_size=spec.batch_size,
                 seed=spec.seed,
                 eight_bit=spec.eight_bit,
-                notify=notify,
+                notify=named(attack.label, notify),
             )
-        curves += [
-            from_distances(attack.label, outcomes[attack.label], threat)
-            for attack in planned
-            if attacks[attack.name].traits.minimum and outcomes[attack.label].norm == threat.norm
-        ]
+            outcomes[attack.label] = outcome
+            if attacks[attack.name].traits.minimum and outcome.norm == threat.norm:
+                curves.append(from_distances(attack.label, outcome, threat))
         if spec.sweep and threat.eps:
-            curves.append(sweep(model, data, threat, batch_size=spec.batch_size, seed=spec.seed, notify=notify))
+            told = named("eps sweep", notify)
+            curves.append(sweep(model, data, threat, batch_size=spec.batch_size, seed=spec.seed, notify=told))
         complete = True
     except (KeyboardInterrupt, Cancelled):
         pass  # the report says what is missing
+    except Exception as failure:  # noqa: BLE001  the caller raises it again, once what was finished is safe
+        error = failure
     samples = None
     if correct is not None:
         rows = {label: pack(outcome.right) for label, outcome in outcomes.items()}
@@ -117,25 +122,25 @@ def audit(model: Classifier, data: Data, spec: AuditSpec, *, card: ModelCard, no
         seconds=time.perf_counter() - started,
         environment=environment(),
         model=card,
-        data=DataCard.of(data),
-        notes=_notes(correct, checks, data.num_classes),
+        data=described,
+        notes=_notes(correct, data.num_classes, error),
         preflight=checks,
         clean=None if correct is None else wilson(int(correct.sum()), len(correct)),
         attacks=tuple(measure(a, outcomes[a.label], data) for a in planned if a.label in outcomes),
         worst_case=_worst(samples),
-        not_run=_unfinished(planned, outcomes, spec, complete),
+        not_run=() if complete else _unfinished(planned, outcomes, spec, threat),
         curves=tuple(curves),
-        examples=examples(model, data, outcomes, threat),
+        examples=examples(model, data, outcomes, threat) if error is None else (),
         samples=samples,
     )
-    return Audit(report, outcomes)
+    return Audit(report, outcomes, error)
 
 
-def plan(spec: AuditSpec, threat: Threat) -> tuple[Planned, ...]:
+def plan(spec: AuditSpec, threat: Threat, num_classes: int) -> tuple[Planned, ...]:
     """The attacks an audit will run, validated: the suite's first, then the named ones; repeated labels are numbered.
 
     Raises:
-        SpecError: If a suite, an attack or an option is unknown, or nothing is left to run.
+        SpecError: If a suite, an attack or an option is unknown, or a loss is undefined for so few classes.
         ThreatError: If an attack cannot work in this threat.
     """
     if spec.suite is not None and spec.suite not in SUITES:
@@ -149,17 +154,13 @@ def plan(spec: AuditSpec, threat: Threat) -> tuple[Planned, ...]:
     planned: list[Planned] = []
     for name, options in wanted:
         entry = attacks[name]
-        if (
-            suite
-            and (name, options) in SUITES[suite]
-            and not entry.traits.minimum
-            and threat.norm not in entry.traits.norms
-        ):
-            continue
+        chosen = entry.parse(options)
         native(entry, threat)
+        if "loss" in chosen:
+            score(chosen["loss"], targeted=False, num_classes=num_classes)
         label = name if "loss" not in options else f"{name}-{options['loss']}"
         taken = sum(other.label.split(" ")[0] == label for other in planned)
-        planned.append(Planned(f"{label} {taken + 1}" if taken else label, name, entry.parse(options)))
+        planned.append(Planned(f"{label} {taken + 1}" if taken else label, name, chosen))
     return tuple(planned)
 
 
@@ -239,8 +240,8 @@ def _worst(samples: Samples | None) -> Rate | None:
     return wilson(int(right.sum()), len(right))
 
 
-def _notes(correct: np.ndarray | None, checks: tuple[Check, ...], num_classes: int) -> tuple[str, ...]:
-    notes = [check.message for check in checks if check.status in ("repaired", "warned")]
+def _notes(correct: np.ndarray | None, num_classes: int, error: Exception | None) -> tuple[str, ...]:
+    notes = [] if error is None else [f"The audit failed: {type(error).__name__}: {error}"]
     if correct is not None and correct.mean() <= 1 / num_classes:
         notes.append(
             f"The clean accuracy ({correct.mean():.1%}) is no better than chance: are the labels in the model's order, "
@@ -250,7 +251,7 @@ def _notes(correct: np.ndarray | None, checks: tuple[Check, ...], num_classes: i
 
 
 def _unfinished(
-    planned: tuple[Planned, ...], outcomes: Mapping[str, Outcome], spec: AuditSpec, complete: bool
+    planned: tuple[Planned, ...], outcomes: Mapping[str, Outcome], spec: AuditSpec, threat: Threat
 ) -> tuple[str, ...]:
     left = [attack.label for attack in planned if attack.label not in outcomes]
-    return () if complete else (*left, *(["eps sweep"] if spec.sweep else []))
+    return (*left, *(["eps sweep"] if spec.sweep and threat.eps else []))

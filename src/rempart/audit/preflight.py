@@ -9,7 +9,7 @@ from rempart.attacks.losses import climb_direction, lead, score
 from rempart.attacks.run import check_images
 from rempart.core.data import Data
 from rempart.core.errors import DataError, ModelError
-from rempart.core.model import Classifier, frozen
+from rempart.core.model import Classifier, Output, frozen
 from rempart.core.types import Images, Labels, Logits
 from rempart.report.schema import Check
 
@@ -31,13 +31,16 @@ def preflight(model: Classifier, data: Data) -> tuple[Classifier, tuple[Check, .
     batch = next(iter(data.head(_SAMPLES).batches(_SAMPLES)))
     where = next(model.parameters(), batch.x)
     x, y = batch.x.to(where.device), batch.y.to(where.device)
+    if where.is_floating_point() and where.dtype not in (torch.float32, torch.float64):
+        hint = "call model.float() first: budgets of a few levels drown in the rounding of half precision"
+        raise ModelError("weights in float32 or float64", got=str(where.dtype), hint=hint)
     check_images(model, x, y)
     checks += [_range(model, x), _mode(model)]
     with frozen(model):
         with torch.no_grad():
             raw = model.net(x)
         _finite(raw)
-        mended, check = _outputs(model, raw, x, y)
+        mended, check = _outputs(model, raw, x)
         checks.append(check)
     with frozen(mended), torch.no_grad():
         z = mended(x)
@@ -50,8 +53,8 @@ def preflight(model: Classifier, data: Data) -> tuple[Classifier, tuple[Check, .
 def _classes(model: Classifier, data: Data) -> Check:
     if model.num_classes != data.num_classes:
         raise DataError(
-            f"data with the model's {model.num_classes} classes ({', '.join(model.class_names[:6])})",
-            got=f"{data.num_classes} ({', '.join(data.class_names[:6])})",
+            f"data with the model's {model.num_classes} classes ({_some(model.class_names)})",
+            got=f"{data.num_classes} ({_some(data.class_names)})",
             hint="choose the data the model was trained for",
         )
     named = [names != tuple(map(str, range(len(names)))) for names in (model.class_names, data.class_names)]
@@ -74,6 +77,10 @@ def _classes(model: Classifier, data: Data) -> Check:
         message=f"{model.num_classes} classes in model and data.",
         evidence={"classes": model.num_classes},
     )
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
 
 
 def _range(model: Classifier, x: Images) -> Check:
@@ -106,46 +113,52 @@ def _finite(raw: object) -> None:
         )
 
 
-def _outputs(model: Classifier, raw: Tensor, x: Images, y: Labels) -> tuple[Classifier, Check]:
+def _outputs(model: Classifier, raw: Tensor, x: Images) -> tuple[Classifier, Check]:
     """Find probabilities where logits should be, and turn them back into logits."""
     flat = raw.reshape(len(x), -1)
-    if model.output == "probabilities":
-        return model, Check(name="logits", status="passed", message="The network is declared to return probabilities.")
-    if not _looks_like_probabilities(flat, y):
+    kind: Output = _kind(flat)
+    if model.output != "logits" and kind not in (model.output, "probabilities"):
+        raise ModelError(
+            f"{model.output}, as the model was declared to return",
+            got=f"outputs in [{float(flat.min()):.3g}, {float(flat.max()):.3g}]",
+            hint="declare output='logits', or nothing",
+        )
+    if kind == "logits":
         return model, Check(name="logits", status="passed", message="The outputs are logits, not probabilities.")
-    stripped = _without_last_activation(model, x, flat)
+    kind = kind if model.output == "logits" else model.output
+    stripped = _without_last_activation(model, x, flat, kind)
     if stripped is not None:
-        message = "The network returned probabilities; its last activation was taken off, so that attacks see logits."
+        message = f"The network returned {kind}; its last activation was taken off, so that attacks see logits."
         return stripped, Check(name="logits", status="repaired", message=message)
     mended = copy.copy(model)
-    mended.output = "probabilities"
-    message = "The network returned probabilities; their logarithms are used. Where they saturate, gradients are lost."
+    mended.output = kind
+    message = f"The network returned {kind}; their logarithms are used. Where they saturate, gradients are lost."
     return mended, Check(name="logits", status="repaired", message=message)
 
 
-def _looks_like_probabilities(flat: Tensor, y: Labels) -> bool:
-    if bool(((flat < 0) | (flat > 1)).any()):
-        return False
-    if flat.shape[1] > 1:
-        return bool(((flat.sum(1) - 1).abs() < 1e-3).all())
-    # one output between 0 and 1: a probability if 0.5 splits the classes better than 0, the threshold of a logit
-    return bool(((flat[:, 0] > 0.5) == (y == 1)).sum() >= ((flat[:, 0] > 0) == (y == 1)).sum())
+def _kind(flat: Tensor) -> Output:
+    """What outputs between 0 and 1 must be: probabilities if they sum to 1 or stand alone, else sigmoids."""
+    if bool(((flat < 0) | (flat > 1)).any()) or bool((flat == flat[:1]).all()):
+        return "logits"
+    alone = flat.shape[1] == 1
+    return "probabilities" if alone or bool(((flat.sum(1) - 1).abs() < 1e-3).all()) else "sigmoids"
 
 
-def _without_last_activation(model: Classifier, x: Images, flat: Tensor) -> Classifier | None:
-    """The model with its last softmax or sigmoid taken off, if that reproduces the probabilities."""
-    kind = nn.Softmax if flat.shape[1] > 1 else nn.Sigmoid
-    names = [name for name, module in model.net.named_modules() if isinstance(module, kind)]
+def _without_last_activation(model: Classifier, x: Images, flat: Tensor, kind: Output) -> Classifier | None:
+    """The model with its last softmax or sigmoid taken off, if that reproduces the outputs."""
+    single = flat.shape[1] == 1 or kind == "sigmoids"
+    names = [n for n, module in model.net.named_modules() if isinstance(module, nn.Sigmoid if single else nn.Softmax)]
     if not names:
         return None
     mended = copy.deepcopy(model)
+    mended.output = "logits"
     if names[-1]:
         mended.net.set_submodule(names[-1], nn.Identity())
     else:
         mended.net = nn.Identity()
     with torch.no_grad():
         z = mended.net(x).reshape(len(x), -1)
-    again = z.softmax(1) if z.shape[1] > 1 else z.sigmoid()
+    again = z.sigmoid() if single else z.softmax(1)
     return mended if torch.allclose(again, flat, atol=1e-5) else None
 
 
@@ -163,9 +176,11 @@ def _determinism(model: Classifier, x: Images, z: Logits) -> Check:
 
 
 def _independence(model: Classifier, x: Images, z: Logits) -> Check:
-    """Compare a sample alone with the same sample in a batch, unless the model is random anyway."""
+    """Compare samples alone and in another order with the same in a batch, beyond what randomness explains."""
     noise = float((model(x) - z).abs().max())
-    gap = float((model(x[:1]) - z[:1]).abs().max())
+    alone = torch.cat([model(x[:1]), model(x[-1:])])
+    turned = (model(x.flip(0)).flip(0) - z).abs().max()
+    gap = float(torch.maximum((alone - z[[0, -1]]).abs().max(), turned))
     if gap > 1e-3 * max(1.0, float(z.abs().max())) + 3 * noise:
         raise ModelError(
             "logits that do not depend on the other images of the batch",
@@ -210,7 +225,7 @@ def _gradients(model: Classifier, x: Images, y: Labels) -> Check:
         raise ModelError("finite input gradients", got="NaN or infinity", hint="look for sqrt or log at 0 in the model")
     right = lead(z, y) > 0
     zero = float(((gradient.flatten(1) == 0).all(1) & right).double().sum() / right.double().sum().clamp_min(1))
-    evidence = {"zero share": zero, "mean l1 norm": float(gradient.flatten(1).abs().sum(1).mean())}
+    evidence = {"zero share": zero, "mean l1 norm": float(gradient.flatten(1).double().abs().sum(1).mean())}
     if zero > 0:
         message = (
             f"{zero:.0%} of the rightly classified samples give an input gradient of zero: gradient attacks cannot "

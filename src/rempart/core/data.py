@@ -37,6 +37,7 @@ _SPEC = re.compile(
 )
 _PART = re.compile(r"\[(-?[0-9]{1,18})?:(-?[0-9]{1,18})?(?::(-?[0-9]{1,18})?)?\]")
 _CHUNK = 256
+_SMALL = 256 * 2**20  # bytes of arrays that may be compressed by any ratio: blank images are
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +119,13 @@ class Data:
         if limit is not None and limit < 1:
             raise DataError("a limit >= 1", got=limit)
         return self if limit is None or limit >= len(self) else self.take(torch.arange(limit))
+
+    def scaled(self, low: float, high: float) -> "Data":
+        """The same images in the box [low, high] of a model, instead of [0, 1]."""
+        if (low, high) == (0, 1):
+            return self
+        read, stamp = self.read, f"{self.digest} in [{low}, {high}]".encode()
+        return replace(self, read=lambda numbers: read(numbers) * (high - low) + low, stamps=lambda _: [stamp])
 
     def load(self) -> "Data":
         """The same data decoded into memory, as bytes where that loses nothing: for training."""
@@ -293,14 +301,17 @@ def _npz(path: Path, split: str) -> Data:
     """A file with the arrays {train,val,test}_{images,labels}, as MedMNIST has them (Yang et al. 2023)."""
     try:
         with zipfile.ZipFile(path) as archive:
-            size = sum(info.file_size for info in archive.infolist())
+            size, packed = (sum(getattr(i, s) for i in archive.infolist()) for s in ("file_size", "compress_size"))
         with np.load(path, allow_pickle=False) as file:
             have = [name for name in SPLITS if f"{name}_images" in file and f"{name}_labels" in file]
             keys = [f"{name}_labels" for name in have] + [f"{split}_images"] * (split in have)
-            arrays = {key: np.asarray(file[key]) for key in keys if size <= files.MAX_TOTAL_BYTES}
+            fits = size <= files.MAX_TOTAL_BYTES and (size <= _SMALL or size <= files.MAX_RATIO * packed)
+            arrays = {key: np.asarray(file[key]) for key in keys if fits}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, MemoryError, NotImplementedError) as error:
         raise DataError("an .npz file of plain arrays", got=f"{path.name}: {error}") from None
     files.within(size, files.MAX_TOTAL_BYTES, "MAX_TOTAL_BYTES", path.name)
+    if size > _SMALL:
+        files.within(size / max(packed, 1), files.MAX_RATIO, "MAX_RATIO", path.name, "times its compressed size")
     _choose(split, have, f"{path.name}, as arrays SPLIT_images and SPLIT_labels,")
     labels, class_names = _numbered({name: arrays[f"{name}_labels"] for name in have}, split)
     return _in_memory(split, _pixel_array(arrays[f"{split}_images"], f"{split}_images"), labels, class_names)
@@ -332,6 +343,8 @@ def _whole(labels: np.ndarray, name: str) -> np.ndarray:
 def _pixel_array(images: np.ndarray, name: str) -> Tensor:
     """Images or volumes channels first, as uint8 or as float32 in [0, 1]. A last axis of 1 or 3 is the channels."""
     channels_last = images.ndim > 3 and images.shape[-1] in (1, 3)
+    if images.ndim == 4 and not channels_last and images.shape[1] in (1, 3):
+        raise DataError(f"{name} with channels last, or volumes of more than 3 slices", got=images.shape)
     if images.ndim - channels_last not in (3, 4) or 0 in images.shape[1:]:
         raise DataError(f"{name} of shape N x H x W, or N x D x H x W, with channels last", got=images.shape)
     images = np.moveaxis(images, -1, 1) if channels_last else images[:, None]

@@ -1,7 +1,7 @@
 """Progress, heartbeat and cancellation: one event type, one callback."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +25,11 @@ class Event:
 
 Notify = Callable[[Event], None]
 """Receives events. May raise `Cancelled` to stop the work."""
+
+
+def named(stage: str, notify: Notify) -> Notify:
+    """The same listener, told another name for what is running."""
+    return lambda event: notify(replace(event, stage=stage))
 
 
 def silent(event: Event) -> None:

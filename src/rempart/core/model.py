@@ -16,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from rempart.core.errors import ModelError
 from rempart.core.types import Images, Logits
 
-Output = Literal["logits", "probabilities"]
+Output = Literal["logits", "probabilities", "sigmoids"]
 
 
 class Normalize(nn.Module):
@@ -42,7 +42,7 @@ class Classifier(nn.Module):
     """Images in the box in, logits out, whatever the network inside returns.
 
     One logit s (or one probability) becomes the two logits (0, s), whose softmax is the sigmoid of s.
-    Probabilities become their logarithms.
+    Probabilities become their logarithms; sigmoids of each class on its own, the logits they were made of.
 
     Attributes:
         net: The network, normalisation and preprocessing included.
@@ -53,6 +53,8 @@ class Classifier(nn.Module):
         high: Largest pixel value.
         output: What `net` returns.
     """
+
+    output: Output
 
     def __init__(
         self,
@@ -90,14 +92,15 @@ class Classifier(nn.Module):
         if z.ndim > 0 and len(z) != len(x) != 1:
             raise ModelError("outputs of one row per image", got=f"shape {tuple(z.shape)} for {len(x)} images")
         z = z.flatten(1) if z.ndim > 1 else z.reshape(len(x), -1)
-        if self.output == "probabilities":
+        if self.output != "logits":
             tiny = torch.finfo(z.dtype).tiny
             odds = z.clamp_min(tiny).log()
-            z = odds - (1 - z).clamp_min(tiny).log() if z.shape[1] == 1 else odds
+            alone = self.output == "sigmoids" or z.shape[1] == 1
+            z = odds - (1 - z).clamp_min(tiny).log() if alone else odds
         if z.shape[1] == 1:
             z = torch.cat([torch.zeros_like(z), z], 1)
         if z.shape[1] != self.num_classes:
-            raise ModelError(f"{self.num_classes} outputs per image", got=z.shape[1])
+            raise ModelError(f"{self.num_classes} outputs per image", got=z.shape[1], hint="set num_classes to that")
         return z
 
 
@@ -158,13 +161,14 @@ def metered(model: nn.Module) -> Generator[Meter]:
         handle.remove()
 
 
-def accelerated(model: Classifier) -> Classifier:
+def accelerated(model: Classifier, images: Images | None = None) -> Classifier:
     """A copy of a frozen classifier that computes the same function and gradients faster.
 
     Batch norms are folded into the convolution before them, ReLU comes after max pooling, image weights are stored
     channels-last, and convolutions over grey or colour images take their gradient by blocks of pixels: about 1.2 to
-    2.5 times faster input gradients on a CPU. Logits and gradients of the copy are checked on random images; where it
-    cannot be made, or differs, the model itself is returned.
+    2.5 times faster input gradients on a CPU. Logits and gradients of the copy are checked on random images and on the
+    first of `images`, because a model may treat noise otherwise than images. Where the copy cannot be made or differs,
+    or where the model has a backward pass of its own, which no copy would keep, the model itself is returned.
     """
     try:
         fast = copy.deepcopy(model)
@@ -173,12 +177,12 @@ def accelerated(model: Classifier) -> Classifier:
         fast.eval().requires_grad_(False)
         if len(model.shape) == 3:
             fast.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        return fast if _agree(model, fast) else model
+        return fast if _agree(model, fast, images) else model
     except Exception:  # noqa: BLE001  networks that cannot be copied or traced are attacked as they are
         return model
 
 
-def _agree(model: Classifier, fast: Classifier) -> bool:
+def _agree(model: Classifier, fast: Classifier, images: Images | None) -> bool:
     """Whether both give the same logits, for batches of two sizes, and the same gradients.
 
     Tracing drops what is no operation on tensors: the backward pass of an own `autograd.Function`, `torch.no_grad`.
@@ -188,15 +192,34 @@ def _agree(model: Classifier, fast: Classifier) -> bool:
     generator = torch.Generator().manual_seed(0)
     probe = torch.rand((2, *model.shape), generator=generator) * (model.high - model.low) + model.low
     probe = probe.to(device=weight.device, dtype=weight.dtype)
-    mix = torch.randn((2, model.num_classes), generator=generator).to(probe)
+    if images is not None:
+        probe = torch.cat([probe, images[:6].to(probe)])
+    mix = torch.randn((len(probe), model.num_classes), generator=generator).to(probe)
     with frozen(model):
+        if _own_backward(model(probe.requires_grad_(True))):
+            return False
         expected, slope = _pull_back(model, probe, mix)
         got, fast_slope = _pull_back(fast, probe, mix)
         with torch.no_grad():
             part = fast(probe[:1])
     slack = 1e-4 * float((expected - expected.mean()).abs().max())
     close = torch.allclose(expected, got, 0, slack) and torch.allclose(expected[:1], part, 0, slack)
-    return bool(close and (slope - fast_slope).norm() <= 1e-2 * slope.norm())
+    gap, size = ((t.flatten(1).norm(dim=1)) for t in (slope - fast_slope, slope))
+    return bool(close and (gap <= 2e-2 * size).all())
+
+
+def _own_backward(z: Logits) -> bool:
+    """Whether a backward pass written in Python lies between the images and these logits."""
+    waiting, seen = [z.grad_fn], set[object]()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return True
+        seen.add(node)
+        waiting += [before for before, _ in node.next_functions]
+    return False
 
 
 def _pull_back(model: Classifier, x: Images, mix: Tensor) -> tuple[Logits, Images]:

@@ -1,12 +1,14 @@
 """Load a classifier from the forms Rempart knows. A pickle is never loaded: it can run any code."""
 
 import importlib
+import inspect
 import io
 import json
 import math
 import os
 import pickle
 import sys
+import traceback
 import zipfile
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -44,7 +46,7 @@ def load(source: str) -> Classifier:
         ModelError: If there is nothing there, or it cannot be used; pickles are always refused.
     """
     if source.startswith("python:"):
-        return _from_python(source).eval()
+        return _from_python(source)  # in whatever mode it comes: an audit reports and repairs it
     path = Path(source)
     if path.is_dir():
         return _from_directory(path).eval()
@@ -231,11 +233,25 @@ def _from_python(source: str) -> Classifier:
         except ImportError as error:
             hint = "run in the directory that holds the module, or install it"
             raise ModelError(f"an importable module {module_name}", got=error, hint=hint) from error
+        except Exception as error:
+            raise _user_error(f"the module {module_name} to be imported", error) from error
         factory: Any = getattr(module, function, None)
         if not callable(factory):
-            raise ModelError(f"a function {function} in {module_name}", got=repr(factory))
-        model = factory()
+            found = [name for name, value in vars(module).items() if inspect.isfunction(value)]
+            hint = f"its functions are {', '.join(found)}" if found else "it has no functions"
+            raise ModelError(f"a function {function} in {module_name}", got=repr(factory), hint=hint)
+        try:
+            model = factory()
+        except Exception as error:
+            raise _user_error(f"{place} to build a model when called without arguments", error) from error
     return _as_classifier(model, source)
+
+
+def _user_error(expected: str, error: Exception) -> ModelError:
+    """What went wrong in code of the user's, with the line of theirs it came from."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{Path(frame.filename).name}, line {frame.lineno}"
+    return ModelError(expected, got=f"{type(error).__name__}: {error} ({place})", hint="mend it there")
 
 
 def _as_classifier(model: object, source: str) -> Classifier:
@@ -249,7 +265,7 @@ def _as_classifier(model: object, source: str) -> Classifier:
             f"the network of {source} to have the attributes shape and num_classes",
             got=f"shape={shape!r}, num_classes={classes!r}",
             hint="set them, for example model.shape = (1, 28, 28); model.num_classes = 10; or return "
-            "rempart.core.model.Classifier(model, shape=..., num_classes=...)",
+            "rempart.Classifier(model, shape=..., num_classes=...)",
         )
     return Classifier(model, shape=shape, num_classes=classes)
 

@@ -1,7 +1,5 @@
 """Write a classifier as a directory of two plain files: `config.json` and `weights.safetensors`."""
 
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from rempart.core.disk import replace
 from rempart.core.errors import ModelError
 from rempart.core.model import Classifier, Output
 from rempart.models.zoo import build
@@ -84,8 +83,8 @@ def save(
         raise ModelError(f"a model built as {name} with options {config.options}", got=f"another {wrong}")
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / WEIGHTS, to_bytes(weights))
-    _write(folder / CONFIG, (config.model_dump_json(indent=2) + "\n").encode())
+    replace(folder / WEIGHTS, to_bytes(weights))
+    replace(folder / CONFIG, (config.model_dump_json(indent=2) + "\n").encode())
 
 
 def differing(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
@@ -93,15 +92,3 @@ def differing(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> st
     names = [key for key in expected if key not in state or state[key].shape != expected[key].shape]
     names += [key for key in state if key not in expected]
     return ", ".join(names[:4]) + (" and more" if len(names) > 4 else "")
-
-
-def _write(path: Path, content: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

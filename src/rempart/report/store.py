@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json
 
+from rempart.core.disk import replace
 from rempart.core.errors import DataError, SpecError
 from rempart.report.html import page
 from rempart.report.schema import SCHEMA_VERSION, AttackSpec, AuditSpec, Report, Spec, TrainSpec
@@ -22,6 +23,26 @@ def write(report: Report, directory: str | Path) -> Path:
     replace(directory / JSON, f"{report.model_dump_json(indent=1)}\n".encode())
     replace(directory / HTML, page(report).encode())
     return directory / JSON
+
+
+def claim(directory: Path) -> None:
+    """Make the directory of a run before the work begins, and set the report of an earlier run aside.
+
+    A run that fails then leaves no report that a gate could take for its own: the old one becomes report.json.old.
+
+    Raises:
+        SpecError: If files cannot be written there.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if (directory / JSON).exists():
+            (directory / JSON).replace(directory / f"{JSON}.old")
+        (directory / HTML).unlink(missing_ok=True)
+        if not os.access(directory, os.W_OK):
+            raise PermissionError(13, "not writable")
+    except OSError as error:
+        came = f"{directory} ({error.strerror})"
+        raise SpecError("a folder that files can be written to", got=came, hint="choose another --out") from None
 
 
 def read(path: str | Path) -> Report:
@@ -58,17 +79,6 @@ def read_spec(path: str | Path) -> AuditSpec | AttackSpec | TrainSpec:
         return TypeAdapter[AuditSpec | AttackSpec | TrainSpec](Spec).validate_python(raw)
     except ValidationError as error:
         raise SpecError("a valid spec", got=f"{file}, where {_first(error)}") from None
-
-
-def replace(path: Path, content: bytes) -> None:
-    """Write a file under another name and rename it: no reader meets half a file, a failed write leaves the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _load(path: str | Path) -> tuple[Path, Any]:

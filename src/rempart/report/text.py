@@ -14,7 +14,7 @@ LAST_EPOCHS = 12
 
 def table(report: Report) -> str:
     """The report as plain text for a terminal, at most 100 columns wide."""
-    lines = [report.title, stamp(report), verdict(report), *report.notes]
+    lines = [report.title, stamp(report), verdict(report), *notes(report)]
     lines += [
         f"{c.status} {c.name}: {c.message}" for c in report.preflight if c.status in ("warned", "failed", "repaired")
     ]
@@ -184,10 +184,15 @@ def _attacked(report: Report) -> str:
     result = report.attacks[0]
     if result.success is None:
         return "No image was rightly classified at first, so that there was nothing to attack."
-    aim = "moved to the target" if isinstance(report.spec, AttackSpec) and report.spec.target else "broke"
+    aimed = isinstance(report.spec, AttackSpec) and report.spec.target is not None
     rate = result.success
     told = f"{rate.value:.1%} {interval(rate)} of the {count(rate.n, 'image')}"
-    return f"{result.label} {where(report)} {aim} {told} that were rightly classified at first."
+    if aimed:
+        return (
+            f"{result.label} {where(report)} moved to the target {told} that were rightly classified at first and not "
+            "of the target class."
+        )
+    return f"{result.label} {where(report)} broke {told} that were rightly classified at first."
 
 
 def _results(report: Report) -> tuple[Sequence[str], list[Sequence[str]]]:
