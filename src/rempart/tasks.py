@@ -122,6 +122,7 @@ def _per_sample(report: Report, outcomes: dict[str, Outcome]) -> dict[str, np.nd
 def _columns(outcome: Outcome) -> dict[str, np.ndarray]:
     return {
         "correct": outcome.correct.numpy(),
+        "broken": outcome.broken.numpy(),
         "success": outcome.success.numpy(),
         "predicted": outcome.predicted.numpy(),
         "distance": outcome.distance.numpy(),
