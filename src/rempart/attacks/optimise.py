@@ -50,7 +50,7 @@ def cw(
         learning_rate: Of Adam, in tanh space.
         initial_const: First const; times 10 after a failure until one works, bisected from then on.
         confidence: Margin in logits the result must have.
-        abort_early: Leave a descent whose lowest loss has not fallen by 0.01 % over a fifth of the steps; per sample.
+        abort_early: Leave a descent that over a fifth of its steps brought neither a loss nor a success 0.01 % smaller.
         targeted: Move towards `y` instead of away from it.
         rng: Not used: the attack draws nothing.
         notify: Receives one event per tenth of a descent.
@@ -68,7 +68,7 @@ def cw(
         active = torch.arange(len(x), device=x.device)
         w = torch.atanh(((x - middle) / half * 0.999999).clamp(-0.999999, 0.999999))
         first, second = torch.zeros_like(w), torch.zeros_like(w)
-        weight, origin, label, before, lowest = const, x, y, *_endless(const)
+        weight, origin, label, before, lowest, smallest = const, x, y, *_endless(const)
         for t in range(steps + 1):  # the last round only judges what the last step reached
             if t % max(1, steps // 10) == 0:
                 notify(Event(stage="descent", done=rung * steps + t, total=search_steps * steps))
@@ -88,11 +88,12 @@ def cw(
                 w = w.detach() - learning_rate / (1 - 0.9 ** (t + 1)) * first / scale
                 lowest = torch.minimum(lowest, value)
                 if abort_early and t % max(1, steps // 5) == 0:
-                    stay = lowest < 0.9999 * before
-                    before = lowest
+                    stay = (lowest < 0.9999 * before) | (best.size[active] < 0.9999 * smallest)
+                    before, smallest = lowest, best.size[active]
                     if not bool(stay.all()):
                         active, w, first, second = _rows(stay, active, w, first, second)
-                        weight, origin, label, before, lowest = _rows(stay, weight, origin, label, before, lowest)
+                        weight, origin, label = _rows(stay, weight, origin, label)
+                        before, lowest, smallest = _rows(stay, before, lowest, smallest)
                     if len(active) == 0:
                         break
     return best.image
@@ -133,7 +134,7 @@ def ead(
         learning_rate: First step length; it falls as the square root of the steps left.
         initial_const: First const; times 10 after a failure until one works, bisected from then on.
         confidence: Margin in logits the result must have.
-        abort_early: Leave a descent whose lowest loss has not fallen by 0.01 % over a fifth of the steps; per sample.
+        abort_early: Leave a descent that over a fifth of its steps brought neither a loss nor a success 0.01 % smaller.
         targeted: Move towards `y` instead of away from it.
         rng: Not used: the attack draws nothing.
         notify: Receives one event per tenth of a descent.
@@ -150,7 +151,7 @@ def ead(
     for const, rung in _search(x, search_steps, initial_const, best):
         active = torch.arange(len(x), device=x.device)
         point, ahead = x, x
-        weight, origin, label, before, lowest = const, x, y, *_endless(const)
+        weight, origin, label, before, lowest, smallest = const, x, y, *_endless(const)
         for t in range(steps):
             if t % max(1, steps // 10) == 0:
                 notify(Event(stage="descent", done=rung * steps + t, total=search_steps * steps))
@@ -171,11 +172,12 @@ def ead(
                 best.update(active, point, elastic if rule == "en" else size, lead, wins)
                 lowest = torch.minimum(lowest, elastic + weight * (confidence - lead).clamp_min(0))
                 if abort_early and t % max(1, steps // 5) == 0:
-                    stay = lowest < 0.9999 * before
-                    before = lowest
+                    stay = (lowest < 0.9999 * before) | (best.size[active] < 0.9999 * smallest)
+                    before, smallest = lowest, best.size[active]
                     if not bool(stay.all()):
                         active, point, ahead = _rows(stay, active, point, ahead)
-                        weight, origin, label, before, lowest = _rows(stay, weight, origin, label, before, lowest)
+                        weight, origin, label = _rows(stay, weight, origin, label)
+                        before, lowest, smallest = _rows(stay, before, lowest, smallest)
                     if len(active) == 0:
                         break
     return best.image
@@ -217,8 +219,9 @@ def _search(x: Images, rungs: int, first: float, best: _Smallest) -> Iterator[tu
         const = torch.where(upper < _LARGEST_CONST, (lower + upper) / 2, const * 10)
 
 
-def _endless(like: Scores) -> tuple[Scores, Scores]:
-    return torch.full_like(like, torch.inf), torch.full_like(like, torch.inf)
+def _endless(like: Scores) -> tuple[Scores, Scores, Scores]:
+    endless = torch.full_like(like, torch.inf)
+    return endless, endless, endless
 
 
 def _rows(stay: Mask, *columns: Tensor) -> tuple[Tensor, ...]:
