@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 import toys
 from rempart.attacks import attack_batch, bim, fgsm, mim, pgd
+from rempart.attacks.gradient import _Best
 from rempart.attacks.losses import reached
 from rempart.core.model import Classifier, accelerated, frozen
 from rempart.core.repro import Draws
@@ -130,6 +131,16 @@ def test_pgd_returns_the_best_iterate(digits):
     assert torch.equal(final, path[-1])
 
 
+def test_broken_comes_before_unbroken_then_the_higher_score():
+    """Four samples, three points: kept are the highest, the broken one, the higher broken one, the first of equals."""
+    kept = _Best.at(torch.full((4, 1, 1), -1.0))
+    history = (([0, 0, 1, 0], [1, 9, 5, 3]), ([0, 1, 1, 0], [2, 1, 7, 3]), ([0, 0, 0, 0], [0, 8, 9, 3]))
+    for number, (hit, value) in enumerate(history):
+        kept.update(torch.full((4, 1, 1), float(number)), torch.tensor(hit) > 0, torch.tensor(value).float())
+    assert kept.image.flatten().tolist() == [1, 1, 1, 0]
+    assert kept.hit.tolist() == [False, True, True, False]
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_restarts_only_help(norm, digits):
     """More restarts begin with those of fewer: what is broken stays broken, what is not only gains loss."""
@@ -147,11 +158,11 @@ def test_restarts_only_help(norm, digits):
 
 
 def test_l1_steps_begin_wide_and_end_on_one_coordinate():
-    """5 % of D = 128 is 6.4 coordinates; five steps move 6.4^(1 - t/4) of them, rounded, by equal parts of the step."""
+    """5 % of D = 128 is 6.4 coordinates; four steps move 6.4^(1 - t/3) of them, rounded, by equal parts of the step."""
     model, x = toys.linear((2, 8, 8)).double(), toys.images((2, 8, 8)).double()
     y = toys.labels(model, x)
-    path = recorded(model, lambda net: bim(net, x, y, Threat(norm="l1", eps=0.4), steps=5, step=0.05))
-    for before, after, count in zip(path[:-1], path[1:], (6, 4, 3, 2, 1), strict=True):
+    path = recorded(model, lambda net: bim(net, x, y, Threat(norm="l1", eps=0.4), steps=4, step=0.05))
+    for before, after, count in zip(path[:-1], path[1:], (6, 3, 2, 1), strict=True):
         moved = (after - before).abs().flatten(1)
         assert (moved > 1e-9).sum(1).tolist() == [count] * len(x)
         assert torch.allclose(moved.amax(1), torch.full((len(x),), 0.05 / count).double(), atol=1e-9)
@@ -244,6 +255,16 @@ def test_pooling_before_relu_changes_nothing(digits):
         assert torch.allclose(fast(x), digits.model(x), rtol=0, atol=1e-12)
         for k in range(10):
             assert torch.allclose(_gradient(fast, x, k), _gradient(digits.model, x, k), rtol=0, atol=1e-12)
+
+
+def test_other_neighbours_keep_their_order():
+    """Only max pooling may come before ReLU; a swap of anything else would cost the whole fast copy."""
+    layers = (nn.Conv2d(1, 4, 3), nn.MaxPool2d(2), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(36, 3))
+    model = Classifier(nn.Sequential(*layers).double(), shape=(1, 14, 14), num_classes=3).eval()
+    fast = accelerated(model)
+    assert fast is not model
+    kinds = [type(module) for module in fast.net.children()]
+    assert kinds[1:4] == [nn.MaxPool2d, nn.ReLU, nn.AvgPool2d]
 
 
 def _gradient(model: nn.Module, x: Tensor, k: int) -> Tensor:
