@@ -7,7 +7,7 @@ from time import perf_counter
 
 import numpy as np
 
-from rempart.attacks import Outcome, attack_data, attacks
+from rempart.attacks import Outcome, Verdict, attack_data, attacks
 from rempart.attacks.losses import score
 from rempart.attacks.run import native, targets
 from rempart.audit import Planned, audit, measure, preflight
@@ -96,7 +96,7 @@ def _attack(spec: AttackSpec, notify: Notify) -> Report:
         data=DataCard.of(data),
         preflight=checks,
         clean=wilson(correct, len(data)),
-        attacks=(measure(planned, outcome, data),),
+        attacks=(measure(planned, outcome),),
         samples=Samples(
             index=tuple(data.index.tolist()),
             labels=tuple(data.labels.tolist()),
@@ -119,7 +119,7 @@ def _per_sample(report: Report, outcomes: dict[str, Outcome]) -> dict[str, np.nd
     return table
 
 
-def _columns(outcome: Outcome) -> dict[str, np.ndarray]:
+def _columns(outcome: Verdict) -> dict[str, np.ndarray]:
     return {
         "correct": outcome.correct.numpy(),
         "broken": outcome.broken.numpy(),

@@ -4,7 +4,7 @@ from rempart.attacks.catalogue import Attack, Traits, attacks
 from rempart.attacks.gradient import bim, fgsm, mim, pgd
 from rempart.attacks.minimum import deepfool
 from rempart.attacks.optimise import cw, ead
-from rempart.attacks.run import Outcome, attack_batch, attack_data
+from rempart.attacks.run import Outcome, Verdict, attack_batch, attack_data
 from rempart.attacks.suites import SUITES
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Attack",
     "Outcome",
     "Traits",
+    "Verdict",
     "attack_batch",
     "attack_data",
     "attacks",

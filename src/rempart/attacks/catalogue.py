@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from rempart.core.registry import Registry
 from rempart.core.threat import Norm
@@ -25,12 +26,16 @@ class Traits:
         targeted: Whether it can reach a given class.
         minimum: Whether it looks for the smallest perturbation instead of the worst image within a budget.
         random: Whether it draws random numbers.
+        access: What it asks of the model: gradients, scores (logits) or decisions (the class alone).
+        joint: Whether its images depend on each other (one perturbation for all), not sample by sample.
     """
 
     norms: tuple[Norm, ...]
     targeted: bool
     minimum: bool = False
     random: bool = False
+    access: Literal["gradients", "scores", "decisions"] = "gradients"
+    joint: bool = False
 
 
 attacks: Registry[Attack, Traits] = Registry(

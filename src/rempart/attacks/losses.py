@@ -67,11 +67,23 @@ def surely_reached(z: Logits, y: Labels, *, targeted: bool) -> Mask:
     return ahead > rounding
 
 
-def climb_direction(model: nn.Module, x: Images, y: Labels, goal: Score) -> tuple[Images, Logits, Scores]:
+def climb_direction(
+    model: nn.Module, x: Images, y: Labels, goal: Score, *, passes: int = 1
+) -> tuple[Images, Logits, Scores]:
     """Gradient of the summed score with respect to the images, with the logits and scores of the same pass.
 
-    The scores are summed, not averaged, so a sample's gradient does not depend on its batch mates.
+    The scores are summed, not averaged, so a sample's gradient does not depend on its batch mates. For a randomised
+    model the three are means over several `passes` (expectation over transformation, Athalye et al. 2018,
+    arXiv:1802.00420, section 4.2).
     """
+    gradient, z, value = _climb_once(model, x, y, goal)
+    for _ in range(passes - 1):
+        again = _climb_once(model, x, y, goal)
+        gradient, z, value = gradient + again[0], z + again[1], value + again[2]
+    return (gradient, z, value) if passes == 1 else (gradient / passes, z / passes, value / passes)
+
+
+def _climb_once(model: nn.Module, x: Images, y: Labels, goal: Score) -> tuple[Images, Logits, Scores]:
     x = x.detach().requires_grad_(True)
     with torch.enable_grad():
         z = model(x)

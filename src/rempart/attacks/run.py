@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import BaseModel
@@ -18,25 +18,26 @@ from rempart.core.events import Event, Notify, silent
 from rempart.core.model import Classifier, Meter, accelerated, frozen, metered
 from rempart.core.registry import Entry
 from rempart.core.repro import Draws
-from rempart.core.threat import NORMS, TOLERANCE, Norm, Threat
+from rempart.core.threat import NORMS, TOLERANCE, Norm, Threat, vector_norm
 from rempart.core.types import Images, Labels, Mask, Scores
 
 TargetRule = Callable[[Tensor, Labels], Labels]
 """From the clean logits and the labels to the classes an attack shall reach."""
+V = TypeVar("V", bound="Verdict")
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What an attack did to each sample, measured on the images it returned.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What an attack did to each sample it was given, measured on the images it returned.
 
     Attributes:
         index: Sample numbers, shape (n).
-        x_adv: The judged images. Samples that were wrong at first are returned as they came.
         correct: Right on the original.
         attacked: Given to the attack: right at first and, when targeted, not of the target class already.
         found: The image is misclassified (targeted: an attacked one, as the target), at whatever distance.
         distance: Distance in the norm of the threat, float64.
         own_distance: Distance in the norm the attack worked in.
+        relative: l2 norm of the perturbation over that of the original.
         success: `found`, and the image is within the threat.
         broken: Wrong at first, or misclassified, as whatever, by an image within the threat.
         margin: True logit minus the best other, on the judged image.
@@ -49,12 +50,12 @@ class Outcome:
     """
 
     index: Tensor
-    x_adv: Images
     correct: Mask
     attacked: Mask
     found: Mask
     distance: Scores
     own_distance: Scores
+    relative: Scores
     success: Mask
     broken: Mask
     margin: Scores
@@ -74,6 +75,22 @@ class Outcome:
     def right_after_rounding(self) -> Mask | None:
         """Still right when only adversarial images that survive 8-bit rounding count."""
         return None if self.eight_bit is None else ~self.eight_bit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome(Verdict):
+    """A verdict with the images it was passed on.
+
+    Attributes:
+        x_adv: The judged images. Samples that were wrong at first are returned as they came.
+    """
+
+    x_adv: Images
+
+    @property
+    def verdict(self) -> Verdict:
+        """The verdict without the images, which may be large."""
+        return Verdict(**{field.name: getattr(self, field.name) for field in fields(Verdict)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,13 +190,13 @@ def attack_data(
     return join(parts)
 
 
-def join(parts: Iterable[Outcome]) -> Outcome:
-    """One outcome out of several, in their order; counts and seconds add up."""
+def join(parts: Iterable[V]) -> V:
+    """One verdict or outcome out of several, in their order; counts and seconds add up."""
     parts = list(parts)
     if not parts:
         raise DataError("at least one batch of images", got="none", hint="check the selection of the data")
     values: dict[str, Any] = {}
-    for field in fields(Outcome):
+    for field in fields(parts[0]):
         column = [getattr(part, field.name) for part in parts]
         if isinstance(column[0], Tensor):
             values[field.name] = torch.cat(column)
@@ -340,6 +357,7 @@ def _attack(ready: Prepared, job: _Job, batch: Batch, notify: Notify) -> Outcome
         found=hit.cpu(),
         distance=threat.distance(x, found).cpu(),
         own_distance=own.distance(x, found).cpu(),
+        relative=_relative(x, found).cpu(),
         success=(hit & within).cpu(),
         broken=broken.cpu(),
         margin=lead(z, y).cpu(),
@@ -366,6 +384,11 @@ def _check_contract(job: _Job, x: Images, result: Images) -> None:
         size = float(job.own.distance(x, result).max())
         span = f"distances up to {size:g}, pixels in [{float(result.min()):g}, {float(result.max()):g}]"
         raise AttackError(f"{name} to stay inside {job.own} and the box", got=span)
+
+
+def _relative(x: Images, found: Images) -> Scores:
+    change, size = (vector_norm(t.double().flatten(1), "l2") for t in (found.double() - x.double(), x))
+    return change / size.clamp_min(1e-12)
 
 
 def _holds_rounded(threat: Threat, x: Images, stored: Images) -> Mask:

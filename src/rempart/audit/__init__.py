@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rempart.attacks import SUITES, Outcome, attack_data, attacks
+from rempart.attacks import SUITES, Outcome, Verdict, attack_data, attacks
 from rempart.attacks.losses import score
 from rempart.attacks.run import native
 from rempart.audit.curves import from_distances, sweep
@@ -126,7 +126,7 @@ def audit(model: Classifier, data: Data, spec: AuditSpec, *, card: ModelCard, no
         notes=_notes(correct, data.num_classes, error),
         preflight=checks,
         clean=None if correct is None else wilson(int(correct.sum()), len(correct)),
-        attacks=tuple(measure(a, outcomes[a.label], data) for a in planned if a.label in outcomes),
+        attacks=tuple(measure(a, outcomes[a.label]) for a in planned if a.label in outcomes),
         worst_case=_worst(samples),
         not_run=() if complete else _unfinished(planned, outcomes, spec, threat),
         curves=tuple(curves),
@@ -164,7 +164,7 @@ def plan(spec: AuditSpec, threat: Threat, num_classes: int) -> tuple[Planned, ..
     return tuple(planned)
 
 
-def measure(attack: Planned, outcome: Outcome, data: Data) -> AttackResult:
+def measure(attack: Planned, outcome: Verdict) -> AttackResult:
     """The figures of one attack, with their intervals."""
     right, attacked = outcome.right, outcome.attacked
     rounded = outcome.right_after_rounding
@@ -177,7 +177,7 @@ def measure(attack: Planned, outcome: Outcome, data: Data) -> AttackResult:
         accuracy=wilson(int(right.sum()), len(right)),
         success=wilson(broken, int(attacked.sum())) if bool(attacked.any()) else None,
         eight_bit=None if rounded is None else wilson(int(rounded.sum()), len(rounded)),
-        norms=_norms(outcome, data) if attacks[attack.name].traits.minimum else None,
+        norms=_norms(outcome) if attacks[attack.name].traits.minimum else None,
         queries=outcome.queries,
         gradients=outcome.gradients,
         seconds=outcome.seconds,
@@ -198,7 +198,7 @@ def _clean(model: Classifier, data: Data, batch_size: int, notify: Notify) -> np
     return torch.cat(right).numpy()
 
 
-def _norms(outcome: Outcome, data: Data) -> NormStats:
+def _norms(outcome: Verdict) -> NormStats:
     """Sizes of the perturbations over the samples attacked; those without a find count as infinite in the median."""
     attacked = outcome.attacked
     found = attacked & outcome.found
@@ -214,19 +214,8 @@ def _norms(outcome: Outcome, data: Data) -> NormStats:
         median_high=_finite(high),
         mean=float(finds.mean()) if len(finds) else None,
         quartiles=(float(np.quantile(finds, 0.25)), float(np.quantile(finds, 0.75))) if len(finds) else None,
-        rho2=_rho2(outcome, data, found),
+        rho2=float(outcome.relative[found].mean()) if bool(found.any()) else None,
     )
-
-
-def _rho2(outcome: Outcome, data: Data, found: torch.Tensor) -> float | None:
-    """Mean over the finds of |perturbation|_2 / |image|_2."""
-    total, count, at = 0.0, 0, 0
-    for batch in data.batches(256):
-        here = found[at : at + len(batch.y)]
-        x, z = batch.x[here].double().flatten(1), outcome.x_adv[at : at + len(batch.y)][here].double().flatten(1)
-        total += float(((z - x).norm(dim=1) / x.norm(dim=1).clamp_min(1e-12)).sum())
-        count, at = count + int(here.sum()), at + len(batch.y)
-    return total / count if count else None
 
 
 def _finite(value: float) -> float | None:
