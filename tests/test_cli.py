@@ -110,7 +110,13 @@ def test_compare_needs_the_same_samples(trained: Path, tmp_path: Path, capsys: p
 @pytest.mark.parametrize("what", ["attacks", "suites", "models", "recipes", "data"])
 def test_lists(what: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = rempart("list", what, capsys=capsys)
-    expected = {"attacks": "steps=40", "suites": "quick: fgsm", "models": "lenet", "recipes": "plain", "data": "digits"}
+    expected = {
+        "attacks": "steps=40",
+        "suites": "fgsm, bim(steps=10)",
+        "models": "lenet",
+        "recipes": "plain",
+        "data": "digits",
+    }
     assert status == 0 and expected[what] in out
 
 

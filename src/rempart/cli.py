@@ -8,7 +8,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -72,7 +72,9 @@ def audit(
     data: Data,
     threat: ThreatText,
     out: Annotated[str, typer.Option("--out", help="Run folder for report.json, report.html, samples.npz")],
-    suite: Annotated[str | None, typer.Option("--suite", help="quick (default without --attack) or classic")] = None,
+    suite: Annotated[
+        str | None, typer.Option("--suite", help="See `rempart list suites`; quick without --attack")
+    ] = None,
     attack: Annotated[
         list[str] | None, typer.Option("--attack", help="NAME or NAME:key=value,key=value; repeatable")
     ] = None,
@@ -82,6 +84,9 @@ def audit(
     seed: Seed = 0,
     eight_bit: EightBit = False,
     sweep: Annotated[bool, typer.Option(help="Add an accuracy-against-eps curve")] = True,
+    chunk: Annotated[int, typer.Option("--chunk", min=1, help="Samples worked off and stored as a whole")] = 512,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option("--device", help="Where the model runs")] = "cpu",
+    devices: Annotated[int, typer.Option("--devices", min=1, help="Processes (cuda: GPUs) that share the samples")] = 1,
 ) -> None:
     """Measure how far a model falls under attack, per sample, with intervals. `-o` goes to every --attack."""
     from rempart.report.schema import AttackChoice, AuditSpec
@@ -102,9 +107,12 @@ def audit(
             attacks=tuple(chosen),
             limit=limit,
             batch_size=batch_size,
+            chunk=chunk,
             seed=seed,
             eight_bit=eight_bit,
             sweep=sweep,
+            device=device,
+            devices=devices,
             out=out,
         )
     )
@@ -234,7 +242,9 @@ def _run(spec: Any) -> None:
     from rempart.terminal import progress
 
     with progress() as notify:
-        report: Report = tasks.run(spec, notify)
+        report: Report | None = tasks.run(spec, notify)
+    if report is None:
+        return  # one of several processes; the first writes the report
     print(text.table(report))
     if spec.out is not None:
         out = Path(spec.out)

@@ -32,7 +32,7 @@ def demo(out: Path, notify: Notify = silent, *, say: Callable[[str], None]) -> P
     return page
 
 
-def _whole(report: Report) -> Report:
-    if not report.complete:
+def _whole(report: Report | None) -> Report:
+    if report is None or not report.complete:
         raise Cancelled
     return report

@@ -1,11 +1,14 @@
 """`rempart list`: names, summaries, options with defaults and bounds, straight from the registries."""
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
 from rempart.attacks import SUITES, attacks
+from rempart.attacks.suites import suite
 from rempart.core.errors import SpecError
 from rempart.core.registry import Entry, bounds_of, suggestion
+from rempart.core.threat import Threat
 from rempart.models.zoo import models
 from rempart.train.config import load_recipe, recipe_names
 
@@ -31,9 +34,7 @@ def describe(what: str) -> str:
     lists = {
         "attacks": lambda: _entries(attacks, lambda e: f"{', '.join(e.traits.norms)}" + _traits(e)),
         "models": lambda: _entries(models, lambda _: ""),
-        "suites": lambda: "\n".join(
-            f"{name}: {', '.join(_call(*member) for member in suite)}" for name, suite in SUITES.items()
-        ),
+        "suites": lambda: "\n".join(_suite(name) for name in SUITES),
         "recipes": lambda: "\n".join(f"{name:<14} {load_recipe(name).summary}" for name in recipe_names()),
         "data": lambda: "\n".join(f"{form:<22} {meaning}" for form, meaning in _DATA),
     }
@@ -58,6 +59,13 @@ def _traits(entry: Entry[Any, Any]) -> str:
         for word, flag in (("targeted", entry.traits.targeted), ("minimum norm", entry.traits.minimum))
         if flag
     )
+
+
+def _suite(name: str) -> str:
+    """What a suite runs in linf on ten classes; other norms and fewer classes change options."""
+    chosen = suite(name, Threat(norm="linf", eps=0.1), 10)
+    calls = ", ".join(_call(*member) for member in chosen.members)
+    return f"{name:<9} {inspect.getdoc(SUITES[name])}\n    {'in turn, on survivors: ' if chosen.cascade else ''}{calls}"
 
 
 def _call(name: str, options: dict[str, Any]) -> str:

@@ -1,20 +1,23 @@
 """`run(spec, notify)`: the one entry for the command line and for a worker."""
 
 import io
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
 
 import numpy as np
+import torch
 
-from rempart.attacks import Outcome, Verdict, attack_data, attacks
+from rempart.attacks import Verdict, attack_data, attacks
 from rempart.attacks.losses import score
 from rempart.attacks.run import native, targets
-from rempart.audit import Planned, audit, measure, preflight
+from rempart.audit import Audit, Planned, audit, measure, preflight
 from rempart.core.data import open_data
 from rempart.core.disk import replace
 from rempart.core.errors import SpecError
 from rempart.core.events import Notify, silent
+from rempart.core.ranks import ALONE, Ranks, launched, ranks
 from rempart.core.repro import environment
 from rempart.core.stats import wilson
 from rempart.core.threat import Threat
@@ -23,9 +26,13 @@ from rempart.report.html import page
 from rempart.report.schema import AttackSpec, AuditSpec, DataCard, Report, Samples, TrainSpec, pack
 from rempart.report.store import claim, write
 
+SPEC = "spec.json"
 
-def run(spec: AuditSpec | AttackSpec | TrainSpec, notify: Notify = silent) -> Report:
+
+def run(spec: AuditSpec | AttackSpec | TrainSpec, notify: Notify = silent) -> Report | None:
     """Do what a spec asks for, write its files to `spec.out`, and return the report.
+
+    Where several processes share an audit, all but the first return None.
 
     Raises:
         RempartError: With the exit status of the command line in `exit_code`.
@@ -40,16 +47,33 @@ def run(spec: AuditSpec | AttackSpec | TrainSpec, notify: Notify = silent) -> Re
     return _audit(spec, notify) if isinstance(spec, AuditSpec) else _attack(spec, notify)
 
 
-def _audit(spec: AuditSpec, notify: Notify) -> Report:
-    if spec.out is not None:
-        claim(Path(spec.out))
+def _audit(spec: AuditSpec, notify: Notify) -> Report | None:
+    if spec.out is None:
+        if spec.devices > 1:
+            raise SpecError("--out beside --devices", got="none", hint="the processes meet in the run folder")
+        return _share(spec, None, ALONE, notify)
+    folder, place = Path(spec.out), launched()
+    if place is None or place[0] == 0:
+        claim(folder)
+        replace(folder / SPEC, spec.model_dump_json(indent=1).encode())
+    with ranks(spec.devices, [sys.executable, "-m", "rempart", "run", str(folder / SPEC)]) as here:
+        return _share(spec, folder, here, notify if here.number == 0 else silent)
+
+
+def _share(spec: AuditSpec, folder: Path | None, here: Ranks, notify: Notify) -> Report | None:
+    """This process's part of an audit; the first process gathers the others' and writes the report."""
     model = load(spec.model)
+    described = card(model, spec.model)
+    if spec.device == "cuda":
+        model = model.to(f"cuda:{here.local % max(1, torch.cuda.device_count())}")
     data = open_data(spec.data).head(spec.limit).scaled(model.low, model.high)
-    result = audit(model, data, spec, card=card(model, spec.model), notify=notify)
-    if spec.out is not None:
-        folder = Path(spec.out)
+    pieces = None if folder is None else folder / "pieces"
+    result = audit(model, data, spec, card=described, folder=pieces, ranks=here, notify=notify)
+    if result is None:
+        return None
+    if folder is not None:
         write(result.report, folder)
-        save_arrays(folder / "samples.npz", _per_sample(result.report, dict(result.outcomes)))
+        save_arrays(folder / "samples.npz", _per_sample(result))
     if result.error is not None:
         raise result.error
     return result.report
@@ -96,7 +120,7 @@ def _attack(spec: AttackSpec, notify: Notify) -> Report:
         data=DataCard.of(data),
         preflight=checks,
         clean=wilson(correct, len(data)),
-        attacks=(measure(planned, outcome),),
+        attacks=(measure(planned, threat, outcome, outcome.right.numpy()),),
         samples=Samples(
             index=tuple(data.index.tolist()),
             labels=tuple(data.labels.tolist()),
@@ -109,13 +133,15 @@ def _attack(spec: AttackSpec, notify: Notify) -> Report:
     return report
 
 
-def _per_sample(report: Report, outcomes: dict[str, Outcome]) -> dict[str, np.ndarray]:
-    """The table of an audit: one row per sample, columns per attack."""
-    if report.samples is None:
+def _per_sample(result: Audit) -> dict[str, np.ndarray]:
+    """The table of an audit: one row per sample, or per sample an attack was given, as its own index says."""
+    samples = result.report.samples
+    if samples is None:
         return {}
-    table = {"index": np.array(report.samples.index), "label": np.array(report.samples.labels)}
-    for label, outcome in outcomes.items():
-        table |= {f"{label}/{name}": column for name, column in _columns(outcome).items()}
+    table = {"index": np.array(samples.index), "label": np.array(samples.labels)}
+    for label, verdict in result.verdicts.items():
+        columns = {"index": verdict.index.numpy(), **_columns(verdict)}
+        table |= {f"{label}/{name}": column for name, column in columns.items()}
     return table
 
 

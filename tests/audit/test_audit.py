@@ -9,8 +9,10 @@ import pytest
 import torch
 from PIL import Image
 from scipy.stats import binomtest
+from torch import Tensor
 
 import toys
+from rempart.attacks import attack_data
 from rempart.audit import Audit, audit, plan
 from rempart.core.data import Data
 from rempart.core.errors import Cancelled, SpecError, ThreatError
@@ -51,7 +53,15 @@ def request(threat: str, *names: str, **others: object) -> AuditSpec:
 
 def run(threat: str, *names: str, notify: Callable[[Event], None] = silent, **others: object) -> Audit:
     model, data = toy()
-    return audit(model, data, request(threat, *names, **others), card=card(model), notify=notify)
+    result = audit(model, data, request(threat, *names, **others), card=card(model), notify=notify)
+    assert result is not None
+    return result
+
+
+def images_of(name: str, threat: str) -> Tensor:
+    """What the attack of `run` returns, by itself."""
+    model, data = toy()
+    return attack_data(model, data, Threat.parse(threat), name).x_adv
 
 
 def truth(eps: float, classes: int = 4) -> np.ndarray:
@@ -114,14 +124,14 @@ def test_samples_wrong_at_first_count_as_broken_and_not_as_successes() -> None:
 
 def test_norm_statistics_match_the_outcome() -> None:
     result = run("linf:0.02", "deepfool")
-    stats, outcome = result.report.attacks[0].norms, result.outcomes["deepfool"]
+    stats, found = result.report.attacks[0].norms, images_of("deepfool", "linf:0.02")
     model, data = toy()
     x = data.batch(torch.arange(N)).x
     right = truth(0)
     exact = toys.radius(model, x, toys.labels(model, x), "linf").numpy()[right]
     assert stats is not None and stats.found == stats.n == right.sum()
     assert stats.median == pytest.approx(np.median(exact), rel=0.02)
-    delta = (outcome.x_adv - x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1)
+    delta = (found - x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1)
     assert stats.rho2 == pytest.approx(float(delta[torch.from_numpy(right)].mean()), rel=1e-5)
     assert stats.median_low is not None and stats.median_high is not None
     assert stats.median_low <= stats.median <= stats.median_high
@@ -129,7 +139,7 @@ def test_norm_statistics_match_the_outcome() -> None:
 
 def test_minimum_norm_attacks_of_another_norm_are_judged_in_the_threat() -> None:
     result = run("linf:0.05", "cw")
-    outcome = result.outcomes["cw"]
+    outcome = result.verdicts["cw"]
     assert result.report.attacks[0].norm == outcome.norm == "l2"
     inside = outcome.distance <= 0.05 + 1e-6
     assert torch.equal(outcome.success & outcome.attacked, outcome.found & outcome.attacked & inside)
@@ -137,7 +147,9 @@ def test_minimum_norm_attacks_of_another_norm_are_judged_in_the_threat() -> None
 
 def test_curves_fall_and_agree_with_the_closed_form() -> None:
     model, data = toy(classes=2)  # with two classes pgd climbs the one gap there is, so both curves have a closed form
-    report = audit(model, data, request("linf:0.02", "deepfool"), card=card(model)).report
+    result = audit(model, data, request("linf:0.02", "deepfool"), card=card(model))
+    assert result is not None
+    report = result.report
     assert {curve.label for curve in report.curves} == {"deepfool, smallest perturbations", "pgd, eps sweep"}
     for curve in report.curves:
         counts = [rate.k for rate in curve.accuracy]
@@ -186,19 +198,19 @@ def test_examples_show_the_images_that_were_judged() -> None:
     for example in result.report.examples:
         at = example.index - 100
         stored = np.asarray(Image.open(io.BytesIO(base64.b64decode(example.adversarial_png)))) / 255
-        assert np.abs(stored - result.outcomes["pgd"].x_adv[at, 0].numpy()).max() <= 0.5 / 255 + 1e-6
+        assert np.abs(stored - images_of("pgd", "linf:0.3")[at, 0].numpy()).max() <= 0.5 / 255 + 1e-6
         assert example.label == int(data.labels[at]) == example.predicted != example.adversarial
         assert 0 < example.distance <= 0.3 + 1e-6
         enlarged = np.asarray(Image.open(io.BytesIO(base64.b64decode(example.perturbation_png)))) / 255 - 0.5
-        change = (result.outcomes["pgd"].x_adv[at] - data.batch(torch.tensor([at])).x[0])[0].numpy()
+        change = (images_of("pgd", "linf:0.3")[at] - data.batch(torch.tensor([at])).x[0])[0].numpy()
         assert np.abs(enlarged - change * example.amplification).max() <= 1 / 255
 
 
 def test_eight_bit_judges_the_rounded_image() -> None:
     result = run("linf:0.02", "pgd", eight_bit=True)
-    outcome, model = result.outcomes["pgd"], toy()[0]
+    outcome, found, model = result.verdicts["pgd"], images_of("pgd", "linf:0.02"), toy()[0]
     x, y = toy()[1].batch(torch.arange(N)).x, toy()[1].labels
-    stored = Threat(norm="linf", eps=0.02).quantise(x, outcome.x_adv)
+    stored = Threat(norm="linf", eps=0.02).quantise(x, found)
     assert torch.allclose(stored * 255, (stored * 255).round(), atol=1e-3)
     kept = int(((model(stored).argmax(1) == y) & outcome.correct).sum())
     rate = result.report.attacks[0].eight_bit
@@ -207,10 +219,10 @@ def test_eight_bit_judges_the_rounded_image() -> None:
 
 def test_plans_number_repeated_labels_and_fill_in_defaults() -> None:
     threat = Threat.parse("linf:0.1")
-    labels = [attack.label for attack in plan(request("linf:0.1", "pgd", "pgd", "bim"), threat, 4)]
+    labels = [attack.label for attack in plan(request("linf:0.1", "pgd", "pgd", "bim"), threat, 4)[0]]
     assert labels == ["pgd", "pgd 2", "bim"]
-    assert plan(request("linf:0.1", "pgd"), threat, 4)[0].options["steps"] == 40
-    assert len(plan(AuditSpec(model="", data="", threat="linf:0.1"), threat, 4)) == 6, "the quick suite by default"
+    assert plan(request("linf:0.1", "pgd"), threat, 4)[0][0].options["steps"] == 40
+    assert len(plan(AuditSpec(model="", data="", threat="linf:0.1"), threat, 4)[0]) == 6, "the quick suite by default"
 
 
 @pytest.mark.parametrize(

@@ -1,25 +1,29 @@
 """The audit: how easily a classifier falls, with what was checked and what was not tried."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from rempart.attacks import SUITES, Outcome, Verdict, attack_data, attacks
+from rempart import __version__
+from rempart.attacks import Verdict, attacks
 from rempart.attacks.losses import score
-from rempart.attacks.run import native
+from rempart.attacks.run import join, native
+from rempart.attacks.suites import suite
 from rempart.audit.curves import from_distances, sweep
 from rempart.audit.examples import examples
+from rempart.audit.pieces import Pieces, Planned, attack_chunk, chunks, discard, key, stored, unpack
+from rempart.audit.pieces import pack as packed
 from rempart.audit.preflight import preflight
 from rempart.core.data import Data
-from rempart.core.errors import Cancelled, SpecError
-from rempart.core.events import Event, Notify, named, silent
-from rempart.core.model import Classifier, frozen
-from rempart.core.registry import suggestion
+from rempart.core.errors import Cancelled
+from rempart.core.events import Notify, named, silent
+from rempart.core.model import Classifier
+from rempart.core.ranks import ALONE, Ranks
 from rempart.core.repro import environment
 from rempart.core.stats import Rate, median_interval, wilson
 from rempart.core.threat import Threat
@@ -39,35 +43,42 @@ __all__ = ["Audit", "Planned", "audit", "measure", "plan", "preflight"]
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
-    """One attack of an audit: its label in the report, its name and its validated options."""
-
-    label: str
-    name: str
-    options: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
 class Audit:
-    """An audit: the report, each attack's outcome with its images, and the error that ended it, if one did."""
+    """An audit: the report, each attack's verdicts, and the error that ended it, if one did."""
 
     report: Report
-    outcomes: Mapping[str, Outcome]
+    verdicts: Mapping[str, Verdict]
     error: Exception | None = None
 
 
-def audit(model: Classifier, data: Data, spec: AuditSpec, *, card: ModelCard, notify: Notify = silent) -> Audit:
+def audit(
+    model: Classifier,
+    data: Data,
+    spec: AuditSpec,
+    *,
+    card: ModelCard,
+    folder: Path | None = None,
+    ranks: Ranks = ALONE,
+    notify: Notify = silent,
+) -> Audit | None:
     """Run every planned attack on every sample and report the worst case of each.
 
-    An interruption (Ctrl-C, or `Cancelled` from `notify`) or an error once attacks run ends the audit with what was
-    finished, marked incomplete; the error stands in the result, for the caller to raise.
+    The samples are worked off in chunks of `spec.chunk`. An interruption (Ctrl-C, or `Cancelled` from `notify`) or an
+    error once attacks run ends the audit with the chunks that were finished (in the first chunk: with the attacks that
+    were), marked incomplete; the error stands in the result, for the caller to raise.
 
     Args:
         model: The classifier; it is left as it was.
         data: The samples, already cut to `spec.limit`.
         spec: Threat, attacks, seed; recorded in the report.
         card: Describes the model.
+        folder: Where finished pieces are kept until the audit is complete. An audit that was stopped, by whatever, is
+            taken up from there by the same call.
+        ranks: The processes that share the chunks.
         notify: Receives progress.
+
+    Returns:
+        The audit, in the first process; None in the others.
 
     Raises:
         SpecError: If threat, suite, an attack or an option is wrong; before anything runs.
@@ -76,126 +87,172 @@ def audit(model: Classifier, data: Data, spec: AuditSpec, *, card: ModelCard, no
     """
     started = time.perf_counter()
     threat = Threat.parse(spec.threat, low=model.low, high=model.high)
-    planned = plan(spec, threat, model.num_classes)
+    planned, notes = plan(spec, threat, model.num_classes)
     model, checks = preflight(model, data)
     described = DataCard.of(data)
-    outcomes: dict[str, Outcome] = {}
+    if folder is not None:
+        folder = folder / key(planned, threat, spec, card.digest, described.digest, __version__)
+    parts = chunks(data, spec.chunk)
+    done = stored(folder)
     curves: list[Curve] = []
-    correct: np.ndarray | None = None
     error: Exception | None = None
     complete = False
     try:
-        correct = _clean(model, data, spec.batch_size, notify)
-        for attack in planned:
-            outcome = attack_data(
-                model,
-                data,
-                threat,
-                attack.name,
-                attack.options,
-                batch_size=spec.batch_size,
-                seed=spec.seed,
-                eight_bit=spec.eight_bit,
-                notify=named(attack.label, notify),
-            )
-            outcomes[attack.label] = outcome
-            if attacks[attack.name].traits.minimum and outcome.norm == threat.norm:
-                curves.append(from_distances(attack.label, outcome, threat))
+        for number in range(ranks.number, len(parts), ranks.world):
+            attack_chunk(model, parts[number], number, planned, threat, spec, done, folder, notify)
+        mine = [packed(*place, piece) for place, piece in done.items()] if ranks.world > 1 else []
+        everything = ranks.gather(mine)
+        if everything is None:
+            return None
+        for content in everything:
+            done |= unpack(content)
         if spec.sweep and threat.eps:
             told = named("eps sweep", notify)
             curves.append(sweep(model, data, threat, batch_size=spec.batch_size, seed=spec.seed, notify=told))
         complete = True
     except (KeyboardInterrupt, Cancelled):
-        pass  # the report says what is missing
-    except Exception as failure:  # noqa: BLE001  the caller raises it again, once what was finished is safe
+        if ranks.number:
+            raise
+        done |= stored(folder)  # what the other processes have finished
+    except Exception as failure:  # the caller raises it again, once what was finished is safe
+        if ranks.number:
+            raise
         error = failure
-    samples = None
-    if correct is not None:
-        rows = {label: pack(outcome.right) for label, outcome in outcomes.items()}
-        index, labels = data.index.tolist(), data.labels.tolist()
-        samples = Samples(index=tuple(index), labels=tuple(labels), clean=pack(correct), right=rows)
+    finished, labels = _finished(done, parts, planned)
+    verdicts = {label: _joined(done, finished, label) for label in labels}
+    ran = [attack for attack in planned if attack.label in labels]
+    samples = _samples(ran, done, [(number, parts[number]) for number in finished])
+    right = {label: np.frombuffer(row.encode(), np.uint8) == ord("1") for label, row in samples.right.items()}
+    curves = [
+        *(from_distances(a.label, verdict, threat) for a in ran if (verdict := _whole_curve(a, verdicts, threat))),
+        *curves,
+    ]
+    correct = np.frombuffer(samples.clean.encode(), np.uint8) == ord("1")
     report = Report(
         kind="audit",
         complete=complete,
         spec=spec,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=time.perf_counter() - started,
-        environment=environment(),
+        environment=environment() | ({"processes": str(ranks.world)} if ranks.world > 1 else {}),
         model=card,
         data=described,
-        notes=_notes(correct, data.num_classes, error),
+        notes=(*notes, *_notes(correct, data.num_classes, error)),
         preflight=checks,
-        clean=None if correct is None else wilson(int(correct.sum()), len(correct)),
-        attacks=tuple(measure(a, outcomes[a.label]) for a in planned if a.label in outcomes),
+        clean=wilson(int(correct.sum()), len(correct)) if len(correct) else None,
+        attacks=tuple(measure(attack, threat, verdicts[attack.label], right[attack.label]) for attack in ran),
         worst_case=_worst(samples),
-        not_run=() if complete else _unfinished(planned, outcomes, spec, threat),
+        not_run=() if complete else _unfinished(planned, labels, finished, parts, spec, threat),
         curves=tuple(curves),
-        examples=examples(model, data, outcomes, threat) if error is None else (),
-        samples=samples,
+        examples=examples(model, data, [(a.label, done[n, a.label]) for a in ran for n in finished], threat)
+        if error is None
+        else (),
+        samples=samples if ran else None,
     )
-    return Audit(report, outcomes, error)
+    if complete:
+        discard(folder)
+    return Audit(report, {label: verdict for label, verdict in verdicts.items() if verdict is not None}, error)
 
 
-def plan(spec: AuditSpec, threat: Threat, num_classes: int) -> tuple[Planned, ...]:
-    """The attacks an audit will run, validated: the suite's first, then the named ones; repeated labels are numbered.
+def plan(spec: AuditSpec, threat: Threat, num_classes: int) -> tuple[tuple[Planned, ...], tuple[str, ...]]:
+    """The attacks an audit will run, validated: the suite's first, then the named ones; and notes on the suite.
+
+    Repeated labels are numbered.
 
     Raises:
         SpecError: If a suite, an attack or an option is unknown, or a loss is undefined for so few classes.
         ThreatError: If an attack cannot work in this threat.
     """
-    if spec.suite is not None and spec.suite not in SUITES:
-        raise SpecError(
-            f"a suite out of {', '.join(SUITES)}",
-            got=repr(spec.suite),
-            hint=suggestion(spec.suite, SUITES).strip(" ()"),
-        )
-    suite = spec.suite if spec.suite is not None or spec.attacks else "quick"
-    wanted = [*(SUITES[suite] if suite else ()), *((choice.name, choice.options) for choice in spec.attacks)]
+    name = spec.suite if spec.suite is not None or spec.attacks else "quick"
+    chosen = suite(name, threat, num_classes) if name else None
+    wanted = [(*member, chosen.cascade) for member in chosen.members] if chosen else []
+    wanted += [(choice.name, choice.options, False) for choice in spec.attacks]
     planned: list[Planned] = []
-    for name, options in wanted:
+    for name, given, survivors in wanted:
         entry = attacks[name]
-        chosen = entry.parse(options)
+        options = entry.parse(given)
         native(entry, threat)
-        if "loss" in chosen:
-            score(chosen["loss"], targeted=False, num_classes=num_classes)
-        label = name if "loss" not in options else f"{name}-{options['loss']}"
+        if "loss" in options:
+            score(options["loss"], targeted=False, num_classes=num_classes)
+        label = name if "loss" not in given else f"{name}-{given['loss']}"
         taken = sum(other.label.split(" ")[0] == label for other in planned)
-        planned.append(Planned(f"{label} {taken + 1}" if taken else label, name, chosen))
-    return tuple(planned)
+        planned.append(Planned(f"{label} {taken + 1}" if taken else label, name, options, survivors))
+    return tuple(planned), chosen.notes if chosen else ()
 
 
-def measure(attack: Planned, outcome: Verdict) -> AttackResult:
-    """The figures of one attack, with their intervals."""
-    right, attacked = outcome.right, outcome.attacked
-    rounded = outcome.right_after_rounding
-    broken = int((attacked & outcome.success).sum())
+def measure(attack: Planned, threat: Threat, verdict: Verdict | None, right: np.ndarray) -> AttackResult:
+    """The figures of one attack, with their intervals.
+
+    Args:
+        attack: What was planned.
+        threat: The audit's.
+        verdict: On the samples the attack was given; None where there was none.
+        right: For all samples, whether they are still right after it.
+    """
+    entry = attacks[attack.name]
+    tried = 0 if verdict is None else int(verdict.attacked.sum())
+    rounded = None if verdict is None else verdict.right_after_rounding
     return AttackResult(
         label=attack.label,
         name=attack.name,
         options=attack.options,
-        norm=outcome.norm,
+        norm=native(entry, threat).norm,
         accuracy=wilson(int(right.sum()), len(right)),
-        success=wilson(broken, int(attacked.sum())) if bool(attacked.any()) else None,
-        eight_bit=None if rounded is None else wilson(int(rounded.sum()), len(rounded)),
-        norms=_norms(outcome) if attacks[attack.name].traits.minimum else None,
-        queries=outcome.queries,
-        gradients=outcome.gradients,
-        seconds=outcome.seconds,
+        success=wilson(int((verdict.attacked & verdict.success).sum()), tried)
+        if verdict is not None and tried
+        else None,
+        eight_bit=None if rounded is None or attack.survivors else wilson(int(rounded.sum()), len(rounded)),
+        norms=_norms(verdict) if verdict is not None and entry.traits.minimum and not attack.survivors else None,
+        survivors=attack.survivors,
+        tried=tried,
+        queries=0 if verdict is None else verdict.queries,
+        gradients=0 if verdict is None else verdict.gradients,
+        seconds=0.0 if verdict is None else verdict.seconds,
     )
 
 
-def _clean(model: Classifier, data: Data, batch_size: int, notify: Notify) -> np.ndarray:
-    """Whether each sample is right without an attack."""
-    where = next(model.parameters(), torch.zeros(()))
-    right: list[torch.Tensor] = []
-    done = 0
-    with frozen(model), torch.no_grad():
-        for batch in data.batches(batch_size):
-            right.append(model(batch.x.to(where.device, where.dtype)).argmax(1).cpu() == batch.y)
-            done += len(batch.y)
-            accuracy = float(torch.cat(right).double().mean())
-            notify(Event(stage="clean", done=done, total=len(data), values={"accuracy": accuracy}))
-    return torch.cat(right).numpy()
+def _finished(done: Pieces, parts: Sequence[Data], planned: Sequence[Planned]) -> tuple[list[int], list[str]]:
+    """Chunks and attacks to report on: every chunk that went through all attacks, else the one that got furthest."""
+    through = {n: [a.label for a in planned if (n, a.label) in done] for n in range(len(parts))}
+    whole = [n for n, labels in through.items() if len(labels) == len(planned)]
+    if whole:
+        return whole, [a.label for a in planned]
+    furthest = max(through, key=lambda n: len(through[n]))
+    return ([furthest], through[furthest]) if through[furthest] else ([], [])
+
+
+def _joined(done: Pieces, finished: Sequence[int], label: str) -> Verdict | None:
+    verdicts = [v for number in finished if (v := done[number, label].verdict) is not None]
+    return join(verdicts) if verdicts else None
+
+
+def _samples(ran: Sequence[Planned], done: Pieces, parts: Iterable[tuple[int, Data]]) -> Samples:
+    """Results by sample. In a cascade a sample is right after an attack if it was right after all before it, too."""
+    index: list[int] = []
+    labels: list[int] = []
+    clean = ""
+    rows = {attack.label: "" for attack in ran}
+    for number, part in parts:
+        index += part.index.tolist()
+        labels += part.labels.tolist()
+        standing = np.ones(len(part), dtype=bool)
+        for at, attack in enumerate(ran):
+            verdict = done[number, attack.label].verdict
+            given = np.flatnonzero(standing) if attack.survivors else np.arange(len(part))
+            right = standing.copy() if attack.survivors else np.ones(len(part), dtype=bool)
+            if verdict is not None:
+                right[given] &= verdict.right.numpy()
+                clean += pack(verdict.correct) if at == 0 else ""
+            rows[attack.label] += pack(right)
+            standing &= right
+    return Samples(index=tuple(index), labels=tuple(labels), clean=clean, right=rows)
+
+
+def _whole_curve(attack: Planned, verdicts: Mapping[str, Verdict | None], threat: Threat) -> Verdict | None:
+    """The verdict of a minimum-norm attack in the norm of the threat that ran on every sample."""
+    verdict = verdicts[attack.label]
+    fits = attacks[attack.name].traits.minimum and not attack.survivors
+    return verdict if verdict is not None and fits and verdict.norm == threat.norm else None
 
 
 def _norms(outcome: Verdict) -> NormStats:
@@ -222,16 +279,16 @@ def _finite(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _worst(samples: Samples | None) -> Rate | None:
-    if samples is None or not samples.right:
+def _worst(samples: Samples) -> Rate | None:
+    if not samples.right:
         return None
     right = samples.worst_case()
     return wilson(int(right.sum()), len(right))
 
 
-def _notes(correct: np.ndarray | None, num_classes: int, error: Exception | None) -> tuple[str, ...]:
+def _notes(correct: np.ndarray, num_classes: int, error: Exception | None) -> tuple[str, ...]:
     notes = [] if error is None else [f"The audit failed: {type(error).__name__}: {error}"]
-    if correct is not None and correct.mean() <= 1 / num_classes:
+    if len(correct) and correct.mean() <= 1 / num_classes:
         notes.append(
             f"The clean accuracy ({correct.mean():.1%}) is no better than chance: are the labels in the model's order, "
             "and the images scaled as in training?"
@@ -240,7 +297,16 @@ def _notes(correct: np.ndarray | None, num_classes: int, error: Exception | None
 
 
 def _unfinished(
-    planned: tuple[Planned, ...], outcomes: Mapping[str, Outcome], spec: AuditSpec, threat: Threat
+    planned: Sequence[Planned],
+    labels: Sequence[str],
+    finished: Sequence[int],
+    parts: Sequence[Data],
+    spec: AuditSpec,
+    threat: Threat,
 ) -> tuple[str, ...]:
-    left = [attack.label for attack in planned if attack.label not in outcomes]
+    left = [attack.label for attack in planned if attack.label not in labels]
+    missing = len(parts) - len(finished)
+    if missing and finished:
+        samples = sum(len(part) for number, part in enumerate(parts) if number not in finished)
+        left.append(f"{samples} of {sum(map(len, parts))} samples")
     return (*left, *(["eps sweep"] if spec.sweep and threat.eps else []))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from rempart.attacks.run import Outcome, attack_data
+from rempart.attacks.run import Verdict, attack_data
 from rempart.core.data import Data
 from rempart.core.events import Notify, silent
 from rempart.core.model import Classifier
@@ -18,16 +18,16 @@ _MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 _SWEEP_SAMPLES = 200
 
 
-def from_distances(label: str, outcome: Outcome, threat: Threat) -> Curve:
+def from_distances(label: str, verdict: Verdict, threat: Threat) -> Curve:
     """The whole curve from one run: at each budget a sample stands if its smallest perturbation is larger."""
-    distance = torch.where(outcome.found, outcome.own_distance, torch.inf).numpy()
+    distance = torch.where(verdict.found, verdict.own_distance, torch.inf).numpy()
     finite = distance[np.isfinite(distance)]
     reach = float(np.quantile(finite, 0.99)) if len(finite) else 0.0
     top = max(1.1 * reach, 2 * (threat.eps or 0.0)) or 1.0
     grid: list[float] = np.union1d(np.linspace(0, top, _POINTS), [threat.eps or 0.0]).tolist()
-    standing = [int((outcome.correct.numpy() & (distance > eps)).sum()) for eps in grid]
+    standing = [int((verdict.correct.numpy() & (distance > eps)).sum()) for eps in grid]
     rates = tuple(wilson(k, len(distance)) for k in standing)
-    return Curve(label=f"{label}, smallest perturbations", norm=outcome.norm, eps=tuple(grid), accuracy=rates)
+    return Curve(label=f"{label}, smallest perturbations", norm=verdict.norm, eps=tuple(grid), accuracy=rates)
 
 
 def sweep(

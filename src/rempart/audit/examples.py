@@ -2,38 +2,41 @@
 
 import base64
 import io
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from rempart.attacks.run import Outcome
+from rempart.audit.pieces import Piece, varied
 from rempart.core.data import Data
 from rempart.core.model import Classifier, frozen
 from rempart.core.threat import Threat
+from rempart.core.types import Images
 from rempart.report.schema import Example
 
-_EXAMPLES = 4
 
-
-def examples(model: Classifier, data: Data, outcomes: Mapping[str, Outcome], threat: Threat) -> tuple[Example, ...]:
-    """Up to four samples that the strongest attack broke within the threat, of different classes where possible."""
-    if not outcomes:
+def examples(model: Classifier, data: Data, pieces: Sequence[tuple[str, Piece]], threat: Threat) -> tuple[Example, ...]:
+    """Up to four samples that the attack with most successes broke, of different classes where possible."""
+    broken: Counter[str] = Counter()
+    for label, piece in pieces:
+        broken[label] += 0 if piece.verdict is None else int((piece.verdict.attacked & piece.verdict.success).sum())
+    if not broken.total():
         return ()
-    label, outcome = min(outcomes.items(), key=lambda item: int(item[1].right.sum()))
-    broken = (outcome.attacked & outcome.success).nonzero()[:, 0].tolist()
-    seen: set[int] = set()
-    fresh = [at for at in broken if (y := int(data.labels[at])) not in seen and not seen.add(y)]
-    chosen = [*fresh, *(at for at in broken if at not in fresh)][:_EXAMPLES]
-    return tuple(_example(model, data, outcome, label, at, threat) for at in chosen)
+    strongest = broken.most_common(1)[0][0]
+    kept = [piece for label, piece in pieces if label == strongest]
+    shown, images = torch.cat([piece.shown for piece in kept]), torch.cat([piece.images for piece in kept])
+    at = (data.index[:, None] == shown).to(torch.int8).argmax(0)
+    chosen = varied(torch.ones(len(at), dtype=torch.bool), data.labels[at])
+    return tuple(_example(model, data, images[k], strongest, int(at[k]), threat) for k in chosen)
 
 
-def _example(model: Classifier, data: Data, outcome: Outcome, label: str, at: int, threat: Threat) -> Example:
+def _example(model: Classifier, data: Data, image: Images, label: str, at: int, threat: Threat) -> Example:
     batch = data.batch(torch.tensor([at]))
     where = next(model.parameters(), batch.x)
-    pair = torch.cat([batch.x, outcome.x_adv[at : at + 1]])
+    pair = torch.cat([batch.x, image[None].to(batch.x.dtype)])
     with frozen(model), torch.no_grad():
         confidence, predicted = model(pair.to(where.device, where.dtype)).softmax(1).max(1)
     change = pair[1] - pair[0]
@@ -47,7 +50,7 @@ def _example(model: Classifier, data: Data, outcome: Outcome, label: str, at: in
         confidence=float(confidence[0]),
         adversarial=int(predicted[1]),
         adversarial_confidence=float(confidence[1]),
-        distance=float(outcome.distance[at]),
+        distance=float(threat.distance(pair[:1], pair[1:])),
         amplification=factor,
         original_png=_png((pair[0] - threat.low) / span),
         perturbation_png=_png(0.5 + change * factor / span),

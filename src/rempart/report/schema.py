@@ -29,7 +29,12 @@ class AttackChoice(Strict):
 
 
 class AuditSpec(Strict):
-    """Everything an audit depends on; `rempart run report.json` replays it."""
+    """Everything an audit depends on; `rempart run report.json` replays it.
+
+    Attributes:
+        chunk: Samples worked off as a whole and stored when done; a stopped audit loses at most one attack on one.
+        devices: Processes that share the chunks, each with a GPU of its own where `device` is cuda.
+    """
 
     kind: Literal["audit"] = "audit"
     model: str
@@ -39,9 +44,12 @@ class AuditSpec(Strict):
     attacks: tuple[AttackChoice, ...] = ()
     limit: Annotated[int, Ge(1)] | None = None
     batch_size: Annotated[int, Ge(1)] = 64
+    chunk: Annotated[int, Ge(1)] = 512
     seed: int = 0
     eight_bit: bool = False
     sweep: bool = True
+    device: Literal["cpu", "cuda"] = "cpu"
+    devices: Annotated[int, Ge(1)] = 1
     out: str | None = None
 
 
@@ -134,6 +142,9 @@ class AttackResult(Strict):
         success: Share of the samples that were right at first and were broken; None where none was right.
         eight_bit: Share of all samples still right when the adversarial image is rounded to 8 bit.
         norms: Sizes of the perturbations, for attacks that look for the smallest.
+        survivors: Whether it ran only on samples that every attack before left standing; then `accuracy` is that after
+            all of them.
+        tried: Samples it was given that were right at first.
         queries: Images sent forward by the attack.
         gradients: Images sent backward by the attack.
         seconds: Wall-clock time.
@@ -147,6 +158,8 @@ class AttackResult(Strict):
     success: Rate | None
     eight_bit: Rate | None = None
     norms: NormStats | None = None
+    survivors: bool = False
+    tried: int | None = None
     queries: int
     gradients: int
     seconds: float
@@ -240,7 +253,7 @@ class Samples(Strict):
         index: Numbers of the samples in their data set.
         labels: True classes.
         clean: 1 where the model is right on the original.
-        right: For each attack label, 1 where the model is still right.
+        right: For each attack label, 1 where the model is still right after it (in a cascade: and all before it).
     """
 
     index: tuple[int, ...]

@@ -1,0 +1,188 @@
+"""An audit in pieces: one attack on one chunk of the samples, done once, stored, and taken up again after a stop."""
+
+import io
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rempart.attacks.run import Outcome, Verdict, attack_data
+from rempart.core.data import Data
+from rempart.core.disk import replace
+from rempart.core.events import Event, Notify
+from rempart.core.model import Classifier
+from rempart.core.threat import Threat
+from rempart.core.types import Images, Mask
+from rempart.report.schema import AuditSpec
+
+_PICTURES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """One attack of an audit.
+
+    Attributes:
+        label: Its name in the report.
+        name: The attack.
+        options: Its validated options.
+        survivors: Run it only on samples that every attack before left standing.
+    """
+
+    label: str
+    name: str
+    options: dict[str, Any]
+    survivors: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one attack did to one chunk.
+
+    Attributes:
+        verdict: On the samples it was given; None where none was left.
+        shown: Numbers of up to four samples it broke, of different classes where possible.
+        images: Their adversarial images.
+    """
+
+    verdict: Verdict | None
+    shown: Tensor
+    images: Images
+
+
+Pieces = dict[tuple[int, str], Piece]
+"""By number of the chunk and label of the attack."""
+
+
+def chunks(data: Data, size: int) -> list[Data]:
+    """The samples in order, `size` at a time.
+
+    A chunk, not a process, is what is computed as a whole: results agree to the last bit whoever works on it.
+    """
+    return [data.take(positions) for positions in torch.arange(len(data)).split(size)]
+
+
+def attack_chunk(
+    model: Classifier,
+    part: Data,
+    number: int,
+    planned: Sequence[Planned],
+    threat: Threat,
+    spec: AuditSpec,
+    done: Pieces,
+    folder: Path | None,
+    notify: Notify,
+) -> None:
+    """Run what is not done yet of the planned attacks on one chunk; each piece joins `done` and the folder at once."""
+    standing = torch.ones(len(part), dtype=torch.bool)
+    note = f"samples {int(part.index[0])} to {int(part.index[-1])}"
+    for attack in planned:
+        given = standing.nonzero()[:, 0] if attack.survivors else torch.arange(len(part))
+        if (number, attack.label) not in done:
+            told = _annotated(attack.label, note, notify)
+            piece = _attack(model, part.take(given), attack, threat, spec, told)
+            if folder is not None:
+                replace(folder / f"{number}-{attack.label}.npz".replace(" ", "_"), pack(number, attack.label, piece))
+            done[number, attack.label] = piece
+        verdict = done[number, attack.label].verdict
+        if verdict is not None:
+            standing[given] &= verdict.right
+
+
+def stored(folder: Path | None) -> Pieces:
+    """The pieces an earlier run of the same request left in the folder; a file that cannot be read is done again."""
+    found: Pieces = {}
+    for file in sorted(folder.glob("*.npz")) if folder is not None else ():
+        try:
+            found |= unpack(file.read_bytes())
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+            continue
+    return found
+
+
+def key(planned: Sequence[Planned], threat: Threat, spec: AuditSpec, model: str, data: str, version: str) -> str:
+    """16 hexadecimal digits over everything a piece depends on: the name of the folder of an audit's pieces."""
+    depends = {
+        "planned": [[a.label, a.name, a.options, a.survivors] for a in planned],
+        "threat": [str(threat), repr(threat.eps), threat.low, threat.high],
+        "spec": [spec.seed, spec.batch_size, spec.chunk, spec.eight_bit, spec.device],
+        "versions": [version, torch.__version__],
+        "model": model,
+        "data": data,
+    }
+    return sha256(json.dumps(depends, sort_keys=True, default=repr).encode()).hexdigest()[:16]
+
+
+def discard(folder: Path | None) -> None:
+    """Remove the pieces of a finished audit, and those of other requests that were stopped in the same run folder."""
+    if folder is not None:
+        shutil.rmtree(folder.parent, ignore_errors=True)
+
+
+def _annotated(stage: str, note: str, notify: Notify) -> Notify:
+    return lambda event: notify(Event(stage=stage, done=event.done, total=event.total, values=event.values, note=note))
+
+
+def _attack(model: Classifier, data: Data, attack: Planned, threat: Threat, spec: AuditSpec, notify: Notify) -> Piece:
+    nothing = torch.empty(0, dtype=torch.int64), torch.empty(0, *data.shape)
+    if len(data) == 0:
+        return Piece(None, *nothing)
+    where = next(model.parameters(), torch.zeros(())).device
+    with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
+        torch.manual_seed(spec.seed * 1_000_003 + int(data.index[0]))  # for models that draw random numbers themselves
+        outcome = attack_data(
+            model,
+            data,
+            threat,
+            attack.name,
+            attack.options,
+            batch_size=spec.batch_size,
+            seed=spec.seed,
+            eight_bit=spec.eight_bit,
+            notify=notify,
+        )
+    return Piece(outcome.verdict, *_pictures(outcome, data.labels))
+
+
+def _pictures(outcome: Outcome, labels: Tensor) -> tuple[Tensor, Images]:
+    at = torch.tensor(varied(outcome.attacked & outcome.success, labels), dtype=torch.int64)
+    return outcome.index[at], outcome.x_adv[at]
+
+
+def varied(among: Mask, labels: Tensor) -> list[int]:
+    """Up to four positions of `among`, of different classes first."""
+    positions, seen = among.nonzero()[:, 0].tolist(), set[int]()
+    fresh = [at for at in positions if (y := int(labels[at])) not in seen and not seen.add(y)]
+    return [*fresh, *(at for at in positions if at not in fresh)][:_PICTURES]
+
+
+def pack(number: int, label: str, piece: Piece) -> bytes:
+    """A piece as the bytes of an .npz file, for a disk or another process; no pickle is in it."""
+    arrays: dict[str, Any] = {"number": number, "label": label, "shown": piece.shown, "images": piece.images}
+    if piece.verdict is not None:
+        columns = {field.name: getattr(piece.verdict, field.name) for field in fields(Verdict)}
+        arrays |= {f"verdict/{name}": value for name, value in columns.items() if value is not None}
+    stream = io.BytesIO()
+    np.savez(stream, **{name: np.asarray(value) for name, value in arrays.items()})  # pyright: ignore[reportArgumentType]
+    return stream.getvalue()
+
+
+def unpack(content: bytes) -> Pieces:
+    """The piece of `pack`, under its key."""
+    with np.load(io.BytesIO(content), allow_pickle=False) as file:
+        arrays: Mapping[str, np.ndarray] = {name: file[name] for name in file.files}
+    values: dict[str, Any] = {"eight_bit": None}
+    for name, array in arrays.items():
+        if name.startswith("verdict/"):
+            values[name.removeprefix("verdict/")] = torch.from_numpy(array) if array.ndim else array.item()
+    verdict = Verdict(**values) if len(values) > 1 else None
+    shown, images = torch.from_numpy(arrays["shown"]), torch.from_numpy(arrays["images"])
+    return {(int(arrays["number"]), str(arrays["label"])): Piece(verdict, shown, images)}
