@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rempart import __version__
 from rempart.attacks import Verdict, attacks
 from rempart.attacks.losses import score
 from rempart.attacks.run import join, native
@@ -89,9 +88,9 @@ def audit(
     threat = Threat.parse(spec.threat, low=model.low, high=model.high)
     planned, notes = plan(spec, threat, model.num_classes)
     model, checks = preflight(model, data)
-    described = DataCard.of(data)
+    described, record = DataCard.of(data), environment()
     if folder is not None:
-        folder = folder / key(planned, threat, spec, card.digest, described.digest, __version__)
+        folder = folder / key(planned, threat, spec, card.digest, described.digest, record["rempart"])
     parts = chunks(data, spec.chunk)
     done = stored(folder)
     curves: list[Curve] = []
@@ -134,7 +133,7 @@ def audit(
         spec=spec,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=time.perf_counter() - started,
-        environment=environment() | ({"processes": str(ranks.world)} if ranks.world > 1 else {}),
+        environment=record | ({"processes": str(ranks.world)} if ranks.world > 1 else {}),
         model=card,
         data=described,
         notes=(*notes, *_notes(correct, data.num_classes, error)),

@@ -21,6 +21,8 @@ def table(report: Report) -> str:
     blocks = ["\n".join(_wrap(line) for line in lines)]
     if report.clean is not None or report.attacks:
         blocks.append(_grid(*_results(report)))
+        if sum(attack.survivors for attack in report.attacks) > 1:
+            blocks.append(_wrap("> ran only on the images left standing; its accuracy is that after all before it too"))
     if report.epochs:
         blocks.append(_grid(*_epochs(report)))
     return "\n\n".join(blocks) + "\n"
@@ -95,7 +97,7 @@ def limits(report: Report) -> Iterator[str]:
         f"The adversary may add {threat.norm} perturbations {size}. Other norms, patches, rotations, blur, noise and "
         "changes of contrast were not tried."
     )
-    if report.attacks:
+    if any("steps" in attack.options for attack in report.attacks):
         most = {key: max(int(a.options.get(key) or 1) for a in report.attacks) for key in ("steps", "restarts")}
         yield (
             f"No attack took more than {count(most['steps'], 'step')} and {count(most['restarts'], 'restart')}; "
@@ -208,8 +210,9 @@ def _results(report: Report) -> tuple[Sequence[str], list[Sequence[str]]]:
             rows.append([name, "", f"{rate.value:.1%}", interval(rate), *[""] * (len(header) - 4)])
 
     whole("clean", report.clean)
-    for attack in report.attacks:
-        row = [attack.label, attack.norm, f"{attack.accuracy.value:.1%}", interval(attack.accuracy)]
+    for at, attack in enumerate(report.attacks):
+        label = f"> {attack.label}" if attack.survivors and at else attack.label
+        row = [label, attack.norm, f"{attack.accuracy.value:.1%}", interval(attack.accuracy)]
         row.append("-" if attack.success is None else f"{attack.success.value:.1%}")
         row += ["-" if attack.eight_bit is None else f"{attack.eight_bit.value:.1%}"] * rounded
         if sizes:
