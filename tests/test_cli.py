@@ -155,6 +155,7 @@ def bad_requests(trained: Path, folder: Path) -> dict[str, tuple[list[str], tupl
         ),
         "a missing model": (["audit", str(folder / "nowhere"), *audit[2:], *digits], ("expected", "nowhere")),
         "an unknown suite": ([*other, "--threat", "linf:0.1", "--suite", "quik"], ("quick", "did you mean")),
+        "a GPU where there is none": ([*audit, *digits, "--device", "cuda"], ("GPU", "leave out --device")),
         "an unknown recipe": (
             ["train", "--data", "digits", "--recipe", "plane", "--out", str(folder / "out")],
             ("plain", "'plane'", "did you mean"),
@@ -162,7 +163,7 @@ def bad_requests(trained: Path, folder: Path) -> dict[str, tuple[list[str], tupl
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("number", range(14))
+@pytest.mark.parametrize("number", range(15))
 def test_bad_requests_exit_with_2_and_say_what_to_try(
     number: int, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

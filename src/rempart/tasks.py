@@ -65,7 +65,9 @@ def _share(spec: AuditSpec, folder: Path | None, here: Ranks, notify: Notify) ->
     model = load(spec.model)
     described = card(model, spec.model)
     if spec.device == "cuda":
-        model = model.to(f"cuda:{here.local % max(1, torch.cuda.device_count())}")
+        if not torch.cuda.is_available():
+            raise SpecError("a GPU that torch can use", got="none", hint="leave out --device cuda")
+        model = model.to(f"cuda:{here.local % torch.cuda.device_count()}")
     data = open_data(spec.data).head(spec.limit).scaled(model.low, model.high)
     pieces = None if folder is None else folder / "pieces"
     result = audit(model, data, spec, card=described, folder=pieces, ranks=here, notify=notify)

@@ -172,7 +172,7 @@ def plan(spec: AuditSpec, threat: Threat, num_classes: int) -> tuple[tuple[Plann
         options = entry.parse(given)
         native(entry, threat)
         if "loss" in options:
-            score(options["loss"], targeted=False, num_classes=num_classes)
+            score(options["loss"], targeted=name.endswith("-t"), num_classes=num_classes)  # apgd-t aims at each class
         label = name if "loss" not in given else f"{name}-{given['loss']}"
         taken = sum(other.label.split(" ")[0] == label for other in planned)
         planned.append(Planned(f"{label} {taken + 1}" if taken else label, name, options, survivors))
