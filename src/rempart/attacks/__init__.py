@@ -1,6 +1,7 @@
 """Attacks search; `attacks.run` judges."""
 
 from rempart.attacks.catalogue import Attack, Traits, attacks
+from rempart.attacks.fab import fab, fab_targeted
 from rempart.attacks.gradient import bim, fgsm, mim, pgd
 from rempart.attacks.minimum import deepfool
 from rempart.attacks.optimise import cw, ead
@@ -20,6 +21,8 @@ __all__ = [
     "cw",
     "deepfool",
     "ead",
+    "fab",
+    "fab_targeted",
     "fgsm",
     "mim",
     "pgd",
