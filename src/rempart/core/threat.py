@@ -176,8 +176,9 @@ class Threat:
 
 def vector_norm(flat: Tensor, norm: Norm) -> Scores:
     """The norm of each row."""
-    order = {"linf": math.inf, "l2": 2, "l1": 1}[norm]
-    return torch.linalg.vector_norm(flat, order, dim=1)
+    if norm == "l2":
+        return torch.linalg.vector_norm(flat, 2, dim=1)
+    return flat.abs().amax(1) if norm == "linf" else flat.abs().sum(1)  # several times faster than vector_norm
 
 
 def dual(norm: Norm) -> Norm:
