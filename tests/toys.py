@@ -116,6 +116,16 @@ def constant(shape: Sequence[int] = (1, 4, 4), classes: int = 3) -> Classifier:
     return Classifier(net, shape=shape, num_classes=classes)
 
 
+def plateau() -> Classifier:
+    """z = (0, relu(sum of (x - 0.5) - 0.2) - 0.05) on four pixels: class 0, and no gradient at mid-grey."""
+    first, second = _layer(4, 1), _layer(1, 1)
+    with torch.no_grad():
+        for layer, weight, bias in ((first, 1, -2.2), (second, 1, -0.05)):
+            layer.weight.fill_(weight)
+            layer.bias.fill_(bias)
+    return Classifier(nn.Sequential(nn.Flatten(), first, nn.ReLU(), second), shape=(1, 2, 2), num_classes=2)
+
+
 def smooth(shape: Sequence[int] = (1, 4, 4), classes: int = 3, seed: int = 0, hidden: int = 16) -> Classifier:
     """z = A tanh(B (x - 0.5) * 2) with A and B normal (B of size 1/sqrt(D) * 2): smooth, no gradient is zero."""
     generator, dims = _generator(seed), math.prod(shape)

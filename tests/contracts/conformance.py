@@ -67,6 +67,22 @@ CASES: dict[str, Case] = {
         sharp={"steps": 20},
         budget=lambda o, k: (o.restarts * (o.steps + 1 + (o.restarts > 1)), o.restarts * o.steps),
     ),
+    "apgd": Case(
+        cheap={"steps": 20},  # in l1 the first steps go to many coordinates
+        sharp={"steps": 50},
+        budget=lambda o, k: (
+            o.restarts * o.eot * (o.steps + (3 if o.large_steps else 1)),
+            o.restarts * o.eot * o.steps,
+        ),
+    ),
+    "apgd-t": Case(
+        cheap={"steps": 20, "loss": "margin"},
+        sharp={"steps": 50, "loss": "margin"},
+        budget=lambda o, k: (
+            o.eot * (1 + min(o.targets, k - 1) * o.restarts * (o.steps + (3 if o.large_steps else 1))),
+            o.eot * min(o.targets, k - 1) * o.restarts * o.steps,
+        ),
+    ),
     "deepfool": Case(
         cheap={"steps": 6},
         reach=1.02,
@@ -369,13 +385,22 @@ def check_more_steps_break_no_fewer(entry: AttackEntry, norm: Norm) -> None:
 
 
 def check_more_restarts_break_no_fewer(entry: AttackEntry, norm: Norm) -> None:
-    """Sample by sample: what falls within r restarts falls within more. Tiny steps, so that the start decides."""
+    """Sample by sample: what falls within r restarts falls within more. Tiny steps, so that the start decides.
+
+    An attack that sets its steps itself meets a model without gradient at the original.
+    """
     if "restarts" not in entry.params.model_fields:
         return
-    model = toys.linear((1, 2, 2), classes=2)
-    x, y, radius = toys.equidistant(model, norm, 24)
-    threat = Threat(norm=norm, eps=1.5 * radius)
-    options = _given(entry, steps=1, step=0.1 * radius)
+    if "step" in entry.params.model_fields:
+        model = toys.linear((1, 2, 2), classes=2)
+        x, y, radius = toys.equidistant(model, norm, 24)
+        threat = Threat(norm=norm, eps=1.5 * radius)
+        options = _given(entry, steps=1, step=0.1 * radius)
+    else:
+        model = toys.plateau()
+        x, y = torch.full((24, *model.shape), 0.5), torch.zeros(24, dtype=torch.long)
+        threat = Threat(norm=norm, eps={"linf": 0.1, "l2": 0.2, "l1": 0.4}[norm])
+        options = _given(entry, steps=1)
     broken = [attacked(entry, model, x, y, threat, {**options, "restarts": r}).success for r in (1, 2, 3, 6)]
     for fewer, more in pairwise(broken):
         assert not bool((fewer & ~more).any()), "a sample broken by an early restart was forgotten"

@@ -1,5 +1,6 @@
 """Attacks search; `attacks.run` judges."""
 
+from rempart.attacks.apgd import apgd, apgd_targeted
 from rempart.attacks.catalogue import Attack, Traits, attacks
 from rempart.attacks.fab import fab, fab_targeted
 from rempart.attacks.gradient import bim, fgsm, mim, pgd
@@ -14,6 +15,8 @@ __all__ = [
     "Outcome",
     "Traits",
     "Verdict",
+    "apgd",
+    "apgd_targeted",
     "attack_batch",
     "attack_data",
     "attacks",
