@@ -46,6 +46,7 @@ class Case:
         cheap: Options for the checks that need an attack, not a good one.
         sharp: Options with which it breaks every image of a two-class affine toy at `reach` times the radius.
         reach: See `sharp`.
+        reaches: `reach` in the norms where it is another.
         classes: Further numbers of classes for which `sharp` holds.
         budget: The most that one sample may cost.
     """
@@ -53,6 +54,7 @@ class Case:
     cheap: Options = field(default_factory=dict[str, Any])
     sharp: Options = field(default_factory=dict[str, Any])
     reach: float = 1.05
+    reaches: Mapping[Norm, float] = field(default_factory=dict[Norm, float])
     classes: tuple[int, ...] = ()
     budget: Budget | None = None
 
@@ -117,6 +119,20 @@ CASES: dict[str, Case] = {
             min(o.targets, k - 1) * o.restarts * o.steps,
         ),
     ),
+    "square": Case(
+        cheap={"queries": 100, "rescale": True},
+        sharp={"queries": 600, "rescale": True},
+        reaches={"l2": 1.6, "l1": 2.6},  # on 4 x 4 pixels, with the shape of 3 x 3 bumps
+        budget=lambda o, k: (o.restarts * o.queries, 0),
+    ),
+    "hopskipjump": Case(
+        cheap={"steps": 5, "initial_probes": 40},
+        sharp={"steps": 20},
+        reaches={"linf": 1.1},
+        # five starts, of 100 tries each; a bisection for each and in each step, of 24 halvings in the worst case; the
+        # halvings and the probes of each step; the move past the boundary
+        budget=lambda o, k: (5 * 124 + o.steps * (24 + 20 + int(o.initial_probes * o.steps**0.5)) + 1, 0),
+    ),
 }
 
 
@@ -125,12 +141,12 @@ CASES: dict[str, Case] = {
 
 def check_breaks_just_beyond_the_radius(entry: AttackEntry, norm: Norm) -> None:
     """Two classes, where the gradient always points at the boundary: every image falls at `reach` times the radius."""
-    case = _case(entry)
+    case, reach = _case(entry), _reach(entry, norm)
     two = toys.linear(classes=2), toys.one_logit(seed=1), toys.linear((3, 2, 5), classes=2, seed=2).double()
     for model in (*two, *(toys.linear(classes=k) for k in case.classes)):
         x, y, radius = toys.equidistant(model, norm)
-        outcome = attacked(entry, model, x, y, Threat(norm=norm, eps=case.reach * radius), case.sharp)
-        assert bool(outcome.success.all()), f"unbroken at {case.reach} of the radius: {outcome.own_distance / radius}"
+        outcome = attacked(entry, model, x, y, Threat(norm=norm, eps=reach * radius), case.sharp)
+        assert bool(outcome.success.all()), f"unbroken at {reach} of the radius: {outcome.own_distance / radius}"
         assert bool((outcome.predicted != y).all())
 
 
@@ -311,13 +327,14 @@ def check_batch_mates_do_not_matter(entry: AttackEntry, norm: Norm) -> None:
 
 def check_shapes(entry: AttackEntry, norm: Norm) -> None:
     """Channels, tall and wide images, volumes, signals; one image, and as many as one is wide."""
+    far = max(FAR, 2 * _reach(entry, norm))
     for shape in toys.SHAPES:
         model = toys.linear(shape)
         for n in (1, shape[-1]):
             x, y, radius = toys.equidistant(model, norm, n)
-            outcome = attacked(entry, model, x, y, Threat(norm=norm, eps=FAR * radius))
+            outcome = attacked(entry, model, x, y, Threat(norm=norm, eps=far * radius))
             assert outcome.x_adv.shape == x.shape
-            assert bool(outcome.success.all()), f"unbroken at {FAR} of the radius for shape {shape}, n = {n}"
+            assert bool(outcome.success.all()), f"unbroken at {far} of the radius for shape {shape}, n = {n}"
 
 
 def check_class_counts(entry: AttackEntry, norm: Norm) -> None:
@@ -391,11 +408,11 @@ def check_more_restarts_break_no_fewer(entry: AttackEntry, norm: Norm) -> None:
     """
     if "restarts" not in entry.params.model_fields:
         return
-    if "step" in entry.params.model_fields:
+    if "step" in entry.params.model_fields or entry.traits.access != "gradients":
         model = toys.linear((1, 2, 2), classes=2)
         x, y, radius = toys.equidistant(model, norm, 24)
         threat = Threat(norm=norm, eps=1.5 * radius)
-        options = _given(entry, steps=1, step=0.1 * radius)
+        options = _given(entry, steps=1, step=0.1 * radius, queries=3, p_init=0.1)
     else:
         model = toys.plateau()
         x, y = torch.full((24, *model.shape), 0.5), torch.zeros(24, dtype=torch.long)
@@ -465,7 +482,7 @@ def check_targets(entry: AttackEntry, norm: Norm) -> None:
         with pytest.raises(ThreatError):
             raw(entry, model, x, 1 - y, Threat(norm=norm, eps=radius), targeted=True)
         return
-    for factor, expected in ((0.95, 0), (case.reach, len(x))):
+    for factor, expected in ((0.95, 0), (_reach(entry, norm), len(x))):
         threat = Threat(norm=norm, eps=factor * radius)
         outcome = attacked(entry, model, x, y, threat, case.sharp, target=targets("nearest", model))
         assert int(outcome.success.sum()) == expected, f"{int(outcome.success.sum())} at {factor} of the radius"
@@ -559,6 +576,10 @@ def margin(z: Tensor, y: Tensor) -> Tensor:
 
 def _case(entry: AttackEntry) -> Case:
     return CASES.get(entry.name, Case())
+
+
+def _reach(entry: AttackEntry, norm: Norm) -> float:
+    return _case(entry).reaches.get(norm, _case(entry).reach)
 
 
 def _given(entry: AttackEntry, **options: Any) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from rempart.attacks.apgd import apgd, apgd_targeted
 from rempart.attacks.catalogue import Attack, Traits, attacks
+from rempart.attacks.decision import hopskipjump
 from rempart.attacks.fab import fab, fab_targeted
 from rempart.attacks.gradient import bim, fgsm, mim, pgd
 from rempart.attacks.minimum import deepfool
 from rempart.attacks.optimise import cw, ead
 from rempart.attacks.run import Outcome, Verdict, attack_batch, attack_data
+from rempart.attacks.square import square
 from rempart.attacks.suites import SUITES
 
 __all__ = [
@@ -27,6 +29,8 @@ __all__ = [
     "fab",
     "fab_targeted",
     "fgsm",
+    "hopskipjump",
     "mim",
     "pgd",
+    "square",
 ]
