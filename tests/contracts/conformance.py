@@ -133,6 +133,18 @@ CASES: dict[str, Case] = {
         # halvings and the probes of each step; the move past the boundary
         budget=lambda o, k: (5 * 124 + o.steps * (24 + 20 + int(o.initial_probes * o.steps**0.5)) + 1, 0),
     ),
+    "ddn": Case(
+        cheap={"steps": 12},
+        sharp={"steps": 100},
+        reach=1.01,
+        budget=lambda o, k: (o.steps + 1, o.steps),
+    ),
+    "fmn": Case(
+        cheap={"steps": 12},
+        sharp={"steps": 100},
+        reach=1.01,
+        budget=lambda o, k: (o.steps + 1, o.steps),
+    ),
 }
 
 

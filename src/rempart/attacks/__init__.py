@@ -7,6 +7,7 @@ from rempart.attacks.fab import fab, fab_targeted
 from rempart.attacks.gradient import bim, fgsm, mim, pgd
 from rempart.attacks.minimum import deepfool
 from rempart.attacks.optimise import cw, ead
+from rempart.attacks.radius import ddn, fmn
 from rempart.attacks.run import Outcome, Verdict, attack_batch, attack_data
 from rempart.attacks.square import square
 from rempart.attacks.suites import SUITES
@@ -24,11 +25,13 @@ __all__ = [
     "attacks",
     "bim",
     "cw",
+    "ddn",
     "deepfool",
     "ead",
     "fab",
     "fab_targeted",
     "fgsm",
+    "fmn",
     "hopskipjump",
     "mim",
     "pgd",

@@ -63,7 +63,7 @@ def cw(
     """
     margin = score("margin", targeted=targeted, num_classes=2)
     middle, half = (threat.high + threat.low) / 2, (threat.high - threat.low) / 2
-    best = _Smallest.at(x)
+    best = Smallest.at(x)
     for const, rung in _search(x, search_steps, initial_const, best):
         active = torch.arange(len(x), device=x.device)
         w = torch.atanh(((x - middle) / half * 0.999999).clamp(-0.999999, 0.999999))
@@ -147,7 +147,7 @@ def ead(
         authors' code does. Each const starts again at `x`.
     """
     margin = score("margin", targeted=targeted, num_classes=2)
-    best = _Smallest.at(x)
+    best = Smallest.at(x)
     for const, rung in _search(x, search_steps, initial_const, best):
         active = torch.arange(len(x), device=x.device)
         point, ahead = x, x
@@ -184,7 +184,7 @@ def ead(
 
 
 @dataclass(slots=True)
-class _Smallest:
+class Smallest:
     """The smallest success of each sample so far; until there is one, the point of best margin."""
 
     image: Images
@@ -194,11 +194,13 @@ class _Smallest:
     """Samples that won in the present descent."""
 
     @classmethod
-    def at(cls, x: Images) -> "_Smallest":
+    def at(cls, x: Images) -> "Smallest":
+        """Nothing found yet."""
         worst = torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
         return cls(x.clone(), worst, -worst, torch.zeros_like(worst, dtype=torch.bool))
 
     def update(self, at: Tensor, image: Images, size: Scores, margin: Scores, wins: Mask) -> None:
+        """Keep those of the images, of the samples `at`, that are better than before."""
         better = torch.where(wins, size < self.size[at], self.size[at].isinf() & (margin > self.margin[at]))
         where = at[better]
         self.image[where] = image.detach()[better]
@@ -207,7 +209,7 @@ class _Smallest:
         self.won[at] |= wins
 
 
-def _search(x: Images, rungs: int, first: float, best: _Smallest) -> Iterator[tuple[Scores, int]]:
+def _search(x: Images, rungs: int, first: float, best: Smallest) -> Iterator[tuple[Scores, int]]:
     """Constants to try, one per sample: times 10 until one works, then bisection towards the smallest that does."""
     const = torch.full((len(x),), first, dtype=x.dtype, device=x.device)
     lower, upper = torch.zeros_like(const), torch.full_like(const, _LARGEST_CONST)
