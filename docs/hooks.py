@@ -204,10 +204,12 @@ def _python() -> str:
 
 
 _FURTHER = {
-    "Requests": [f"report.schema.{name}" for name in ("AuditSpec", "AttackSpec", "TrainSpec", "AttackChoice")],
+    "Requests": [
+        f"report.schema.{name}" for name in ("AuditSpec", "AttackSpec", "TrainSpec", "CertifySpec", "AttackChoice")
+    ],
     "What a report holds": [
         *(f"report.schema.{name}" for name in ("AttackResult", "NormStats", "Check", "Curve", "Example", "Samples")),
-        *(f"report.schema.{name}" for name in ("ModelCard", "DataCard", "Epoch")),
+        *(f"report.schema.{name}" for name in ("ModelCard", "DataCard", "Epoch", "Certificate", "Bracket")),
         *(f"core.stats.{name}" for name in ("Rate", "Difference", "wilson", "paired_bootstrap", "median_interval")),
     ],
     "Reports on disk, comparison, gate": [
@@ -215,6 +217,7 @@ _FURTHER = {
         *(f"report.compare.{name}" for name in ("compare", "gate")),
     ],
     "The audit": ["audit.audit", "audit.preflight.preflight", "audit.curves.sweep", "audit.curves.from_distances"],
+    "Certification": [f"certify.{name}" for name in ("certify", "predict", "smoothed", "Certificates", "covering")],
     "Adding an attack, a model, an objective": [
         *(f"attacks.catalogue.{name}" for name in ("Attack", "Traits", "attacks")),
         *(f"attacks.losses.{name}" for name in ("score", "climb_direction", "reached", "surely_reached")),

@@ -233,3 +233,65 @@ def test_an_error_in_the_users_own_factory_is_told_in_a_sentence(
 def test_an_unknown_option_is_a_wrong_request(capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = rempart("audit", "--bogus", capsys=capsys)
     assert status == 2 and "--bogus" in err and "Traceback" not in err
+
+
+def test_certify_brackets_the_smoothed_model_and_replays(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--data", "digits:test[:20]", "--sigma", "0.2", "--samples", "300", "--out", tmp_path]
+    threat = ["--threat", "l2:0.25", "--attack", "pgd:steps=5", "--attack-draws", "8"]
+    status, out, _ = rempart("certify", trained, *arguments, *threat, capsys=capsys)
+    assert status == 0 and "lies between" in out and str(tmp_path / "report.html") in out
+    report = store.read(tmp_path)
+    assert report.kind == "certify" and report.complete and report.certificate is not None
+    bracket = report.certificate.bracket
+    assert bracket is not None and bracket.options["steps"] == 5 and bracket.lower.k <= bracket.upper.k
+    with np.load(tmp_path / "samples.npz", allow_pickle=False) as rows:
+        right = rows["predicted"] == rows["label"]
+        assert report.certificate.right.k == int(right.sum()) > 10
+        assert bracket.lower.k == int((right & (rows["radius"] > 0.25)).sum()) > 3
+        assert bracket.upper.k == int((~rows["pgd/broken"]).sum()) < 20
+        assert report.clean is not None and report.clean.k == int(rows["correct"].sum())
+    budget = dict(zip(report.curves[0].eps, report.curves[0].accuracy, strict=True))[0.25]
+    assert budget == bracket.lower
+    assert "upper bound" in (tmp_path / "report.html").read_text()
+    assert rempart("run", tmp_path / "report.json", capsys=capsys)[0] == 0
+    again = store.read(tmp_path)
+    assert (again.samples, again.curves) == (report.samples, report.curves) and again.certificate is not None
+    assert rempart("gate", tmp_path, "--min-robust", "0", capsys=capsys)[0] == 1, "only an audit can pass"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (["--sigma", "0"], ("sigma > 0", "0.25")),
+        (["--sigma", "0.2", "--samples", "5"], ("samples >= 10",)),
+        (["--sigma", "0.2", "--alpha", "0.7"], ("alpha in (0, 0.5)",)),
+        (["--sigma", "0.2", "--threat", "l2"], ("budget",)),
+        (["--sigma", "0.2", "--threat", "l2:1", "--attack", "pdg"], ("did you mean 'pgd'",)),
+    ],
+)
+def test_a_certificate_nothing_can_come_of_is_refused(
+    wrong: list[str], words: tuple[str, ...], trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["certify", trained, "--data", "digits:test[:5]", *wrong, "--out", tmp_path / "out"]
+    status, _, err = rempart(*arguments, capsys=capsys)
+    assert status == 2 and all(word in err for word in ("expected", *words)), err
+
+
+def test_an_interrupted_certification_keeps_what_was_certified(trained: Path) -> None:
+    from rempart import tasks
+    from rempart.core.errors import Cancelled
+    from rempart.core.events import Event
+    from rempart.report.schema import CertifySpec
+
+    def stop(event: Event) -> None:
+        if event.stage == "pgd" or (event.done >= 16 and limit == 40):
+            raise Cancelled
+
+    for limit in (40, 10):
+        spec = CertifySpec(model=str(trained), data="digits", sigma=0.2, samples=50, threat="l2:0.2", limit=limit)
+        report = tasks.run(spec, stop)
+        assert not report.complete and report.certificate is not None and report.certificate.bracket is None
+        assert report.samples is not None and len(report.samples.index) == (16 if limit == 40 else 10)
+        assert "pgd" in report.not_run and len(report.not_run) == (2 if limit == 40 else 1)

@@ -198,7 +198,7 @@ def test_commands_in_the_documentation_parse(path: Path, words: list[str]) -> No
 def check_command(name: str, *arguments: str) -> None:
     """Parse a command as typer would, and look up what it names."""
     given = COMMANDS[name].make_context(name, list(arguments)).params
-    if "threat" in given:
+    if given.get("threat") is not None:
         Threat.parse(given["threat"])
     if name in ("audit", "attack"):
         named = given["attack"] if name == "audit" else [given["attack"]]
@@ -297,7 +297,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    "name", ["tutorial", *(f"how-to/{page}" for page in ("from-python", "one-attack", "own-model", "replay", "threat"))]
+    "name",
+    [
+        "tutorial",
+        *(f"how-to/{page}" for page in ("certify", "from-python", "one-attack", "own-model", "replay", "threat")),
+    ],
 )
 def test_the_commands_and_programs_of_a_page_run(name: str, trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)

@@ -157,6 +157,51 @@ def attack(
 
 
 @app.command()
+def certify(
+    model: Annotated[str, typer.Argument(metavar="MODEL")],
+    data: Data,
+    sigma: Annotated[float, typer.Option("--sigma", help="Standard deviation of the noise in pixel units")],
+    out: Annotated[str, typer.Option("--out", help="Run folder for report.json, report.html, samples.npz")],
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Draws of noise that count, per image")] = 10_000,
+    selection: Annotated[int, typer.Option("--selection", min=1, help="Draws that choose the class")] = 100,
+    alpha: Annotated[
+        float, typer.Option("--alpha", help="Probability with which a certificate may be wrong, in (0, 0.5)")
+    ] = 0.001,
+    threat: Annotated[
+        str | None, typer.Option("--threat", help="Bracket the accuracy in this threat: l2:0.5, linf:2/255, l1:3")
+    ] = None,
+    attack: Annotated[
+        str, typer.Option("--attack", help="Attack on the smoothed model: NAME or NAME:key=value,key=value")
+    ] = "pgd",
+    attack_draws: Annotated[int, typer.Option("--attack-draws", min=1, help="Draws of noise the attack averages")] = 16,
+    limit: Limit = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Noisy images per forward pass")] = 256,
+    seed: Seed = 0,
+) -> None:
+    """Certify the model under Gaussian noise: radii within which its vote cannot change; --threat adds an attack."""
+    from rempart.report.schema import AttackChoice, CertifySpec
+
+    name, _, own = attack.partition(":")
+    _run(
+        CertifySpec(
+            model=model,
+            data=data,
+            sigma=sigma,
+            samples=samples,
+            selection=selection,
+            alpha=alpha,
+            threat=threat,
+            attack=AttackChoice(name=name, options=_options(own.split(",") if own else None)),
+            attack_draws=attack_draws,
+            limit=limit,
+            batch_size=batch_size,
+            seed=seed,
+            out=out,
+        )
+    )
+
+
+@app.command()
 def run(spec: Annotated[Path, typer.Argument(help="A spec, or a report.json whose spec is run again")]) -> None:
     """Run a spec from a file, or replay a report."""
     from rempart.report.store import read_spec

@@ -1,6 +1,7 @@
 """`run(spec, notify)`: the one entry for the command line and for a worker."""
 
 import io
+import math
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,23 +14,45 @@ from rempart.attacks import Verdict, attack_data, attacks
 from rempart.attacks.losses import score
 from rempart.attacks.run import native, targets
 from rempart.audit import Audit, Planned, audit, measure, preflight
+from rempart.certify import (
+    Attacked,
+    Certificates,
+    Sampling,
+    attack_smoothed,
+    bracketed,
+    certified_curve,
+    certify_groups,
+    covering,
+    join,
+    section,
+)
 from rempart.core.data import open_data
 from rempart.core.disk import replace
-from rempart.core.errors import SpecError
+from rempart.core.errors import Cancelled, SpecError
 from rempart.core.events import Notify, silent
 from rempart.core.ranks import ALONE, Ranks, launched, ranks
 from rempart.core.repro import environment
 from rempart.core.stats import wilson
-from rempart.core.threat import Threat
+from rempart.core.threat import Norm, Threat
 from rempart.models.load import card, load
 from rempart.report.html import page
-from rempart.report.schema import AttackSpec, AuditSpec, DataCard, Report, Samples, TrainSpec, pack
+from rempart.report.schema import (
+    AttackSpec,
+    AuditSpec,
+    Bracket,
+    CertifySpec,
+    DataCard,
+    Report,
+    Samples,
+    TrainSpec,
+    pack,
+)
 from rempart.report.store import claim, write
 
 SPEC = "spec.json"
 
 
-def run(spec: AuditSpec | AttackSpec | TrainSpec, notify: Notify = silent) -> Report | None:
+def run(spec: AuditSpec | AttackSpec | TrainSpec | CertifySpec, notify: Notify = silent) -> Report | None:
     """Do what a spec asks for, write its files to `spec.out`, and return the report.
 
     Where several processes share an audit, all but the first return None.
@@ -44,6 +67,8 @@ def run(spec: AuditSpec | AttackSpec | TrainSpec, notify: Notify = silent) -> Re
         report = run_training(spec, notify)
         write(report, Path(spec.out))
         return report
+    if isinstance(spec, CertifySpec):
+        return _certify(spec, notify)
     return _audit(spec, notify) if isinstance(spec, AuditSpec) else _attack(spec, notify)
 
 
@@ -133,6 +158,97 @@ def _attack(spec: AttackSpec, notify: Notify) -> Report:
     replace(Path(spec.out).with_suffix(".json"), report.model_dump_json(indent=1).encode())
     replace(Path(spec.out).with_suffix(".html"), page(report).encode())
     return report
+
+
+def _certify(spec: CertifySpec, notify: Notify) -> Report:
+    started = perf_counter()
+    sampling = Sampling(
+        sigma=spec.sigma,
+        samples=spec.samples,
+        selection=spec.selection,
+        alpha=spec.alpha,
+        batch_size=spec.batch_size,
+        seed=spec.seed,
+    )
+    entry = attacks[spec.attack.name]
+    options = entry.parse(spec.attack.options)
+    if spec.out is not None:
+        claim(Path(spec.out))
+    model = load(spec.model)
+    data = open_data(spec.data).head(spec.limit).scaled(model.low, model.high)
+    threat = None if spec.threat is None else Threat.parse(spec.threat, low=model.low, high=model.high)
+    if threat is not None:
+        native(entry, threat)
+        covering(threat, 1)
+        if "loss" in options:
+            score(options["loss"], targeted=False, num_classes=model.num_classes)
+    described = card(model, spec.model)
+    model, checks = preflight(model, data)
+    parts: list[Certificates] = []
+    attacked: Attacked | None = None
+    complete = False
+    error: Exception | None = None
+    try:
+        for part in certify_groups(model, data, sampling, notify=notify):
+            parts.append(part)
+        if threat is not None:
+            table, draws = join(parts), spec.attack_draws
+            attacked = attack_smoothed(
+                model, data, table, threat, entry.name, options, sampling, draws=draws, notify=notify
+            )
+        complete = True
+    except (KeyboardInterrupt, Cancelled):
+        pass  # the report says what is missing
+    except Exception as failure:  # noqa: BLE001  raised again once what was finished is safe
+        error = failure
+    table = join(parts) if parts else None
+    bracket, curves = None, ()
+    dims = math.prod(model.shape)
+    if threat is not None and attacked is not None and table is not None:
+        bracket = bracketed(table, attacked, threat, entry.name, options, draws=spec.attack_draws, dims=dims)
+    if table is not None:
+        budgets: dict[Norm, float | None] = {"l2": None} if threat is None else {"l2": None, threat.norm: threat.eps}
+        curves = tuple(certified_curve(table, sampling, norm, dims=dims, extra=eps) for norm, eps in budgets.items())
+    missing = [] if table is not None and len(table.index) == len(data) else ["certificates of the other images"]
+    missing += [entry.name] if threat is not None else []
+    report = Report(
+        kind="certify",
+        complete=complete,
+        spec=spec,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        seconds=perf_counter() - started,
+        environment=environment(),
+        model=described,
+        data=DataCard.of(data),
+        notes=() if error is None else (f"The certification failed: {type(error).__name__}: {error}",),
+        preflight=checks,
+        clean=None if table is None else wilson(int(table.correct.sum()), len(table.index)),
+        certificate=None if table is None else section(table, sampling, bracket),
+        not_run=() if complete else tuple(missing),
+        curves=curves,
+        samples=None if table is None else _certified_samples(table, bracket, attacked),
+    )
+    if spec.out is not None:
+        write(report, Path(spec.out))
+        if table is not None:
+            columns = {"index": table.index, "label": table.label, "correct": table.correct}
+            columns |= {"predicted": table.predicted, "radius": table.radius}
+            columns |= {"p_lower": table.p_lower, "votes": table.votes}
+            if attacked is not None:
+                columns |= {f"{entry.name}/predicted": attacked.predicted, f"{entry.name}/broken": attacked.broken}
+            save_arrays(Path(spec.out) / "samples.npz", {name: column.numpy() for name, column in columns.items()})
+    if error is not None:
+        raise error
+    return report
+
+
+def _certified_samples(table: Certificates, bracket: Bracket | None, attacked: Attacked | None) -> Samples:
+    """Per sample: right by vote, certified for the threat, and not broken by the attack."""
+    right = {"smoothed": pack(table.right)}
+    if bracket is not None and attacked is not None:
+        right |= {"certified": pack(table.certified(bracket.radius)), bracket.attack: pack(~attacked.broken)}
+    index, labels = tuple(table.index.tolist()), tuple(table.label.tolist())
+    return Samples(index=index, labels=labels, clean=pack(table.correct), right=right)
 
 
 def _per_sample(result: Audit) -> dict[str, np.ndarray]:

@@ -17,6 +17,9 @@ from rempart.report.schema import (
     AttackResult,
     AttackSpec,
     AuditSpec,
+    Bracket,
+    Certificate,
+    CertifySpec,
     Check,
     Curve,
     DataCard,
@@ -226,6 +229,50 @@ def build_training(num_epochs: int = 30, **changes: Any) -> Report:
     return audit.model_copy(update={**values, **changes})
 
 
+def build_certificate(threat: str | None = "linf:2/255", **changes: Any) -> Report:
+    """The report of a certification, bracketed where there is a threat."""
+    audit = build(attacks=False)
+    radius = np.random.default_rng(1).random(500) * 1.2 - 0.2
+    levels = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 0.85)
+    curve = Curve(label="certified", norm="l2", eps=levels, accuracy=tuple(rate(radius > r) for r in levels))
+    eps = (0.0, 2 / 255, 4 / 255)
+    cube = Curve(label="certified", norm="linf", eps=eps, accuracy=tuple(rate(radius > 64 * e) for e in eps))
+    bracket = Bracket(
+        norm="linf",
+        eps=2 / 255,
+        radius=64 * 2 / 255,
+        lower=rate(radius > 64 * 2 / 255),
+        upper=rate(radius > 0),
+        contradictions=1,
+        attack="pgd",
+        options={"steps": 40},
+        draws=16,
+        votes=1000,
+        queries=20_000,
+        gradients=19_000,
+        seconds=3.21,
+    )
+    certificate = Certificate(
+        sigma=0.25,
+        samples=10_000,
+        selection=100,
+        alpha=0.001,
+        largest=0.8,
+        right=rate(radius > 0),
+        abstained=rate(radius < -0.1),
+        median_radius=0.31,
+        bracket=bracket if threat else None,
+    )
+    spec = CertifySpec(model="runs/mri-cnn", data="brain-mri:test", sigma=0.25, threat=threat, out="runs/c")
+    values: dict[str, Any] = {
+        "kind": "certify",
+        "spec": spec,
+        "certificate": certificate,
+        "curves": (curve, cube) if threat else (curve,),
+    }
+    return audit.model_copy(update={**values, **changes})
+
+
 CASES: dict[str, Callable[[], Report]] = {
     "full": build,
     "partial": lambda: build(complete=False, not_run=("cw", "ead")),
@@ -239,6 +286,9 @@ CASES: dict[str, Callable[[], Report]] = {
     ),
     "attack": build_attack,
     "training": build_training,
+    "certificate": build_certificate,
+    "certificate without threat": lambda: build_certificate(None),
+    "no certificate": lambda: build_certificate(complete=False, certificate=None, clean=None, curves=()),
     "one epoch": lambda: build_training(1),
 }
 

@@ -7,6 +7,7 @@ from rempart.core.threat import Threat
 from rempart.report.compare import compare
 from rempart.report.schema import Check, Report
 from rempart.report.text import WIDTH, amount, compare_table, limits, stamp, table, verdict
+from report.conftest import report_of
 
 
 def columns(text: str) -> list[dict[str, str]]:
@@ -144,3 +145,18 @@ def test_limits_name_what_this_report_left_out(make_report: Callable[..., Report
     mixed = report.model_copy(update={"attacks": (blind, *report.attacks[1:])})
     assert "followed gradients" not in " ".join(limits(mixed))
     assert "8-bit" in told
+
+
+def test_a_certificate_is_about_the_smoothed_model_and_bracketed_where_there_is_a_threat():
+    report, alone = report_of("certificate"), report_of("certificate without threat")
+    assert report.certificate is not None and report.certificate.bracket is not None
+    bracket = report.certificate.bracket
+    rows = {row["accuracy"]: row["share"] for row in columns(table(report))}
+    assert rows["lower bound at linf 2/255 (0.00784)"] == f"{bracket.lower.value:.1%}"
+    assert rows["upper bound at linf 2/255 (0.00784)"] == f"{bracket.upper.value:.1%}"
+    assert rows["certified at l2 0.25"] == f"{report.curves[0].accuracy[2].value:.1%}"
+    assert "smoothed model lies between" in verdict(report) and "smoothed model" not in verdict(alone)
+    for told in (" ".join(limits(report)), " ".join(limits(alone))):
+        assert "Nothing is certified about the model inside" in told and "No certificate was computed" not in told
+    assert "Certified and yet broken: 1 image." in " ".join(limits(report))
+    assert "No threat was given" in " ".join(limits(alone))

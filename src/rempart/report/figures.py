@@ -148,7 +148,13 @@ def _curves(shown: Sequence[tuple[str, Curve]], report: Report, key: str) -> str
             values = [rate.value for rate in curve.accuracy]
             axes.plot(curve.eps, values, color=colour, label=_cut(name, 36), **_mark(i, len(values)))
         if budget is not None:
-            axes.axvline(budget, color=INK, linewidth=1, linestyle=(0, (1, 2)), label="budget of the audit")
+            axes.axvline(
+                budget,
+                color=INK,
+                linewidth=1,
+                linestyle=(0, (1, 2)),
+                label=f"budget of the {'attack' if report.kind == 'certify' else 'audit'}",
+            )
         end = max(budget or 0.0, *(_end(curve) for _, curve in shown)) or 1.0
         axes.set_xlim(-0.03 * end, 1.05 * end)
         axes.xaxis.set_major_formatter("{x:.3g}")

@@ -113,10 +113,13 @@ def _charts(report: Report) -> Iterator[Chart]:
         )
     for norm in dict.fromkeys(curve.norm for curve in report.curves):
         levels = in_levels(norm, report.model.low, report.model.high)
+        title, what = ("Accuracy", "rightly classified")
+        if report.certificate is not None:
+            title, what = "Certified accuracy", "certified"
         yield Chart(
             key=f"curves-{norm}",
-            title=f"Accuracy against the {norm} budget",
-            caption=f"Lines: share of images rightly classified at each budget. Bands: {_level(report)} intervals.",
+            title=f"{title} against the {norm} budget",
+            caption=f"Lines: share of images {what} at each budget. Bands: {_level(report)} intervals.",
             svg=Markup(figures.curves(report, norm)),
             header=("curve", *_curve_header(levels)),
             rows=[

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from rempart.core.data import Data
 from rempart.core.errors import DataError
 from rempart.core.stats import Rate
+from rempart.core.types import Pixels
 
 SCHEMA_VERSION = 1
 Options = dict[str, Any]
@@ -82,7 +83,26 @@ class TrainSpec(Strict):
     out: str
 
 
-Spec = Annotated[AuditSpec | AttackSpec | TrainSpec, Field(discriminator="kind")]
+class CertifySpec(Strict):
+    """A certification by randomised smoothing; with a threat, an attack on the same smoothed classifier beside it."""
+
+    kind: Literal["certify"] = "certify"
+    model: str
+    data: str
+    sigma: Pixels
+    samples: int = 10_000
+    selection: int = 100
+    alpha: float = 1e-3
+    threat: str | None = None
+    attack: AttackChoice = AttackChoice(name="pgd")
+    attack_draws: Annotated[int, Ge(1)] = 16
+    limit: Annotated[int, Ge(1)] | None = None
+    batch_size: Annotated[int, Ge(1)] = 256
+    seed: int = 0
+    out: str | None = None
+
+
+Spec = Annotated[AuditSpec | AttackSpec | TrainSpec | CertifySpec, Field(discriminator="kind")]
 
 
 class Check(Strict):
@@ -179,6 +199,66 @@ class Curve(Strict):
     norm: Literal["linf", "l2", "l1"]
     eps: tuple[float, ...]
     accuracy: tuple[Rate, ...]
+
+
+class Bracket(Strict):
+    """Between what bounds the accuracy of a smoothed classifier lies under every perturbation within a threat.
+
+    Attributes:
+        norm: Norm of the threat.
+        eps: Its budget in pixel units.
+        radius: The l2 radius that covers it: eps in l2 and l1, eps times the root of the number of pixels in linf.
+        lower: Share of all images certified beyond that radius.
+        upper: Share of all images that the attack did not surely break.
+        contradictions: Images that are certified and yet were broken: about 2 alpha of them are to be expected.
+        attack: The attack, on the smoothed classifier in its soft form.
+        options: All its parameters.
+        draws: Noisy copies of each image in the soft form.
+        votes: Draws by which each adversarial image was judged.
+        queries: Images the attack sent forward through the soft form, each of which costs `draws` noisy images.
+        gradients: The same, backward.
+        seconds: Wall-clock time of the attack.
+    """
+
+    norm: Literal["linf", "l2", "l1"]
+    eps: float
+    radius: float
+    lower: Rate
+    upper: Rate
+    contradictions: int
+    attack: str
+    options: Options
+    draws: int
+    votes: int
+    queries: int
+    gradients: int
+    seconds: float
+
+
+class Certificate(Strict):
+    """What randomised smoothing certifies, about the smoothed classifier and not about the model inside.
+
+    Attributes:
+        sigma: Standard deviation of the noise in pixel units.
+        samples: Draws that count.
+        selection: Draws that choose the class.
+        alpha: Probability with which the certificate of an image may be wrong.
+        largest: The largest l2 radius that so many draws can certify.
+        right: Share of all images surely given their true class by the smoothed classifier, without an attack.
+        abstained: Share of all images for which the votes were too close.
+        median_radius: Median over all images of the certified l2 radius, 0 where not right.
+        bracket: Certificate and attack side by side, where a threat was given.
+    """
+
+    sigma: float
+    samples: int
+    selection: int
+    alpha: float
+    largest: float
+    right: Rate
+    abstained: Rate
+    median_radius: float
+    bracket: Bracket | None = None
 
 
 class Example(Strict):
@@ -281,7 +361,7 @@ class Epoch(Strict):
 
 
 class Report(Strict):
-    """The result of an audit, an attack or a training run.
+    """The result of an audit, an attack, a training run or a certification.
 
     Attributes:
         kind: Which.
@@ -293,7 +373,7 @@ class Report(Strict):
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
-    kind: Literal["audit", "attack", "train"]
+    kind: Literal["audit", "attack", "train", "certify"]
     complete: bool
     spec: Spec
     created: str
@@ -306,6 +386,7 @@ class Report(Strict):
     clean: Rate | None = None
     attacks: tuple[AttackResult, ...] = ()
     worst_case: Rate | None = None
+    certificate: Certificate | None = None
     not_run: tuple[str, ...] = ()
     curves: tuple[Curve, ...] = ()
     examples: tuple[Example, ...] = ()

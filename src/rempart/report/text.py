@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from rempart.core.stats import Difference, Rate
 from rempart.core.threat import Threat
 from rempart.report.compare import Comparison
-from rempart.report.schema import AttackSpec, Report, TrainSpec
+from rempart.report.schema import AttackSpec, Bracket, Certificate, Report, TrainSpec
 
 WIDTH = 100
 LAST_EPOCHS = 12
@@ -19,7 +19,9 @@ def table(report: Report) -> str:
         f"{c.status} {c.name}: {c.message}" for c in report.preflight if c.status in ("warned", "failed", "repaired")
     ]
     blocks = ["\n".join(_wrap(line) for line in lines)]
-    if report.clean is not None or report.attacks:
+    if report.certificate is not None:
+        blocks.append(_grid(*_certified(report, report.certificate)))
+    elif report.clean is not None or report.attacks:
         blocks.append(_grid(*_results(report)))
         if sum(attack.survivors for attack in report.attacks) > 1:
             blocks.append(_wrap("> ran only on the images left standing; its accuracy is that after all before it too"))
@@ -60,6 +62,8 @@ def verdict(report: Report) -> str:
     """What was found, in one or two plain sentences; never that a model is safe."""
     if report.kind == "train":
         return _trained(report)
+    if report.kind == "certify":
+        return _smoothed(report)
     failed = [check for check in report.preflight if check.status == "failed"]
     if failed and not report.attacks:
         return f"The audit stopped before any attack: {failed[0].message}"
@@ -88,6 +92,9 @@ def limits(report: Report) -> Iterator[str]:
     """What was not tried, and what the figures do not say, one sentence each."""
     if report.not_run:
         yield f"Asked for and not run: {', '.join(report.not_run)}."
+    if report.kind == "certify":
+        yield from _limits_of_certificate(report)
+        return
     threat = threat_of(report)
     if threat is None:
         yield "Accuracies measured during training are no audit: the attack of a recipe is weak."
@@ -120,8 +127,8 @@ def limits(report: Report) -> Iterator[str]:
 
 
 def threat_of(report: Report) -> Threat | None:
-    """The threat of an audit or attack; None for a training run."""
-    if isinstance(report.spec, TrainSpec):
+    """The threat of an audit, an attack or a certification; None where there is none."""
+    if isinstance(report.spec, TrainSpec) or report.spec.threat is None:
         return None
     return Threat.parse(report.spec.threat, low=report.model.low, high=report.model.high)
 
@@ -180,6 +187,102 @@ def _trained(report: Report) -> str:
     under = "" if last.robust_accuracy is None else f" and {last.robust_accuracy:.1%} under the attack of the recipe"
     state = "" if report.complete else "Training was interrupted. "
     return f"{state}After {count(last.epoch, 'epoch')}, the accuracy is {last.accuracy:.1%}{under}."
+
+
+def _bracket(bracket: Bracket) -> str:
+    return (
+        "under every perturbation within it, the accuracy of the smoothed model lies between "
+        f"{share(bracket.lower)}, which are certified, and {share(bracket.upper)}, which {bracket.attack} did not "
+        "break."
+    )
+
+
+def _smoothed(report: Report) -> str:
+    certificate = report.certificate
+    if certificate is None:
+        return "No image was certified before the interruption. Nothing is known about the smoothed model."
+    told = (
+        f"Smoothed with Gaussian noise of sigma {certificate.sigma:.4g}, the model surely gives "
+        f"{share(certificate.right)} their true class; the median certified l2 radius is "
+        f"{certificate.median_radius:.3g}."
+    )
+    if certificate.bracket is None:
+        return told
+    place = where(report)
+    return f"{told} {place[:1].upper()}{place[1:]}, {_bracket(certificate.bracket)}"
+
+
+def _limits_of_certificate(report: Report) -> Iterator[str]:
+    certificate = report.certificate
+    yield (
+        "Everything here is about the smoothed model, which answers by vote over noise. Nothing is certified about the "
+        "model inside it, used without noise."
+    )
+    if certificate is None:
+        return
+    yield (
+        f"Each certificate is wrong with a probability of at most {certificate.alpha:g}, each image taken alone. It "
+        "holds for exact arithmetic: rounding in the forward pass is not covered."
+    )
+    yield (
+        f"With {count(certificate.samples, 'draw')} no radius above {certificate.largest:.3g} can be certified. A "
+        "certified radius is a lower bound: the smoothed model may hold further out."
+    )
+    yield "The noise is not cut to the box: the model inside sees pixels outside it, as the theorem requires."
+    bracket = certificate.bracket
+    if bracket is None:
+        yield "No threat was given, so that no attack bounds the accuracy of the smoothed model from above."
+    else:
+        if bracket.norm != "l2":
+            why = (
+                "the root of the number of pixels times eps"
+                if bracket.norm == "linf"
+                else "as no vector is longer in l2"
+            )
+            yield (
+                f"The threat is in {bracket.norm}: it was certified by the l2 radius {bracket.radius:.3g} that covers "
+                f"it ({why})."
+            )
+        yield (
+            f"The attack followed the mean over {count(bracket.draws, 'draw')} of noise, and each of its images was "
+            f"judged by {count(bracket.votes, 'other draw')}; images where the vote was too close count as not broken."
+        )
+        if bracket.contradictions:
+            yield (
+                f"Certified and yet broken: {count(bracket.contradictions, 'image')}. About "
+                f"{2 * certificate.alpha * certificate.right.n:.2g} are to be expected; many more would be a bug."
+            )
+    yield (
+        f"The intervals tell the chance in drawing {count(certificate.right.n, 'image')} from this source. They say "
+        "nothing about images from another source, device or site."
+    )
+
+
+def _certified(report: Report, certificate: Certificate) -> tuple[Sequence[str], list[Sequence[str]]]:
+    rates = [
+        ("model alone, without noise", report.clean),
+        ("smoothed", certificate.right),
+        ("smoothed, abstained", certificate.abstained),
+    ]
+    l2 = next((curve for curve in report.curves if curve.norm == "l2"), None)
+    if l2 is not None:
+        points = zip(l2.eps, l2.accuracy, strict=True)
+        rates += [
+            (f"certified at l2 {eps:.3g}", rate) for eps, rate in points if eps and _round(2 * eps / certificate.sigma)
+        ]
+    if certificate.bracket is not None:
+        place = where(report)
+        rates += [
+            (f"lower bound {place}", certificate.bracket.lower),
+            (f"upper bound {place}", certificate.bracket.upper),
+        ]
+    told = [(name, rate) for name, rate in rates if rate is not None]
+    header = ("accuracy", "share", f"{100 * certificate.right.confidence:g}% interval")
+    return header, [(name, f"{rate.value:.1%}", interval(rate)) for name, rate in told]
+
+
+def _round(value: float) -> bool:
+    return abs(value - round(value)) < 1e-9
 
 
 def _attacked(report: Report) -> str:
