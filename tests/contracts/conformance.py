@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import toys
 from rempart.attacks import Attack, Outcome, Traits, attack_batch, attack_data
-from rempart.attacks.run import TargetRule, native, targets
+from rempart.attacks.run import TargetRule, join, native, targets
 from rempart.audit import preflight
 from rempart.core.data import Data
 from rempart.core.errors import AttackError, Cancelled, ThreatError
@@ -145,6 +145,7 @@ CASES: dict[str, Case] = {
         reach=1.01,
         budget=lambda o, k: (o.steps + 1, o.steps),
     ),
+    "universal": Case(cheap={"epochs": 6}, sharp={"epochs": 20}, budget=lambda o, k: (2 * o.epochs + 1, o.epochs)),
 }
 
 
@@ -311,6 +312,8 @@ def check_batch_mates_do_not_matter(entry: AttackEntry, norm: Norm) -> None:
 
     64 pixels, because torch computes tanh by another formula on the rest of a tensor that does not fill its registers.
     """
+    if entry.traits.joint:
+        return  # its images do depend on each other: see check_joint_attacks_share_one_perturbation
     leaving = _given(entry, restarts=2, early_stop=True)  # samples leave the batch, the others must not notice
     for make, exact in ((toys.linear, True), (toys.conv, False)):
         model = toys.samplewise(make((1, 8, 8))) if exact else make((1, 8, 8)).double()
@@ -335,6 +338,22 @@ def check_batch_mates_do_not_matter(entry: AttackEntry, norm: Norm) -> None:
                 gap = float((outcome.x_adv - whole.x_adv[at]).abs().max())
                 assert gap == 0 or (not exact and gap < 1e-9), f"{what}: pixels moved by {gap}"
                 assert torch.equal(outcome.success, whole.success[at]), f"{what}: another verdict"
+
+
+def check_joint_attacks_share_one_perturbation(entry: AttackEntry, norm: Norm) -> None:
+    """Through batches too: where the box is out of reach, every difference is the same; the order changes nothing."""
+    if not entry.traits.joint:
+        return
+    model = toys.samplewise(toys.linear())
+    x = toys.images(model.shape, 9)
+    y, numbers = toys.labels(model, x), torch.arange(9) * 5 % 11
+    threat, data = Threat(norm=norm, eps=0.05 if norm == "linf" else 0.2), _data(model, x, y, numbers)
+    order, cheap = torch.tensor([4, 0, 8, 2, 6, 1, 7, 3, 5]), _case(entry).cheap
+    whole = attack_data(model, data, threat, entry.name, cheap, batch_size=2)
+    turned = attack_data(model, data.take(order), threat, entry.name, cheap, batch_size=4)
+    change = (whole.x_adv.double() - x).flatten(1)
+    assert float((change - change[0]).abs().max()) < 1e-6 and float(change.abs().max()) > 1e-3
+    assert torch.equal(turned.x_adv, whole.x_adv[order]), "the order of the images changed the perturbation"
 
 
 def check_shapes(entry: AttackEntry, norm: Norm) -> None:
@@ -566,6 +585,13 @@ def attacked(
 ) -> Outcome:
     """Attack through the runner, on the cheap options; a broken contract is a failed check."""
     options = {**_case(entry).cheap, **(options or {})}
+    if entry.traits.joint and len(x) > 1:  # alone, an image gets the perturbation that suits it, as every check expects
+        numbers = torch.arange(len(x)) if index is None else index
+        alone = [torch.tensor([i]) for i in range(len(x))]
+        return join(
+            attacked(entry, model, x[i], y[i], threat, options, index=numbers[i], target=target, seed=seed)
+            for i in alone
+        )
     try:
         return attack_batch(model, x, y, threat, entry.name, options, index=index, target=target, seed=seed)
     except AttackError as error:

@@ -11,6 +11,7 @@ from rempart.attacks.radius import ddn, fmn
 from rempart.attacks.run import Outcome, Verdict, attack_batch, attack_data
 from rempart.attacks.square import square
 from rempart.attacks.suites import SUITES
+from rempart.attacks.universal import fit_universal, universal
 
 __all__ = [
     "SUITES",
@@ -31,9 +32,11 @@ __all__ = [
     "fab",
     "fab_targeted",
     "fgsm",
+    "fit_universal",
     "fmn",
     "hopskipjump",
     "mim",
     "pgd",
     "square",
+    "universal",
 ]

@@ -24,6 +24,7 @@ from rempart.core.types import Images, Labels, Mask, Scores
 TargetRule = Callable[[Tensor, Labels], Labels]
 """From the clean logits and the labels to the classes an attack shall reach."""
 V = TypeVar("V", bound="Verdict")
+_JUDGED = 512  # images judged in one forward pass: joint attacks bring all of them at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,6 +169,8 @@ def attack_data(
 ) -> Outcome:
     """Attack a whole data set in batches; the result is keyed by sample and independent of the batch size.
 
+    An attack that finds one perturbation for all images (`traits.joint`) gets them all at once.
+
     Takes the arguments of `attack_batch`. `notify` receives one event per batch with the accuracy so far, and the
     attack's own events in between.
     """
@@ -182,7 +185,7 @@ def attack_data(
         notify(Event(stage=job.entry.name, done=done, total=len(data), values=values))
 
     with prepared(model, data.batch(torch.arange(min(len(data), 6))).x) as ready:
-        for batch in data.batches(batch_size):
+        for batch in data.batches(max(1, len(data)) if job.entry.traits.joint else batch_size):
             part = _attack(ready, job, batch, report)
             parts.append(part)
             done, right = done + len(batch.y), right + int(part.right.sum())
@@ -403,7 +406,7 @@ def _holds_rounded(threat: Threat, x: Images, stored: Images) -> Mask:
 
 def _logits(model: Classifier, x: Images, index: Tensor) -> Tensor:
     with torch.no_grad():
-        z = model(x)
+        z = torch.cat([model(part) for part in x.split(_JUDGED)])
     if not bool(torch.isfinite(z).all()):
         bad = index[(~torch.isfinite(z)).any(1).nonzero()[0, 0].cpu()]
         raise ModelError(
