@@ -158,6 +158,7 @@ def pgd(
     restarts: Annotated[int, Ge(1)] = 1,
     random_start: bool = True,
     loss: LossName = "ce",
+    eot: Annotated[int, Ge(1)] = 1,
     keep: Keep = "best",
     early_stop: bool = False,
     targeted: bool = False,
@@ -179,6 +180,7 @@ def pgd(
         restarts: Independent starts; later ones run only on samples not yet broken.
         random_start: Start uniformly in the ball, or at the original image (then only one start makes sense).
         loss: Score to climb.
+        eot: Passes through the model that each gradient is the mean of; more than one helps where it is random.
         keep: The best iterate, or the last as in the paper.
         early_stop: Let a sample go as soon as it is broken; the rest of the batch gets cheaper.
         targeted: Move towards `y` instead of away from it.
@@ -200,7 +202,7 @@ def pgd(
         end on one.
     """
     length = 2.5 * threat.budget / steps if step is None else step
-    plan = _Plan(steps, length, keep=keep, early_stop=early_stop)
+    plan = _Plan(steps, length, passes=eot, keep=keep, early_stop=early_stop)
     goal = score(loss, targeted=targeted, num_classes=_classes(model, x))
     rng = rng or Draws(0, torch.arange(len(x)))
     best, todo = x.clone(), torch.arange(len(x), device=x.device)
@@ -229,6 +231,7 @@ class _Plan:
     steps: int
     length: float
     momentum: float = 0.0
+    passes: int = 1
     keep: Keep = "last"
     early_stop: bool = False
 
@@ -254,7 +257,7 @@ def _run(
     point, velocity = start, torch.zeros_like(x) if plan.momentum else None
     for t in range(plan.steps):
         notify(Event(stage="ascent", done=t, total=plan.steps))
-        gradient, z, value = climb_direction(model, point, y, goal)
+        gradient, z, value = climb_direction(model, point, y, goal, passes=plan.passes)
         if t > 0 and plan.keep == "best":
             best.update(point, reached(z, y, targeted=targeted), value)
         if t > 0 and plan.early_stop:

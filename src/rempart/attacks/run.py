@@ -96,7 +96,7 @@ class Outcome(Verdict):
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A frozen classifier: `search` is the fast copy attacks use, `judge` the original that decides."""
+    """A frozen classifier: `search` is what attacks use, its fast copy as a rule; `judge`, the original, decides."""
 
     search: Classifier
     judge: Classifier
@@ -104,10 +104,10 @@ class Prepared:
 
 
 @contextmanager
-def prepared(model: Classifier, images: Images) -> Generator[Prepared]:
-    """Freeze a classifier for attacks on such images, and put it back as it was."""
-    with frozen(model):
-        fast = accelerated(model, images)
+def prepared(model: Classifier, images: Images, search: Classifier | None = None) -> Generator[Prepared]:
+    """Freeze a classifier for attacks on such images, or on `search` in its place, and put it back as it was."""
+    with frozen(model), frozen(search or model):
+        fast = accelerated(model, images) if search is None else search
         with metered(fast) as meter:
             yield Prepared(fast, model, meter)
 
@@ -122,6 +122,7 @@ def attack_batch(
     *,
     index: Tensor | None = None,
     target: TargetRule | None = None,
+    search: Classifier | None = None,
     seed: int = 0,
     eight_bit: bool = False,
     notify: Notify = silent,
@@ -137,6 +138,7 @@ def attack_batch(
         options: Options of the attack.
         index: Sample numbers: the key of every random draw. Default 0 to n - 1.
         target: Makes the attack targeted; see `targets`.
+        search: The model attacked in place of `model`, which still judges: one with better gradients, or a surrogate.
         seed: Seed of every random draw.
         eight_bit: Also judge the images rounded to 8 bit.
         notify: Receives the attack's events.
@@ -150,7 +152,7 @@ def attack_batch(
     job = _job(model, threat, attack, options or {}, target, seed, eight_bit)
     index = torch.arange(len(x)) if index is None else index
     check_images(model, x, y)
-    with prepared(model, x) as ready:
+    with prepared(model, x, search) as ready:
         return _attack(ready, job, Batch(index, x, y), notify)
 
 
@@ -163,6 +165,7 @@ def attack_data(
     *,
     batch_size: int = 64,
     target: TargetRule | None = None,
+    search: Classifier | None = None,
     seed: int = 0,
     eight_bit: bool = False,
     notify: Notify = silent,
@@ -184,7 +187,7 @@ def attack_data(
             values["batch"] = event.done / event.total
         notify(Event(stage=job.entry.name, done=done, total=len(data), values=values))
 
-    with prepared(model, data.batch(torch.arange(min(len(data), 6))).x) as ready:
+    with prepared(model, data.batch(torch.arange(min(len(data), 6))).x, search) as ready:
         for batch in data.batches(max(1, len(data)) if job.entry.traits.joint else batch_size):
             part = _attack(ready, job, batch, report)
             parts.append(part)

@@ -105,21 +105,41 @@ class CertifySpec(Strict):
 Spec = Annotated[AuditSpec | AttackSpec | TrainSpec | CertifySpec, Field(discriminator="kind")]
 
 
+class Remedy(Strict):
+    """What was tried where a check found something, and what it did.
+
+    Attributes:
+        name: The remedy.
+        message: One sentence for people.
+        before: Accuracy on the images checked, under the attacks of the audit.
+        after: The same, when what the remedy broke counts too.
+    """
+
+    name: str
+    message: str
+    before: Rate
+    after: Rate
+
+
 class Check(Strict):
-    """One preflight check.
+    """One check, before the attacks or after them.
 
     Attributes:
         name: What was checked.
         status: passed; repaired (the audit went on with a mended model); warned (read the message before the figures);
-            failed (the audit stopped).
+            failed (the audit stopped, or its figures are surely too high); skipped (it could not be made here).
         message: One sentence for people.
         evidence: The figures behind it.
+        reading: How to read it, in one sentence.
+        remedy: What was tried where the check found something.
     """
 
     name: str
     status: Literal["passed", "repaired", "warned", "failed", "skipped"]
     message: str
     evidence: dict[str, float] = Field(default_factory=dict)
+    reading: str = ""
+    remedy: Remedy | None = None
 
 
 class NormStats(Strict):
@@ -370,6 +390,8 @@ class Report(Strict):
         not_run: What was asked for and not finished.
         seconds: Wall-clock time.
         notes: Sentences a reader must see before the figures.
+        checks: What was checked after the attacks.
+        stamp: What those checks come to.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -383,6 +405,8 @@ class Report(Strict):
     data: DataCard
     notes: tuple[str, ...] = ()
     preflight: tuple[Check, ...] = ()
+    checks: tuple[Check, ...] = ()
+    stamp: Literal["valid", "suspicious", "invalid"] | None = None
     clean: Rate | None = None
     attacks: tuple[AttackResult, ...] = ()
     worst_case: Rate | None = None
