@@ -38,7 +38,7 @@ class straight_through(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in _IN_PLACE:
             exact = func(x.detach().clone(), *args[1:], **kwargs)
-            return x.copy_(_borrow(exact, slope(x)))
+            return x.copy_(_borrow(exact, slope(x.clone())))
         return _borrow(func(*args, **kwargs), slope(x))
 
 
