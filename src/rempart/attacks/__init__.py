@@ -1,6 +1,7 @@
 """Attacks search; `attacks.run` judges."""
 
 from rempart.attacks.apgd import apgd, apgd_targeted
+from rempart.attacks.cascade import cascade
 from rempart.attacks.catalogue import Attack, Traits, attacks
 from rempart.attacks.decision import hopskipjump
 from rempart.attacks.fab import fab, fab_targeted
@@ -25,6 +26,7 @@ __all__ = [
     "attack_data",
     "attacks",
     "bim",
+    "cascade",
     "cw",
     "ddn",
     "deepfool",
