@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: spinn
 
 import signal
 import sys
+import threading
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -15,7 +16,10 @@ import typer
 from rempart.core.errors import RempartError, SpecError
 
 if TYPE_CHECKING:
+    from rempart.core.events import Event, Notify
     from rempart.report.schema import Report
+
+_STOPPED = threading.Event()
 
 app = typer.Typer(
     name="rempart",
@@ -265,6 +269,7 @@ def demo(out: Annotated[Path, typer.Option("--out", help="Folder for the runs")]
 def main() -> NoReturn:
     """Run the command line; a wrong request exits with 2, a failed run with 3, an interrupted one with 130."""
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGINT, _stop)
     try:
         status = app(standalone_mode=False)
     except RempartError as error:
@@ -287,7 +292,7 @@ def _run(spec: Any) -> None:
     from rempart.terminal import progress
 
     with progress() as notify:
-        report: Report | None = tasks.run(spec, notify)
+        report: Report | None = tasks.run(spec, _heeding(notify))
     if report is None:
         return  # one of several processes; the first writes the report
     print(text.table(report))
@@ -296,6 +301,22 @@ def _run(spec: Any) -> None:
         print(f"\n{out.with_suffix('.html') if out.suffix == '.npz' else out / 'report.html'}")
     if not report.complete:
         raise typer.Exit(130)
+
+
+def _stop(*_: object) -> NoReturn:
+    _STOPPED.set()
+    raise KeyboardInterrupt
+
+
+def _heeding(notify: "Notify") -> "Notify":
+    """Stop at the next event, should the exception of Ctrl-C have been lost in somebody's callback."""
+
+    def told(event: "Event") -> None:
+        if _STOPPED.is_set():
+            raise KeyboardInterrupt
+        notify(event)
+
+    return told
 
 
 def _options(pairs: list[str] | None) -> dict[str, Any]:

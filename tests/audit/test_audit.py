@@ -178,7 +178,7 @@ def test_an_interruption_keeps_what_was_finished(error: type[BaseException]) -> 
     whole, part = run("linf:0.02").report, run("linf:0.02", notify=stop).report
     assert not part.complete
     assert [result.label for result in part.attacks] == ["fgsm"]
-    assert part.not_run == ("pgd", "deepfool", "eps sweep")
+    assert part.not_run == ("pgd", "deepfool", "eps sweep", "checks")
     assert part.clean == whole.clean and part.attacks[0].accuracy == whole.attacks[0].accuracy
     assert Report.model_validate_json(part.model_dump_json()) == part
 

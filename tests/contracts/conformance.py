@@ -454,7 +454,8 @@ def check_more_restarts_break_no_fewer(entry: AttackEntry, norm: Norm) -> None:
     """
     if "restarts" not in entry.params.model_fields:
         return
-    if "step" in entry.params.model_fields or entry.traits.access != "gradients":
+    sized = "step" in entry.params.model_fields
+    if sized or entry.traits.access != "gradients" or entry.traits.minimum:
         model = toys.linear((1, 2, 2), classes=2)
         x, y, radius = toys.equidistant(model, norm, 24)
         threat = Threat(norm=norm, eps=1.5 * radius)

@@ -210,7 +210,7 @@ def test_a_runner_that_attacks_what_is_wrong_already(monkeypatch: pytest.MonkeyP
 def test_one_const_for_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Carlini-Wagner with a search that looks at the batch instead of the sample, as one finds it in the wild."""
 
-    def coupled(x: Images, rungs: int, first: float, best: optimise._Smallest) -> Iterator[tuple[Scores, int]]:
+    def coupled(x: Images, rungs: int, first: float, best: optimise.Smallest) -> Iterator[tuple[Scores, int]]:
         const = torch.full((len(x),), first, dtype=x.dtype)
         for rung in range(rungs):
             best.won.zero_()
@@ -225,8 +225,10 @@ def test_momentum_shared_by_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients of the mean loss are divided by the batch size: harmless for a sign, not for a sum of gradients."""
     original = gradient.climb_direction
 
-    def coupled(model: nn.Module, x: Images, y: Labels, goal: Score) -> tuple[Images, Tensor, Scores]:
-        g, z, value = original(model, x, y, goal)
+    def coupled(
+        model: nn.Module, x: Images, y: Labels, goal: Score, *, passes: int = 1
+    ) -> tuple[Images, Tensor, Scores]:
+        g, z, value = original(model, x, y, goal, passes=passes)
         return g + 1e-3 * g.mean(0, keepdim=True), z, value
 
     monkeypatch.setattr(gradient, "climb_direction", coupled)

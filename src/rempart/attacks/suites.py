@@ -110,8 +110,8 @@ def _rand(threat: Threat, num_classes: int) -> Suite:
 
 
 def _fast(threat: Threat, num_classes: int) -> Suite:
-    """Ours: a cascade of short ascents that ends in a black-box probe, for a verdict in a fraction of the time."""
-    return Suite((("cascade", {}),), cascade=True)
+    """Ours: ever longer ascents for ever fewer samples, and a short search without gradients on what is left."""
+    return Suite((("cascade", {}), ("square", {"queries": 300, "rescale": True})), cascade=True)
 
 
 def _targeted_loss(num_classes: int) -> tuple[dict[str, Any], tuple[str, ...]]:

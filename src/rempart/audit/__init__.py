@@ -13,10 +13,11 @@ from rempart.attacks import Verdict, attacks
 from rempart.attacks.losses import score
 from rempart.attacks.run import join, native
 from rempart.attacks.suites import suite
+from rempart.audit import pieces
+from rempart.audit.checks import Diagnosis, diagnose, stamp
 from rempart.audit.curves import from_distances, sweep
 from rempart.audit.examples import examples
-from rempart.audit.pieces import Pieces, Planned, attack_chunk, chunks, discard, key, stored, unpack
-from rempart.audit.pieces import pack as packed
+from rempart.audit.pieces import Pieces, Planned, attack_chunk, chunks, discard, key, stored
 from rempart.audit.preflight import preflight
 from rempart.core.data import Data
 from rempart.core.errors import Cancelled
@@ -36,7 +37,13 @@ from rempart.report.schema import (
     Report,
     Samples,
     pack,
+    unpack,
 )
+
+CHECKS = "checks"
+"""The label of what probes and remedies broke."""
+_THOROUGH = ("standard", "plus")
+"""Suites whose checks include those that cost as much as an attack."""
 
 __all__ = ["Audit", "Planned", "audit", "measure", "plan", "preflight"]
 
@@ -94,20 +101,31 @@ def audit(
     parts = chunks(data, spec.chunk)
     done = stored(folder)
     curves: list[Curve] = []
+    diagnosis = Diagnosis((), {})
     error: Exception | None = None
     complete = False
     try:
         for number in range(ranks.number, len(parts), ranks.world):
             attack_chunk(model, parts[number], number, planned, threat, spec, done, folder, notify)
-        mine = [packed(*place, piece) for place, piece in done.items()] if ranks.world > 1 else []
+        mine = [pieces.pack(*place, piece) for place, piece in done.items()] if ranks.world > 1 else []
         everything = ranks.gather(mine)
         if everything is None:
             return None
         for content in everything:
-            done |= unpack(content)
+            done |= pieces.unpack(content)
         if spec.sweep and threat.eps:
             told = named("eps sweep", notify)
             curves.append(sweep(model, data, threat, batch_size=spec.batch_size, seed=spec.seed, notify=told))
+        diagnosis = diagnose(
+            model,
+            data,
+            threat,
+            {a.label: verdict for a in planned if (verdict := _joined(done, range(len(parts)), a.label)) is not None},
+            thorough=spec.suite in _THOROUGH,
+            batch_size=spec.batch_size,
+            seed=spec.seed,
+            notify=notify,
+        )
         complete = True
     except (KeyboardInterrupt, Cancelled):
         if ranks.number:
@@ -121,12 +139,14 @@ def audit(
     verdicts = {label: _joined(done, finished, label) for label in labels}
     ran = [attack for attack in planned if attack.label in labels]
     samples = _samples(ran, done, [(number, parts[number]) for number in finished])
-    right = {label: np.frombuffer(row.encode(), np.uint8) == ord("1") for label, row in samples.right.items()}
+    right = {label: unpack(row) for label, row in samples.right.items()}
+    checked, row = _checked(diagnosis, threat, samples)
+    samples = samples.model_copy(update={"right": {**samples.right, **{label: pack(r) for label, r in row.items()}}})
     curves = [
         *(from_distances(a.label, verdict, threat) for a in ran if (verdict := _whole_curve(a, verdicts, threat))),
         *curves,
     ]
-    correct = np.frombuffer(samples.clean.encode(), np.uint8) == ord("1")
+    correct = unpack(samples.clean)
     report = Report(
         kind="audit",
         complete=complete,
@@ -139,7 +159,12 @@ def audit(
         notes=(*notes, *_notes(correct, data.num_classes, error)),
         preflight=checks,
         clean=wilson(int(correct.sum()), len(correct)) if len(correct) else None,
-        attacks=tuple(measure(attack, threat, verdicts[attack.label], right[attack.label]) for attack in ran),
+        attacks=(
+            *(measure(attack, threat, verdicts[attack.label], right[attack.label]) for attack in ran),
+            *checked,
+        ),
+        checks=diagnosis.checks,
+        stamp=stamp((*checks, *diagnosis.checks)) if complete else None,
         worst_case=_worst(samples),
         not_run=() if complete else _unfinished(planned, labels, finished, parts, spec, threat),
         curves=tuple(curves),
@@ -247,6 +272,33 @@ def _samples(ran: Sequence[Planned], done: Pieces, parts: Iterable[tuple[int, Da
     return Samples(index=tuple(index), labels=tuple(labels), clean=clean, right=rows)
 
 
+def _checked(
+    diagnosis: Diagnosis, threat: Threat, samples: Samples
+) -> tuple[tuple[AttackResult, ...], dict[str, np.ndarray]]:
+    """What probes and remedies of all checks broke, as one line of the table and one row of the samples."""
+    tried = [verdict for verdict in diagnosis.outcomes.values() if len(verdict.index)]
+    if not tried:
+        return (), {}
+    index, before = np.array(samples.index), samples.worst_case()
+    broken = before & np.isin(index, torch.cat([verdict.index[verdict.broken] for verdict in tried]).numpy())
+    given = int((before & np.isin(index, torch.cat([verdict.index for verdict in tried]).numpy())).sum())
+    right = before & ~broken
+    result = AttackResult(
+        label=CHECKS,
+        name=CHECKS,
+        options={},
+        norm=threat.norm,
+        accuracy=wilson(int(right.sum()), len(right)),
+        success=wilson(int(broken.sum()), given) if given else None,
+        survivors=True,
+        tried=given,
+        queries=sum(verdict.queries for verdict in tried),
+        gradients=sum(verdict.gradients for verdict in tried),
+        seconds=sum(verdict.seconds for verdict in tried),
+    )
+    return (result,), {CHECKS: right}
+
+
 def _whole_curve(attack: Planned, verdicts: Mapping[str, Verdict | None], threat: Threat) -> Verdict | None:
     """The verdict of a minimum-norm attack in the norm of the threat that ran on every sample."""
     verdict = verdicts[attack.label]
@@ -308,4 +360,4 @@ def _unfinished(
     if missing and finished:
         samples = sum(len(part) for number, part in enumerate(parts) if number not in finished)
         left.append(f"{samples} of {sum(map(len, parts))} samples")
-    return (*left, *(["eps sweep"] if spec.sweep and threat.eps else []))
+    return (*left, *(["eps sweep"] if spec.sweep and threat.eps else []), CHECKS)

@@ -104,6 +104,7 @@ def ranks(processes: int, command: Sequence[str]) -> Generator[Ranks]:
                 time.sleep(0.05)  # a wait inside the store would be deaf to Ctrl-C
             everything += [store.get(f"{other}/{at}") for at in range(int(store.get(str(other))))]
         met = True
+        torch.set_num_threads(threads)  # the others are done
         return everything
 
     try:

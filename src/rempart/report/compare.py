@@ -119,7 +119,7 @@ def gate(report: Report, min_robust: float) -> tuple[bool, str]:
     """Decide whether a pipeline may go on, and say why in a sentence.
 
     It may only where a complete audit with at least one attack leaves the lower end of the worst-case interval at
-    `min_robust` or above, and no check before the attacks failed or warned. Anything unfinished does not pass.
+    `min_robust` or above, and no check failed or warned. Anything unfinished does not pass.
 
     Args:
         report: The report of an audit.
@@ -136,9 +136,8 @@ def gate(report: Report, min_robust: float) -> tuple[bool, str]:
     if not report.complete:
         missing = f"; not run: {', '.join(report.not_run)}" if report.not_run else ""
         return False, f"the audit was interrupted, and an incomplete audit never passes{missing}."
-    doubtful = [check.name for check in report.preflight if check.status in ("failed", "warned")]
-    if doubtful:
-        return False, f"the figures may be too high: see the checks before the attacks ({', '.join(doubtful)})."
+    if fired := report.fired:
+        return False, f"the figures may be too high: see the checks ({', '.join(fired)})."
     worst = report.worst_case
     if not report.attacks or worst is None:
         return False, "no attack was run."

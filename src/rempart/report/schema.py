@@ -418,6 +418,11 @@ class Report(Strict):
     epochs: tuple[Epoch, ...] = ()
 
     @property
+    def fired(self) -> tuple[str, ...]:
+        """Names of the checks, before the attacks and after them, that warned or failed."""
+        return tuple(check.name for check in (*self.preflight, *self.checks) if check.status in ("warned", "failed"))
+
+    @property
     def title(self) -> str:
         """A short name for headings and legends."""
         return f"{self.model.name} on {self.data.source}"

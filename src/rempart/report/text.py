@@ -15,15 +15,16 @@ LAST_EPOCHS = 12
 def table(report: Report) -> str:
     """The report as plain text for a terminal, at most 100 columns wide."""
     lines = [report.title, stamp(report), verdict(report), *notes(report)]
-    lines += [
-        f"{c.status} {c.name}: {c.message}" for c in report.preflight if c.status in ("warned", "failed", "repaired")
-    ]
+    for check in (*report.preflight, *report.checks):
+        if check.status in ("warned", "failed", "repaired"):
+            tried = f" {check.remedy.message}" if check.remedy else ""
+            lines.append(f"{check.status} {check.name}: {check.message}{tried}")
     blocks = ["\n".join(_wrap(line) for line in lines)]
     if report.certificate is not None:
         blocks.append(_grid(*_certified(report, report.certificate)))
     elif report.clean is not None or report.attacks:
         blocks.append(_grid(*_results(report)))
-        if sum(attack.survivors for attack in report.attacks) > 1:
+        if any(attack.survivors for attack in report.attacks[1:]):
             blocks.append(_wrap("> ran only on the images left standing; its accuracy is that after all before it too"))
     if report.epochs:
         blocks.append(_grid(*_epochs(report)))
@@ -51,9 +52,10 @@ def compare_table(comparison: Comparison) -> str:
 
 
 def stamp(report: Report) -> str:
-    """Complete, or partial and what is missing."""
+    """Complete, with what the checks came to and which fired; or partial and what is missing."""
     if report.complete:
-        return "complete"
+        fired = f": {', '.join(report.fired)}" if report.stamp != "valid" else ""
+        return f"complete, {report.stamp}{fired}" if report.stamp else "complete"
     missing = f", not run: {', '.join(report.not_run)}" if report.not_run else ""
     return f"partial: interrupted{missing}"
 
@@ -75,16 +77,22 @@ def verdict(report: Report) -> str:
     if report.worst_case is None:
         return "No worst case was computed. Read the table of attacks."
     worst, limit = report.worst_case, where(report)
+    if report.stamp == "invalid":
+        return (
+            f"{limit[:1].upper()}{limit[1:]}, the attacks and checks left {share(worst)} rightly classified, and the "
+            "checks show that the attacks failed: the true figure is lower. Read the checks before any other figure."
+        )
     ran = "the attacks run here" if report.complete else "the attacks finished so far"
     return (
         f"{limit[:1].upper()}{limit[1:]}, {ran} left {share(worst)} rightly classified. "
         "This is an upper bound: a stronger attack can only lower it."
+        + (" Some checks say that the attacks may have failed." if report.stamp == "suspicious" else "")
     )
 
 
 def notes(report: Report) -> tuple[str, ...]:
     """The notes that do not stand among the checks already."""
-    told = {check.message for check in report.preflight}
+    told = {check.message for check in (*report.preflight, *report.checks)}
     return tuple(note for note in report.notes if note not in told)
 
 
