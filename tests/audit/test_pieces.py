@@ -93,7 +93,7 @@ def test_a_partial_report_tells_whole_chunks() -> None:
     partial, whole = run(notify=Stopped(8)).report, run().report
     assert partial.samples is not None and whole.samples is not None
     assert partial.samples.index == whole.samples.index[:16]
-    assert partial.samples.right == {label: row[:16] for label, row in whole.samples.right.items()}
+    assert partial.samples.right == {label: row[:16] for label, row in whole.samples.right.items() if label != "checks"}
     assert partial.not_run == ("14 of 30 samples", "checks")
 
 
