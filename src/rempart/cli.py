@@ -77,7 +77,7 @@ def audit(
     threat: ThreatText,
     out: Annotated[str, typer.Option("--out", help="Run folder for report.json, report.html, samples.npz")],
     suite: Annotated[
-        str | None, typer.Option("--suite", help="See `rempart list suites`; quick without --attack")
+        str | None, typer.Option("--suite", help="See `rempart list suites`; fast without --attack")
     ] = None,
     attack: Annotated[
         list[str] | None, typer.Option("--attack", help="NAME or NAME:key=value,key=value; repeatable")

@@ -133,6 +133,7 @@ def _attack(spec: AttackSpec, notify: Notify) -> Report:
         eight_bit=spec.eight_bit,
         notify=notify,
     )
+    rounded = None if outcome.right_after_rounding is None else outcome.right_after_rounding.numpy()
     arrays = {"index": data.index.numpy(), "x_adv": outcome.x_adv.numpy(), "y": data.labels.numpy()}
     save_arrays(Path(spec.out), {**arrays, **_columns(outcome)})
     correct = int(outcome.correct.sum())
@@ -147,7 +148,7 @@ def _attack(spec: AttackSpec, notify: Notify) -> Report:
         data=DataCard.of(data),
         preflight=checks,
         clean=wilson(correct, len(data)),
-        attacks=(measure(planned, threat, outcome, outcome.right.numpy()),),
+        attacks=(measure(planned, threat, outcome, outcome.right.numpy(), rounded=rounded),),
         samples=Samples(
             index=tuple(data.index.tolist()),
             labels=tuple(data.labels.tolist()),

@@ -217,12 +217,27 @@ def test_eight_bit_judges_the_rounded_image() -> None:
     assert rate is not None and rate.k == kept
 
 
+def test_eight_bit_in_a_cascade_counts_what_survives_rounding_after_all_attacks_so_far() -> None:
+    """At a budget of 0.4 levels no change survives rounding, so that each image is right after it as before."""
+    model, data = toy()
+    spec = AuditSpec(model="", data="", threat="linf:0.02", suite="fast", eight_bit=True, sweep=False, chunk=16)
+    for threat, survive in (("linf:0.02", True), (f"linf:{0.4 / 255}", False)):
+        result = audit(model, data, spec.model_copy(update={"threat": threat}), card=card(model))
+        assert result is not None
+        rates = [attack.eight_bit for attack in result.report.attacks if attack.label != "checks"]
+        assert all(rate is not None and rate.n == N for rate in rates)
+        exact = [attack.accuracy.k for attack in result.report.attacks][: len(rates)]
+        for rate, k in zip(rates, exact, strict=True):
+            assert rate is not None and rate.k >= k
+            assert rate.k < truth(0).sum() if survive else rate.k == truth(0).sum()
+
+
 def test_plans_number_repeated_labels_and_fill_in_defaults() -> None:
     threat = Threat.parse("linf:0.1")
     labels = [attack.label for attack in plan(request("linf:0.1", "pgd", "pgd", "bim"), threat, 4)[0]]
     assert labels == ["pgd", "pgd 2", "bim"]
     assert plan(request("linf:0.1", "pgd"), threat, 4)[0][0].options["steps"] == 40
-    assert len(plan(AuditSpec(model="", data="", threat="linf:0.1"), threat, 4)[0]) == 6, "the quick suite by default"
+    assert len(plan(AuditSpec(model="", data="", threat="linf:0.1"), threat, 4)[0]) == 2, "the suite fast by default"
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from rempart.report.schema import (
     Example,
     ModelCard,
     NormStats,
+    Remedy,
     Report,
     Samples,
     TrainSpec,
@@ -273,7 +274,30 @@ def build_certificate(threat: str | None = "linf:2/255", **changes: Any) -> Repo
     return audit.model_copy(update={**values, **changes})
 
 
+def build_checked(status: str = "failed", **changes: Any) -> Report:
+    """An audit by a cascade, with checks after the attacks."""
+    rate = wilson(30, 64)
+    checks = (
+        Check(
+            name="zero gradients",
+            status=status,  # type: ignore[arg-type]
+            message="Up to 40% of the images give an input gradient of exactly zero: attacks cannot move them.",
+            evidence={"ce, image": 0.4, "margin, image": 0.4},
+            reading="Shares of images whose gradient is exactly zero, for each loss: none should be.",
+            remedy=Remedy(name="straight through", message="With it, 20 fall.", before=rate, after=wilson(10, 64)),
+        ),
+        Check(name="randomness", status="passed", message="Repeated passes over the same images agree."),
+        Check(name="large budgets", status="skipped", message="It needs a threat with a budget."),
+    )
+    stamp = {"failed": "invalid", "warned": "suspicious", "passed": "valid"}[status]
+    report = build(preflight=(), checks=checks, stamp=stamp)
+    attacks = [attack.model_copy(update={"survivors": True, "tried": 100}) for attack in report.attacks]
+    return report.model_copy(update={"attacks": tuple(attacks), **changes})
+
+
 CASES: dict[str, Callable[[], Report]] = {
+    "invalid": build_checked,
+    "suspicious": lambda: build_checked("warned"),
     "full": build,
     "partial": lambda: build(complete=False, not_run=("cw", "ead")),
     "no attacks": lambda: build(attacks=False, complete=False, not_run=("fgsm", "pgd")),

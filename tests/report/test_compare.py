@@ -130,6 +130,9 @@ FAILED = Check(name="pixel range", status="failed", message="Pixels reach 255.")
         ({"preflight": (FAILED,)}, 0.0, False, r"too high.*\(pixel range\)"),
         ({"preflight": (FAILED, WARNED)}, 0.0, False, r"too high.*\(pixel range, gradients\)"),
         ({"preflight": (PASSED, REPAIRED)}, 0.0, True, "begins at"),
+        ({"checks": (PASSED, WARNED)}, 0.0, False, r"too high.*\(gradients\)"),
+        ({"checks": (FAILED,)}, 0.0, False, r"too high.*\(pixel range\)"),
+        ({"checks": (PASSED,), "stamp": "valid"}, 0.0, True, "begins at"),
         ({"worst_case": None}, 0.0, False, "no attack"),
     ],
 )
@@ -137,6 +140,15 @@ def test_gate(make_report: Callable[..., Report], changes: dict[str, Any], least
     got, words = gate(make_report(**{"preflight": (PASSED,), **changes}), least)
     assert got is passed
     assert re.search(reason, words)
+
+
+def test_a_comparison_names_reports_with_doubtful_figures(make_report: Callable[..., Report]):
+    sound = make_report(stamp="valid", checks=(PASSED,), preflight=())
+    doubtful = make_report(stamp="invalid", checks=(FAILED,), preflight=())
+    notes = compare({"a": sound, "b": doubtful}).notes
+    assert [note for note in notes if "figures of" in note] == [
+        "The figures of b are invalid (pixel range): read its checks first."
+    ]
 
 
 def test_only_an_audit_passes_the_gate(make_attack: Callable[..., Report], make_training: Callable[..., Report]):

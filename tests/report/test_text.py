@@ -160,3 +160,26 @@ def test_a_certificate_is_about_the_smoothed_model_and_bracketed_where_there_is_
         assert "Nothing is certified about the model inside" in told and "No certificate was computed" not in told
     assert "Certified and yet broken: 1 image." in " ".join(limits(report))
     assert "No threat was given" in " ".join(limits(alone))
+
+
+def test_the_stamp_names_the_checks_that_fired(make_report: Callable[..., Report]):
+    check = Check(name="zero gradients", status="warned", message="Some gradients are zero.")
+    sound = make_report(preflight=(), checks=(check.model_copy(update={"status": "passed"}),), stamp="valid")
+    doubtful = make_report(preflight=(), checks=(check,), stamp="suspicious")
+    wrong = make_report(preflight=(), checks=(check.model_copy(update={"status": "failed"}),), stamp="invalid")
+    assert [stamp(report) for report in (sound, doubtful, wrong)] == [
+        "complete, valid",
+        "complete, suspicious: zero gradients",
+        "complete, invalid: zero gradients",
+    ]
+    assert "may have failed" not in verdict(sound) and "may have failed" in verdict(doubtful)
+    assert "the true figure is lower" in verdict(wrong) and "Some gradients are zero." in table(wrong)
+
+
+def test_rows_of_a_cascade_say_that_they_ran_on_survivors(make_report: Callable[..., Report]):
+    report = make_report()
+    attacks = tuple(attack.model_copy(update={"survivors": True}) for attack in report.attacks)
+    lines = table(report.model_copy(update={"attacks": attacks})).splitlines()
+    assert [line.split()[0] for line in lines if "linf  " in line or " l2  " in line][:2] == ["fgsm", ">"]
+    assert any("ran only on the images left standing" in line for line in lines)
+    assert not any("left standing" in line for line in table(report).splitlines())

@@ -62,9 +62,13 @@ def surely_reached(z: Logits, y: Labels, *, targeted: bool) -> Mask:
 
     For attacks that end on the boundary: they search on a faster copy of the model that is judged.
     """
-    ahead = lead(z, y) if targeted else -lead(z, y)
-    rounding = _ROUNDING * (z.amax(1) - z.amin(1)) + 4 * torch.finfo(z.dtype).eps * z.abs().amax(1)
-    return ahead > rounding
+    return (lead(z, y) if targeted else -lead(z, y)) > rounding(z)
+
+
+def rounding(z: Logits) -> Scores:
+    """How far two logits of a row may lie apart by rounding alone."""
+    high, low = z.amax(1), z.amin(1)
+    return _ROUNDING * (high - low) + 4 * torch.finfo(z.dtype).eps * torch.maximum(high.abs(), low.abs())
 
 
 def climb_direction(

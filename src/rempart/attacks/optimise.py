@@ -9,7 +9,7 @@ from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
 from rempart.attacks.catalogue import Traits, attacks
-from rempart.attacks.losses import score, surely_reached
+from rempart.attacks.losses import rounding, score
 from rempart.core.events import Event, Notify, silent
 from rempart.core.repro import Draws
 from rempart.core.threat import Threat
@@ -80,7 +80,7 @@ def cw(
                 value = size + weight * (confidence - lead).clamp_min(0)
                 (gradient,) = torch.autograd.grad(value.sum(), w)
             with torch.no_grad():
-                wins = surely_reached(z, label, targeted=targeted) & (lead >= confidence)
+                wins = (lead > rounding(z)) & (lead >= confidence)
                 best.update(active, image, size, lead, wins)
                 first.lerp_(gradient, 0.1)
                 second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
@@ -168,7 +168,7 @@ def ead(
                 change, lead = (point - origin).flatten(1), margin(z, label)
                 size = change.abs().sum(1)
                 elastic = change.square().sum(1) + beta * size
-                wins = surely_reached(z, label, targeted=targeted) & (lead >= confidence)
+                wins = (lead > rounding(z)) & (lead >= confidence)
                 best.update(active, point, elastic if rule == "en" else size, lead, wins)
                 lowest = torch.minimum(lowest, elastic + weight * (confidence - lead).clamp_min(0))
                 if abort_early and t % max(1, steps // 5) == 0:
@@ -202,11 +202,13 @@ class Smallest:
     def update(self, at: Tensor, image: Images, size: Scores, margin: Scores, wins: Mask) -> None:
         """Keep those of the images, of the samples `at`, that are better than before."""
         better = torch.where(wins, size < self.size[at], self.size[at].isinf() & (margin > self.margin[at]))
+        self.won[at] |= wins
+        if not bool(better.any()):
+            return
         where = at[better]
         self.image[where] = image.detach()[better]
         self.size[where] = torch.where(wins, size, torch.inf).detach()[better]
         self.margin[where] = margin.detach()[better]
-        self.won[at] |= wins
 
 
 def _search(x: Images, rungs: int, first: float, best: Smallest) -> Iterator[tuple[Scores, int]]:

@@ -138,7 +138,8 @@ def audit(
     finished, labels = _finished(done, parts, planned)
     verdicts = {label: _joined(done, finished, label) for label in labels}
     ran = [attack for attack in planned if attack.label in labels]
-    samples = _samples(ran, done, [(number, parts[number]) for number in finished])
+    pairs = [(number, parts[number]) for number in finished]
+    samples, rounded = _samples(ran, done, pairs), _rounded(ran, done, pairs) if spec.eight_bit else {}
     right = {label: unpack(row) for label, row in samples.right.items()}
     checked, row = _checked(diagnosis, threat, samples)
     samples = samples.model_copy(update={"right": {**samples.right, **{label: pack(r) for label, r in row.items()}}})
@@ -160,7 +161,7 @@ def audit(
         preflight=checks,
         clean=wilson(int(correct.sum()), len(correct)) if len(correct) else None,
         attacks=(
-            *(measure(attack, threat, verdicts[attack.label], right[attack.label]) for attack in ran),
+            *(measure(a, threat, verdicts[a.label], right[a.label], rounded=rounded.get(a.label)) for a in ran),
             *checked,
         ),
         checks=diagnosis.checks,
@@ -187,7 +188,7 @@ def plan(spec: AuditSpec, threat: Threat, num_classes: int) -> tuple[tuple[Plann
         SpecError: If a suite, an attack or an option is unknown, or a loss is undefined for so few classes.
         ThreatError: If an attack cannot work in this threat.
     """
-    name = spec.suite if spec.suite is not None or spec.attacks else "quick"
+    name = spec.suite if spec.suite is not None or spec.attacks else "fast"
     chosen = suite(name, threat, num_classes) if name else None
     wanted = [(*member, chosen.cascade) for member in chosen.members] if chosen else []
     wanted += [(choice.name, choice.options, False) for choice in spec.attacks]
@@ -204,7 +205,14 @@ def plan(spec: AuditSpec, threat: Threat, num_classes: int) -> tuple[tuple[Plann
     return tuple(planned), chosen.notes if chosen else ()
 
 
-def measure(attack: Planned, threat: Threat, verdict: Verdict | None, right: np.ndarray) -> AttackResult:
+def measure(
+    attack: Planned,
+    threat: Threat,
+    verdict: Verdict | None,
+    right: np.ndarray,
+    *,
+    rounded: np.ndarray | None = None,
+) -> AttackResult:
     """The figures of one attack, with their intervals.
 
     Args:
@@ -212,10 +220,10 @@ def measure(attack: Planned, threat: Threat, verdict: Verdict | None, right: np.
         threat: The audit's.
         verdict: On the samples the attack was given; None where there was none.
         right: For all samples, whether they are still right after it.
+        rounded: The same where only images that survive rounding to 8 bit count, if that was asked for.
     """
     entry = attacks[attack.name]
     tried = 0 if verdict is None else int(verdict.attacked.sum())
-    rounded = None if verdict is None else verdict.right_after_rounding
     return AttackResult(
         label=attack.label,
         name=attack.name,
@@ -225,7 +233,7 @@ def measure(attack: Planned, threat: Threat, verdict: Verdict | None, right: np.
         success=wilson(int((verdict.attacked & verdict.success).sum()), tried)
         if verdict is not None and tried
         else None,
-        eight_bit=None if rounded is None or attack.survivors else wilson(int(rounded.sum()), len(rounded)),
+        eight_bit=None if rounded is None else wilson(int(rounded.sum()), len(rounded)),
         norms=_norms(verdict) if verdict is not None and entry.traits.minimum and not attack.survivors else None,
         survivors=attack.survivors,
         tried=tried,
@@ -297,6 +305,25 @@ def _checked(
         seconds=sum(verdict.seconds for verdict in tried),
     )
     return (result,), {CHECKS: right}
+
+
+def _rounded(ran: Sequence[Planned], done: Pieces, parts: Iterable[tuple[int, Data]]) -> dict[str, np.ndarray]:
+    """As `_samples`, where only adversarial images count that survive rounding to 8 bit.
+
+    In a cascade these rows are upper bounds: an image broken by one attack is not given to the next, which might have
+    broken it in a way that survives.
+    """
+    rows: dict[str, list[np.ndarray]] = {attack.label: [] for attack in ran}
+    for number, part in parts:
+        left = np.ones(len(part), dtype=bool)
+        for attack in ran:
+            verdict = done[number, attack.label].verdict
+            right = left.copy() if attack.survivors else np.ones(len(part), dtype=bool)
+            if verdict is not None and verdict.right_after_rounding is not None:
+                right[np.isin(part.index, verdict.index)] &= verdict.right_after_rounding.numpy()
+            rows[attack.label].append(right)
+            left &= right
+    return {label: np.concatenate(row) for label, row in rows.items() if row}
 
 
 def _whole_curve(attack: Planned, verdicts: Mapping[str, Verdict | None], threat: Threat) -> Verdict | None:

@@ -182,6 +182,9 @@ def _notes(reports: Mapping[str, Report]) -> Iterator[str]:
     partial = [name for name, report in reports.items() if not report.complete]
     if partial:
         yield f"Interrupted, so that attacks may be missing: {', '.join(partial)}."
+    for name, report in reports.items():
+        if report.stamp in ("suspicious", "invalid"):
+            yield f"The figures of {name} are {report.stamp} ({', '.join(report.fired)}): read its checks first."
     threats = {name: report.spec.threat for name, report in reports.items() if not isinstance(report.spec, TrainSpec)}
     if len(set(threats.values())) > 1:
         told = ", ".join(f"{name} {threat}" for name, threat in threats.items())
