@@ -193,7 +193,10 @@ def _agree(model: Classifier, fast: Classifier, images: Images | None) -> bool:
     probe = torch.rand((1, *model.shape), generator=generator) * (model.high - model.low) + model.low
     probe = probe.to(device=weight.device, dtype=weight.dtype)
     if images is not None:
-        probe = torch.cat([probe, images[:2].to(probe)])
+        middle, some = (model.high + model.low) / 2, images[:2].to(probe)
+        noise = torch.rand(some.shape, generator=generator).to(probe)
+        # moved a little into the box: in flat regions max pooling may send a gradient to any pixel
+        probe = torch.cat([probe, some + 2e-3 * noise * (middle - some)])
     mix = torch.randn((len(probe), model.num_classes), generator=generator).to(probe)
     with frozen(model):
         expected, slope, own_backward = _pull_back(model, probe, mix)
