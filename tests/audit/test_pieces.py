@@ -238,6 +238,35 @@ def test_leaving_early_ends_the_other_processes(tmp_path: Path) -> None:
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
+def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
+    """Also when that one is killed, and cannot tell them."""
+    note = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))"
+    child = f"import os, time\nfrom rempart.core.ranks import ranks\n{note}\nwith ranks(1, []):\n    time.sleep(600)"
+    parent = (
+        "import sys, time\nfrom rempart.core.ranks import ranks\n"
+        f"with ranks(2, [sys.executable, '-c', {child!r}]):\n    time.sleep(600)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", parent])
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    pid = int((tmp_path / "pid").read_text())
+    for _ in range(200):
+        if not _runs(pid):
+            break
+        time.sleep(0.05)
+    assert not _runs(pid)
+
+
+def _runs(pid: int) -> bool:
+    """Alive, and not a zombie that nobody has collected yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def _free_port() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -3,6 +3,7 @@
 import os
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,9 @@ from rempart.core.errors import RempartError, SpecError
 
 _PATIENCE = timedelta(minutes=10)
 """How long a process waits for the first one to listen."""
+
+
+_PARENT = "REMPART_PARENT"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +61,9 @@ def ranks(processes: int, command: Sequence[str]) -> Generator[Ranks]:
         SpecError: If started by `srun` without MASTER_ADDR and MASTER_PORT.
         RempartError: From `gather`, if another process failed.
     """
-    place = launched()
+    place, parent = launched(), os.environ.pop(_PARENT, None)
+    if parent is not None:
+        threading.Thread(target=_follow, args=(int(parent),), daemon=True).start()
     if place is None and processes == 1:
         yield ALONE
         return
@@ -73,7 +79,8 @@ def ranks(processes: int, command: Sequence[str]) -> Generator[Ranks]:
         os.environ |= shared
         shared["OMP_NUM_THREADS"] = str(torch.get_num_threads())
         for number in range(1, processes):
-            env = {**os.environ, **shared, "RANK": str(number), "LOCAL_RANK": str(number)}
+            own = {"RANK": str(number), "LOCAL_RANK": str(number), _PARENT: str(os.getpid())}
+            env = {**os.environ, **shared, **own}
             started.append(subprocess.Popen([*command], env=env, stdout=subprocess.DEVNULL))
     elif not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         hint = "export MASTER_ADDR=$(scontrol show hostnames $SLURM_NODELIST | head -n 1) MASTER_PORT=29500"
@@ -120,3 +127,10 @@ def ranks(processes: int, command: Sequence[str]) -> Generator[Ranks]:
         for process in started:
             process.wait()
         torch.set_num_threads(threads)
+
+
+def _follow(parent: int) -> None:
+    """End this process when the one that started it is gone, however that ended."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(130)
