@@ -2,6 +2,7 @@
 
 import io
 import math
+import shutil
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -101,6 +102,8 @@ def _share(spec: AuditSpec, folder: Path | None, here: Ranks, notify: Notify) ->
     if folder is not None:
         write(result.report, folder)
         save_arrays(folder / "samples.npz", _per_sample(result))
+        if result.report.complete:
+            shutil.rmtree(folder / "pieces", ignore_errors=True)
     if result.error is not None:
         raise result.error
     return result.report

@@ -232,6 +232,14 @@ def test_eight_bit_in_a_cascade_counts_what_survives_rounding_after_all_attacks_
             assert rate.k < truth(0).sum() if survive else rate.k == truth(0).sum()
 
 
+def test_a_model_in_double_precision_is_audited() -> None:
+    model, data = toy()
+    model.double()
+    result = audit(model, data, request("linf:0.02", "fgsm", "pgd"), card=card(model))
+    assert result is not None and result.error is None and result.report.complete
+    assert result.report.worst_case is not None and abs(result.report.worst_case.k - int(truth(0.02).sum())) <= 1
+
+
 def test_plans_number_repeated_labels_and_fill_in_defaults() -> None:
     threat = Threat.parse("linf:0.1")
     labels = [attack.label for attack in plan(request("linf:0.1", "pgd", "pgd", "bim"), threat, 4)[0]]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import toys
 from rempart import tasks
@@ -20,6 +21,7 @@ from rempart.audit.pieces import Piece, Pieces, attack_chunk, chunks, stored, va
 from rempart.core.data import Data
 from rempart.core.errors import RempartError
 from rempart.core.events import Event, silent
+from rempart.core.model import Classifier
 from rempart.core.ranks import ranks
 from rempart.core.threat import Threat
 from rempart.report.schema import AttackChoice, AuditSpec, ModelCard, Report, TrainSpec
@@ -86,7 +88,7 @@ def test_a_stopped_audit_goes_on_and_repeats_no_piece(after: int, tmp_path: Path
     assert not set(first.begun) & set(second.begun), "a finished piece was done again"
     assert len(first.begun) + len(second.begun) == 12
     assert comparable(final) == comparable(run().report)
-    assert not (tmp_path / "pieces").exists(), "a finished audit leaves no pieces"
+    assert len(list((tmp_path / "pieces").glob("*/*.npz"))) == 12, "the caller removes them, once the report is safe"
 
 
 def test_a_partial_report_tells_whole_chunks() -> None:
@@ -105,6 +107,28 @@ def test_pieces_of_another_request_and_broken_files_are_not_taken_up(tmp_path: P
     listener = Stopped()
     run(tmp_path / "pieces", notify=listener, chunk=9)
     assert len(listener.begun) == 12
+
+
+def test_pieces_of_a_model_with_the_same_weights_and_other_code_are_not_taken_up(tmp_path: Path) -> None:
+    model, data = toy()
+    card = ModelCard(source="", name="toy", digest="0", parameters=1, shape=(1, 4, 4), classes=tuple("0123"))
+    spec = AuditSpec(model="a", data="", threat="linf:0.02", attacks=(AttackChoice(name="fgsm"),), chunk=8, sweep=False)
+    inverted = Classifier(nn.Sequential(_Inverse(), model.net), shape=(1, 4, 4), num_classes=4)
+    audit(model, data, spec, card=card, folder=tmp_path, notify=Stopped(3))
+    for other, name in ((inverted, "a"), (model, "b")):
+        listener = Stopped()
+        audit(other, data, spec.model_copy(update={"model": name}), card=card, folder=tmp_path, notify=listener)
+        assert len(listener.begun) == 4, "pieces of another model were taken up"
+    listener = Stopped()
+    audit(model, data, spec, card=card, folder=tmp_path, notify=listener)
+    assert len(listener.begun) == 1
+
+
+class _Inverse(nn.Module):
+    """No weights of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 1 - x
 
 
 def test_a_piece_survives_its_file(tmp_path: Path) -> None:
@@ -197,6 +221,7 @@ def test_an_audit_that_was_killed_goes_on_where_it_stopped(model: Path, tmp_path
     assert again.returncode == 0, again.stderr
     for number in finished:
         assert f"samples {8 * number} to" not in again.stderr, "a finished chunk was done again"
+    assert not pieces.exists(), "a finished audit leaves no pieces"
     call(*command(model, "digits:train[:160]", tmp_path / "whole"))
     assert comparable(read(tmp_path / "killed")) == comparable(read(tmp_path / "whole"))
 
@@ -226,6 +251,13 @@ def test_a_process_that_fails_ends_the_work() -> None:
     child = [sys.executable, "-c", "raise SystemExit(7)"]
     with pytest.raises(RempartError, match="exit status 7"), ranks(2, child) as here:
         here.gather([b""])
+
+
+def test_large_pieces_travel_too() -> None:
+    """The store of torch.distributed refuses values over 8 MiB."""
+    large = "from rempart.core.ranks import ranks\nwith ranks(1, []) as r: r.gather([b'', b'ab' * 10_000_000])"
+    with ranks(2, [sys.executable, "-c", large]) as here:
+        assert here.gather([b"mine"]) == [b"mine", b"", b"ab" * 10_000_000]
 
 
 def test_leaving_early_ends_the_other_processes(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 import toys
 from rempart.attacks.suites import SUITES, suite
@@ -94,6 +95,7 @@ def test_targets_and_losses_follow_the_number_of_classes(classes: int, loss: str
     options = {attack.name: attack.options for attack in planned}
     assert options["apgd-t"]["loss"] == loss and options["apgd-t"]["targets"] == options["fab-t"]["targets"] == targets
     assert any("margin instead" in note for note in notes) == (loss == "margin")
+    assert any("where the protocol has 9" in note for note in notes)
 
 
 @pytest.mark.parametrize("name", list(SUITES))
@@ -102,6 +104,40 @@ def test_targets_and_losses_follow_the_number_of_classes(classes: int, loss: str
 def test_every_suite_has_valid_options(name: str, norm: Norm, classes: int) -> None:
     planned, _ = plan(request(name), Threat(norm=norm, eps=0.1), classes)
     assert len({attack.label for attack in planned}) == len(planned)
+
+
+@pytest.mark.parametrize("name", ["fast", "standard"])
+def test_a_budget_of_nothing_breaks_nothing(name: str) -> None:
+    model = toys.linear((1, 4, 4), 4)
+    x = toys.images(model.shape, 6)
+    data = Data("toy", "test", torch.arange(6), toys.labels(model, x), model.shape, model.class_names, lambda k: x[k])
+    card = ModelCard(source="", name="", digest="", parameters=0, shape=model.shape, classes=model.class_names)
+    result = audit(model, data, AuditSpec(model="", data="", threat="linf:0", suite=name), card=card)
+    assert result is not None and result.error is None and result.report.worst_case is not None
+    assert result.report.worst_case.k == 6
+
+
+@pytest.mark.parametrize("name", ["fast", "rand"])
+def test_noise_alone_is_no_adversary(name: str) -> None:
+    """At a budget of nearly nothing, the worst case of a random model is its accuracy, however many attacks run."""
+    clean = toys.linear((1, 4, 4), 3)
+    model = Classifier(nn.Sequential(clean.net, _Noise()), shape=clean.shape, num_classes=3)
+    x = toys.images(model.shape, 60)
+    y = toys.labels(clean, x)
+    data = Data("toy", "test", torch.arange(60), y, model.shape, model.class_names, lambda k: x[k])
+    card = ModelCard(source="", name="", digest="", parameters=0, shape=model.shape, classes=model.class_names)
+    spec = AuditSpec(model="", data="", threat="linf:1e-7", suite=name, sweep=False)
+    result = audit(model, data, spec, card=card)
+    assert result is not None and result.report.worst_case is not None and result.report.clean is not None
+    with torch.no_grad():
+        once = float((model(x).argmax(1) == y).double().mean())
+    assert 0.7 < once < 0.97, "the noise should matter"
+    assert result.report.clean.k - result.report.worst_case.k <= 6
+
+
+class _Noise(nn.Module):
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return z + 0.2 * z.std() * torch.randn_like(z)
 
 
 def test_suites_need_a_budget_where_their_attacks_do() -> None:

@@ -468,7 +468,7 @@ def check_more_restarts_break_no_fewer(entry: AttackEntry, norm: Norm) -> None:
     broken = [attacked(entry, model, x, y, threat, {**options, "restarts": r}).success for r in (1, 2, 3, 6)]
     for fewer, more in pairwise(broken):
         assert not bool((fewer & ~more).any()), "a sample broken by an early restart was forgotten"
-    if not bool(broken[0].all()):
+    if not (entry.traits.minimum and bool(broken[0].all())):  # those reach a plane boundary at the first start
         assert int(broken[0].sum()) < int(broken[-1].sum()), (
             f"restarts changed nothing: {[int(b.sum()) for b in broken]}"
         )

@@ -24,6 +24,8 @@ from rempart.core.types import Images, Labels, Mask, Scores
 TargetRule = Callable[[Tensor, Labels], Labels]
 """From the clean logits and the labels to the classes an attack shall reach."""
 V = TypeVar("V", bound="Verdict")
+PASSES = 16
+"""Passes whose mean logits judge an image, where the model is random."""
 _JUDGED = 512  # images judged in one forward pass: joint attacks bring all of them at once
 
 
@@ -96,11 +98,16 @@ class Outcome(Verdict):
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A frozen classifier: `search` is what attacks use, its fast copy as a rule; `judge`, the original, decides."""
+    """A frozen classifier: `search` is what attacks use, its fast copy as a rule; `judge`, the original, decides.
+
+    A random model decides by its mean logits over `passes`: by single passes, every further attack would be one more
+    chance for the noise, and the worst case would count that and not the adversary.
+    """
 
     search: Classifier
     judge: Classifier
     meter: Meter
+    passes: int
 
 
 @contextmanager
@@ -108,8 +115,20 @@ def prepared(model: Classifier, images: Images, search: Classifier | None = None
     """Freeze a classifier for attacks on such images, or on `search` in its place, and put it back as it was."""
     with frozen(model), frozen(search or model):
         fast = accelerated(model, images) if search is None else search
+        passes = PASSES if _is_random(model, images[:6]) else 1
         with metered(fast) as meter:
-            yield Prepared(fast, model, meter)
+            yield Prepared(fast, model, meter, passes)
+
+
+def _is_random(model: Classifier, images: Images) -> bool:
+    """Whether two passes over the same images differ by more than rounding."""
+    if len(images) == 0:
+        return False
+    where = next(model.parameters(), images)
+    x = images.to(device=where.device, dtype=where.dtype if where.is_floating_point() else images.dtype)
+    with torch.no_grad():
+        first, second = model(x), model(x)
+    return bool(((first - second).abs() > 1e-4 * first.abs().amax().clamp_min(1)).any())
 
 
 def attack_batch(
@@ -168,21 +187,24 @@ def attack_data(
     search: Classifier | None = None,
     seed: int = 0,
     eight_bit: bool = False,
+    right: bool = False,
     notify: Notify = silent,
 ) -> Outcome:
     """Attack a whole data set in batches; the result is keyed by sample and independent of the batch size.
 
     An attack that finds one perturbation for all images (`traits.joint`) gets them all at once.
 
-    Takes the arguments of `attack_batch`. `notify` receives one event per batch with the accuracy so far, and the
+    Takes the arguments of `attack_batch`, and `right`: the images are known to be right at first, so nobody asks again
+    (untargeted). `notify` receives one event per batch with the accuracy so far, and the
     attack's own events in between.
     """
     job = _job(model, threat, attack, options or {}, target, seed, eight_bit)
+    job = replace(job, right=right)
     parts: list[Outcome] = []
-    done, right = 0, 0
+    done, left = 0, 0
 
     def report(event: Event | None = None) -> None:
-        values = {"accuracy": right / done} if done else {}
+        values = {"accuracy": left / done} if done else {}
         if event is not None and event.total:
             values["batch"] = event.done / event.total
         notify(Event(stage=job.entry.name, done=done, total=len(data), values=values))
@@ -191,7 +213,7 @@ def attack_data(
         for batch in data.batches(max(1, len(data)) if job.entry.traits.joint else batch_size):
             part = _attack(ready, job, batch, report)
             parts.append(part)
-            done, right = done + len(batch.y), right + int(part.right.sum())
+            done, left = done + len(batch.y), left + int(part.right.sum())
             report()
     return join(parts)
 
@@ -285,6 +307,7 @@ class _Job:
     target: TargetRule | None
     seed: int
     eight_bit: bool
+    right: bool = False
 
 
 def _job(
@@ -321,9 +344,11 @@ def _attack(ready: Prepared, job: _Job, batch: Batch, notify: Notify) -> Outcome
     x, y = x.to(device=where.device, dtype=where.dtype if where.is_floating_point() else x.dtype), y.to(where.device)
     if x.ndim == 4:
         x = x.contiguous(memory_format=torch.channels_last)
-    clean = _logits(ready.judge, x, index)
-    correct = clean.argmax(1) == y
-    goal = y if job.target is None else job.target(clean, y)
+    correct, goal = torch.ones_like(y, dtype=torch.bool), y
+    if not job.right or job.target is not None:
+        clean = _logits(ready, x, index)
+        correct = clean.argmax(1) == y
+        goal = y if job.target is None else job.target(clean, y)
     attacked = correct & (goal != y) if targeted else correct
     found = x.clone()
     queries, gradients, started = ready.meter.queries, ready.meter.gradients, time.perf_counter()
@@ -345,10 +370,10 @@ def _attack(ready: Prepared, job: _Job, batch: Batch, notify: Notify) -> Outcome
     seconds = time.perf_counter() - started
     rounded = None
     with frozen(ready.judge):  # once more: an attack might have changed the mode of the model itself
-        z = _logits(ready.judge, found, index)
+        z = _logits(ready, found, index)
         if job.eight_bit:
             stored = threat.quantise(x, found)
-            wrong = reached(_logits(ready.judge, stored, index), y, targeted=False)
+            wrong = reached(_logits(ready, stored, index), y, targeted=False)
             rounded = ~correct | (wrong & _holds_rounded(threat, x, stored))
     hit = attacked & reached(z, goal, targeted=targeted)
     if not targeted:
@@ -407,12 +432,16 @@ def _holds_rounded(threat: Threat, x: Images, stored: Images) -> Mask:
     return threat.distance(x, stored) <= threat.eps + slack + TOLERANCE
 
 
-def _logits(model: Classifier, x: Images, index: Tensor) -> Tensor:
+def _logits(ready: Prepared, x: Images, index: Tensor) -> Tensor:
     with torch.no_grad():
-        z = torch.cat([model(part) for part in x.split(_JUDGED)])
+        z = torch.cat([_mean(ready.judge, part, ready.passes) for part in x.split(_JUDGED)])
     if not bool(torch.isfinite(z).all()):
         bad = index[(~torch.isfinite(z)).any(1).nonzero()[0, 0].cpu()]
         raise ModelError(
             "finite logits", got=f"NaN or infinity for sample {int(bad)}", hint="check weights and input range"
         )
     return z
+
+
+def _mean(model: Classifier, x: Images, passes: int) -> Tensor:
+    return model(x) if passes == 1 else torch.stack([model(x) for _ in range(passes)]).mean(0)

@@ -72,13 +72,12 @@ def _classic(threat: Threat, num_classes: int) -> Suite:
 
 def _standard(threat: Threat, num_classes: int) -> Suite:
     """AutoAttack standard (Croce & Hein 2020, arXiv:2003.01690): apgd-ce, apgd-t, fab-t, square."""
-    few = {"restarts": 5, "large_steps": True} if threat.norm == "l1" else {}
-    targets = {"targets": min(5 if threat.norm == "l1" else 9, num_classes - 1)}
-    loss, notes = _targeted_loss(num_classes)
+    large = {"large_steps": True} if threat.norm == "l1" else {}
+    aimed, notes = _aimed(num_classes, 5 if threat.norm == "l1" else 9)
     members = (
-        ("apgd", {"loss": "ce", **few}),
-        ("apgd-t", {**loss, **targets, **({"large_steps": True} if few else {})}),
-        ("fab-t", {"targets": min(9, num_classes - 1), "within": threat.eps}),
+        ("apgd", {"loss": "ce", **({"restarts": 5} | large if large else {})}),
+        ("apgd-t", {**aimed, **large}),
+        ("fab-t", {"targets": min(9, num_classes - 1), "within": threat.eps or None}),
         ("square", {}),
     )
     return Suite(members, cascade=True, notes=notes)
@@ -86,39 +85,45 @@ def _standard(threat: Threat, num_classes: int) -> Suite:
 
 def _plus(threat: Threat, num_classes: int) -> Suite:
     """AutoAttack plus: five restarts of apgd on two losses and of fab, square, apgd-t, fab-t."""
-    large = {"large_steps": True} if threat.norm == "l1" else {}
-    loss, notes = _targeted_loss(num_classes)
+    aimed, notes = _aimed(num_classes, 9)
     spread, more = _spread_loss(num_classes)
-    targets = {"targets": min(9, num_classes - 1)}
     members = (
-        ("apgd", {"loss": "ce", "restarts": 5, **large}),
-        ("apgd", {**spread, "restarts": 5, **large}),
-        ("fab", {"restarts": 5, "within": threat.eps}),
+        ("apgd", {"loss": "ce", "restarts": 5}),
+        ("apgd", {**spread, "restarts": 5}),
+        ("fab", {"restarts": 5, "within": threat.eps or None}),
         ("square", {}),
-        ("apgd-t", {**loss, **targets, **large}),
-        ("fab-t", {**targets, "within": threat.eps}),
+        ("apgd-t", aimed),
+        ("fab-t", {"targets": aimed["targets"], "within": threat.eps or None}),
     )
     return Suite(members, cascade=True, notes=(*more, *notes))
 
 
 def _rand(threat: Threat, num_classes: int) -> Suite:
     """AutoAttack rand, for randomised models: apgd on two losses, each gradient a mean over 20 passes."""
-    large = {"large_steps": True} if threat.norm == "l1" else {}
     spread, notes = _spread_loss(num_classes)
-    members = (("apgd", {"loss": "ce", "eot": 20, **large}), ("apgd", {**spread, "eot": 20, **large}))
+    members = (("apgd", {"loss": "ce", "eot": 20}), ("apgd", {**spread, "eot": 20}))
     return Suite(members, cascade=True, notes=notes)
 
 
 def _fast(threat: Threat, num_classes: int) -> Suite:
-    """Ours: ever longer ascents for ever fewer samples, and a short search without gradients on what is left."""
+    """Ours, the default: ever longer ascents for ever fewer samples, then a short search without gradients."""
     return Suite((("cascade", {}), ("square", {"queries": 300, "rescale": True})), cascade=True)
 
 
-def _targeted_loss(num_classes: int) -> tuple[dict[str, Any], tuple[str, ...]]:
-    if num_classes >= 4:
-        return {}, ()
-    note = f"With {num_classes} classes the targeted dlr loss is undefined; apgd-t climbs the margin instead."
-    return {"loss": "margin"}, (note,)
+def _aimed(num_classes: int, targets: int) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Options of apgd-t, and what they depart from."""
+    options: dict[str, Any] = {"targets": min(targets, num_classes - 1)}
+    notes: list[str] = []
+    if num_classes <= targets:
+        notes.append(
+            f"With {num_classes} classes there are {num_classes - 1} to aim at, where the protocol has {targets}."
+        )
+    if num_classes < 4:
+        options["loss"] = "margin"
+        notes.append(
+            f"With {num_classes} classes the targeted dlr loss is undefined; apgd-t climbs the margin instead."
+        )
+    return options, tuple(notes)
 
 
 def _spread_loss(num_classes: int) -> tuple[dict[str, Any], tuple[str, ...]]:

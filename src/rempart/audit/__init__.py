@@ -17,7 +17,7 @@ from rempart.audit import pieces
 from rempart.audit.checks import Diagnosis, diagnose, stamp
 from rempart.audit.curves import from_distances, sweep
 from rempart.audit.examples import examples
-from rempart.audit.pieces import Pieces, Planned, attack_chunk, chunks, discard, key, stored
+from rempart.audit.pieces import Pieces, Planned, attack_chunk, chunks, key, stored
 from rempart.audit.preflight import preflight
 from rempart.core.data import Data
 from rempart.core.errors import Cancelled
@@ -78,8 +78,8 @@ def audit(
         data: The samples, already cut to `spec.limit`.
         spec: Threat, attacks, seed; recorded in the report.
         card: Describes the model.
-        folder: Where finished pieces are kept until the audit is complete. An audit that was stopped, by whatever, is
-            taken up from there by the same call.
+        folder: Where finished pieces are kept, for the caller to remove once the report is safe. An audit that was
+            stopped, by whatever, is taken up from there by the same call.
         ranks: The processes that share the chunks.
         notify: Receives progress.
 
@@ -97,7 +97,7 @@ def audit(
     model, checks = preflight(model, data)
     described, record = DataCard.of(data), environment()
     if folder is not None:
-        folder = folder / key(planned, threat, spec, card.digest, described.digest, record["rempart"])
+        folder = folder / key(model, data, planned, threat, spec, record, card.digest)
     parts = chunks(data, spec.chunk)
     done = stored(folder)
     curves: list[Curve] = []
@@ -135,6 +135,7 @@ def audit(
         if ranks.number:
             raise
         error = failure
+        done |= stored(folder)
     finished, labels = _finished(done, parts, planned)
     verdicts = {label: _joined(done, finished, label) for label in labels}
     ran = [attack for attack in planned if attack.label in labels]
@@ -167,15 +168,15 @@ def audit(
         checks=diagnosis.checks,
         stamp=stamp((*checks, *diagnosis.checks)) if complete else None,
         worst_case=_worst(samples),
-        not_run=() if complete else _unfinished(planned, labels, finished, parts, spec, threat),
+        not_run=()
+        if complete
+        else _unfinished(planned, labels, finished, parts, swept=bool(curves) or not (spec.sweep and threat.eps)),
         curves=tuple(curves),
         examples=examples(model, data, [(a.label, done[n, a.label]) for a in ran for n in finished], threat)
         if error is None
         else (),
         samples=samples if ran else None,
     )
-    if complete:
-        discard(folder)
     return Audit(report, {label: verdict for label, verdict in verdicts.items() if verdict is not None}, error)
 
 
@@ -375,16 +376,11 @@ def _notes(correct: np.ndarray, num_classes: int, error: Exception | None) -> tu
 
 
 def _unfinished(
-    planned: Sequence[Planned],
-    labels: Sequence[str],
-    finished: Sequence[int],
-    parts: Sequence[Data],
-    spec: AuditSpec,
-    threat: Threat,
+    planned: Sequence[Planned], labels: Sequence[str], finished: Sequence[int], parts: Sequence[Data], *, swept: bool
 ) -> tuple[str, ...]:
     left = [attack.label for attack in planned if attack.label not in labels]
     missing = len(parts) - len(finished)
     if missing and finished:
         samples = sum(len(part) for number, part in enumerate(parts) if number not in finished)
         left.append(f"{samples} of {sum(map(len, parts))} samples")
-    return (*left, *(["eps sweep"] if spec.sweep and threat.eps else []), CHECKS)
+    return (*left, *([] if swept else ["eps sweep"]), CHECKS)

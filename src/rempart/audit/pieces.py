@@ -2,8 +2,8 @@
 
 import io
 import json
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from hashlib import sha256
 from pathlib import Path
@@ -18,12 +18,13 @@ from rempart.attacks.run import Outcome, Verdict, attack_data
 from rempart.core.data import Data
 from rempart.core.disk import replace
 from rempart.core.events import Event, Notify
-from rempart.core.model import Classifier
+from rempart.core.model import Classifier, frozen
 from rempart.core.threat import Threat
 from rempart.core.types import Images, Mask
 from rempart.report.schema import AuditSpec
 
 _PICTURES = 4
+_PROBED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +85,12 @@ def attack_chunk(
     """Run what is not done yet of the planned attacks on one chunk; each piece joins `done` and the folder at once."""
     standing = torch.ones(len(part), dtype=torch.bool)
     note = f"samples {int(part.index[0])} to {int(part.index[-1])}"
-    for attack in planned:
+    for at, attack in enumerate(planned):
         given = standing.nonzero()[:, 0] if attack.survivors else torch.arange(len(part))
         if (number, attack.label) not in done:
             told = _annotated(attack.label, note, notify)
-            piece = _attack(model, part.take(given), attack, threat, spec, told)
+            right = attack.survivors and at > 0  # what an attack left standing was right at first
+            piece = _attack(model, part.take(given), attack, threat, spec, right, told)
             if folder is not None:
                 replace(folder / f"{number}-{attack.label}.npz".replace(" ", "_"), pack(number, attack.label, piece))
             done[number, attack.label] = piece
@@ -108,36 +110,58 @@ def stored(folder: Path | None) -> Pieces:
     return found
 
 
-def key(planned: Sequence[Planned], threat: Threat, spec: AuditSpec, model: str, data: str, version: str) -> str:
-    """16 hexadecimal digits over everything a piece depends on: the name of the folder of an audit's pieces."""
+def key(
+    model: Classifier,
+    data: Data,
+    planned: Sequence[Planned],
+    threat: Threat,
+    spec: AuditSpec,
+    versions: Mapping[str, str],
+    weights: str,
+) -> str:
+    """16 hexadecimal digits over everything a piece depends on: the name of the folder of an audit's pieces.
+
+    Two models may have the same weights and different code: what the model answers to the first images counts too.
+    """
     depends = {
         "planned": [[a.label, a.name, a.options, a.survivors] for a in planned],
         "threat": [str(threat), repr(threat.eps), threat.low, threat.high],
-        "spec": [spec.seed, spec.batch_size, spec.chunk, spec.eight_bit, spec.device],
-        "versions": [version, torch.__version__],
-        "model": model,
-        "data": data,
+        "spec": [spec.model, spec.data, spec.seed, spec.batch_size, spec.chunk, spec.eight_bit, spec.device],
+        "versions": [versions["rempart"], versions["torch"]],
+        "model": [weights, _answers(model, data)],
+        "data": data.digest,
     }
     return sha256(json.dumps(depends, sort_keys=True, default=repr).encode()).hexdigest()[:16]
 
 
-def discard(folder: Path | None) -> None:
-    """Remove the pieces of a finished audit, and those of other requests that were stopped in the same run folder."""
-    if folder is not None:
-        shutil.rmtree(folder.parent, ignore_errors=True)
+def _answers(model: Classifier, data: Data) -> list[int]:
+    """Logits of the first images, coarsely: rounding may depend on the number of threads."""
+    x = data.head(_PROBED).batch(torch.arange(min(len(data), _PROBED))).x
+    where = next(model.parameters(), x)
+    with frozen(model), torch.no_grad(), seeded(0, where.device):
+        z = model(x.to(where.device, where.dtype)).double().cpu()
+    return (z / z.abs().amax().clamp_min(1e-300) * 1000).round().flatten().int().tolist()
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Generator[None]:
+    """Torch's own random numbers from this seed, for models that draw some; as before afterwards."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def _annotated(stage: str, note: str, notify: Notify) -> Notify:
     return lambda event: notify(Event(stage=stage, done=event.done, total=event.total, values=event.values, note=note))
 
 
-def _attack(model: Classifier, data: Data, attack: Planned, threat: Threat, spec: AuditSpec, notify: Notify) -> Piece:
+def _attack(
+    model: Classifier, data: Data, attack: Planned, threat: Threat, spec: AuditSpec, right: bool, notify: Notify
+) -> Piece:
     nothing = torch.empty(0, dtype=torch.int64), torch.empty(0, *data.shape)
     if len(data) == 0:
         return Piece(None, *nothing)
-    where = next(model.parameters(), torch.zeros(())).device
-    with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
-        torch.manual_seed(spec.seed * 1_000_003 + int(data.index[0]))  # for models that draw random numbers themselves
+    with seeded(spec.seed * 1_000_003 + int(data.index[0]), next(model.parameters(), torch.zeros(())).device):
         outcome = attack_data(
             model,
             data,
@@ -147,6 +171,7 @@ def _attack(model: Classifier, data: Data, attack: Planned, threat: Threat, spec
             batch_size=spec.batch_size,
             seed=spec.seed,
             eight_bit=spec.eight_bit,
+            right=right,
             notify=notify,
         )
     return Piece(outcome.verdict, *_pictures(outcome, data.labels))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rempart.attacks.losses import climb_direction, lead, score
-from rempart.attacks.run import check_images
+from rempart.attacks.run import PASSES, check_images
 from rempart.core.data import Data
 from rempart.core.errors import DataError, ModelError
 from rempart.core.model import Classifier, Output, frozen
@@ -30,10 +30,10 @@ def preflight(model: Classifier, data: Data) -> tuple[Classifier, tuple[Check, .
     checks = [_classes(model, data)]
     batch = next(iter(data.head(_SAMPLES).batches(_SAMPLES)))
     where = next(model.parameters(), batch.x)
-    x, y = batch.x.to(where.device), batch.y.to(where.device)
     if where.is_floating_point() and where.dtype not in (torch.float32, torch.float64):
         hint = "call model.float() first: budgets of a few levels drown in the rounding of half precision"
         raise ModelError("weights in float32 or float64", got=str(where.dtype), hint=hint)
+    x, y = batch.x.to(where.device, where.dtype if where.is_floating_point() else None), batch.y.to(where.device)
     check_images(model, x, y)
     checks += [_range(model, x), _mode(model)]
     with frozen(model):
@@ -168,7 +168,8 @@ def _determinism(model: Classifier, x: Images, z: Logits) -> Check:
     if gap > 1e-4 * max(1.0, float(z.abs().max())):
         message = (
             "Two passes over the same images differ: the model is randomised. "
-            "One gradient is one draw; the accuracies here are too high."
+            f"One gradient is one draw, and images are judged by their mean logits over {PASSES} passes; "
+            "attack with mean gradients (apgd or pgd with eot, or the suite rand)."
         )
         return Check(name="determinism", status="warned", message=message, evidence=evidence)
     message = "Two passes over the same images agree."

@@ -18,6 +18,8 @@ _PATIENCE = timedelta(minutes=10)
 """How long a process waits for the first one to listen."""
 
 
+_LARGEST = 2**22
+"""Bytes sent at a time: the store refuses values over 8 MiB."""
 _PARENT = "REMPART_PARENT"
 
 
@@ -94,7 +96,10 @@ def ranks(processes: int, command: Sequence[str]) -> Generator[Ranks]:
     def gather(mine: Sequence[bytes]) -> list[bytes] | None:
         nonlocal met
         for at, content in enumerate(mine if number else ()):
-            store.set(f"{number}/{at}", content)  # pyright: ignore[reportArgumentType]  (bytes are taken as they are)
+            parts = range(0, len(content), _LARGEST) or (0,)
+            for part in parts:
+                store.set(f"{number}/{at}/{part}", content[part : part + _LARGEST])  # pyright: ignore[reportArgumentType]
+            store.set(f"{number}/{at}", str(len(content)))
         if number:
             store.set(str(number), str(len(mine)))
             return None
@@ -109,7 +114,9 @@ def ranks(processes: int, command: Sequence[str]) -> Generator[Ranks]:
                         )
                         raise RempartError(expected, got=f"exit status {process.returncode}", hint=hint)
                 time.sleep(0.05)  # a wait inside the store would be deaf to Ctrl-C
-            everything += [store.get(f"{other}/{at}") for at in range(int(store.get(str(other))))]
+            for name in (f"{other}/{at}" for at in range(int(store.get(str(other))))):
+                parts = range(0, int(store.get(name)), _LARGEST) or (0,)
+                everything.append(b"".join(store.get(f"{name}/{part}") for part in parts))
         met = True
         torch.set_num_threads(threads)  # the others are done
         return everything

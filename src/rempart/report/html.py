@@ -103,10 +103,12 @@ def _shared_charts(comparison: Comparison, reports: Mapping[str, Report]) -> Ite
 def _charts(report: Report) -> Iterator[Chart]:
     if report.attacks:
         rates = [(CLEAN, report.clean), *((a.label, a.accuracy) for a in report.attacks), (WORST, report.worst_case)]
+        cascade = any(attack.survivors and attack.label != "checks" for attack in report.attacks[1:])
+        so_far = ", after this attack and all above it" if cascade else ""
         yield Chart(
             key="accuracy",
             title="Accuracy under each attack",
-            caption=f"Bars: share of all images rightly classified. Whiskers: {_level(report)} intervals.",
+            caption=f"Bars: share of all images rightly classified{so_far}. Whiskers: {_level(report)} intervals.",
             svg=Markup(figures.accuracy(report)),
             header=("attack", "right", "images", "share", "low", "high"),
             rows=[(label, *_exact_rate(rate)) for label, rate in rates if rate is not None],

@@ -82,7 +82,9 @@ def verdict(report: Report) -> str:
             f"{limit[:1].upper()}{limit[1:]}, the attacks and checks left {share(worst)} rightly classified, and the "
             "checks show that the attacks failed: the true figure is lower. Read the checks before any other figure."
         )
-    ran = "the attacks run here" if report.complete else "the attacks finished so far"
+    checked = any(attack.label == "checks" and attack.success and attack.success.k for attack in report.attacks)
+    ran = "the attacks and checks run here" if checked else "the attacks run here"
+    ran = ran if report.complete else "the attacks finished so far"
     return (
         f"{limit[:1].upper()}{limit[1:]}, {ran} left {share(worst)} rightly classified. "
         "This is an upper bound: a stronger attack can only lower it."
@@ -210,7 +212,7 @@ def _smoothed(report: Report) -> str:
     if certificate is None:
         return "No image was certified before the interruption. Nothing is known about the smoothed model."
     told = (
-        f"Smoothed with Gaussian noise of sigma {certificate.sigma:.4g}, the model surely gives "
+        f"Smoothed with Gaussian noise of sigma {certificate.sigma:.4g}, the model certifiably gives "
         f"{share(certificate.right)} their true class; the median certified l2 radius is "
         f"{certificate.median_radius:.3g}."
     )
