@@ -6,7 +6,8 @@ and samples.
 How: the contenders take turns model by model, in an order that turns with the model, in one process. A suite runs its
 members one after the other, each on the samples still standing. Forward and backward passes of all contenders are
 counted by the same hooks on the model. `--seeds` repeats pyautoattack, which draws from the global random state, to
-show how far its own verdicts spread. Seconds compare only on a quiet machine.
+show how far its own verdicts spread. Seconds compare only on a quiet machine. Models that are not named keep the rows
+they have in the JSON file.
 
     rempart train --data mnist:../shared/data/mnist --out runs/lenet
     rempart train --data mnist:../shared/data/mnist --recipe pgd-at -o threat=linf:0.2 -o epochs=6 --out runs/lenet-at
@@ -20,7 +21,6 @@ pyautoattack 0.2.0 is needed (`pip install pyautoattack`); it is no part of the 
 import argparse
 import json
 import os
-import sys
 import time
 from datetime import date
 from pathlib import Path
@@ -69,7 +69,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    results: dict[str, Any] = {}
+    kept = json.loads(args.out.read_text("utf-8"))["results"] if args.out.exists() and not args.quick else {}
+    results: dict[str, Any] = {name: rows for name, rows in kept.items() if name in MODELS}
     for turn, name in enumerate(QUICK if args.quick else args.models):
         folder, source, budget, n = MODELS[name]
         model = load(str(args.runs / folder))
@@ -78,7 +79,7 @@ def main() -> None:
         show(name, results[name])
     record = {
         "question": "worst-case accuracy and cost of fast, standard and pyautoattack's standard",
-        "command": " ".join(["python", "benchmarks/suites.py", *sys.argv[1:]]),
+        "command": "python benchmarks/suites.py",
         "hardware": environment(),
         "date": date.today().isoformat(),
         "results": results,
