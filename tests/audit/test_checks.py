@@ -9,12 +9,13 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 import toys
-from audit.planted import before
-from rempart.attacks import Verdict, attack_batch, attack_data
+from audit.planted import before, behind
+from rempart.attacks import Outcome, Verdict, attack_batch, attack_data
 from rempart.attacks.losses import climb_direction, score
 from rempart.audit import checks, remedies
 from rempart.audit.checks import RULES, diagnose, stamp
 from rempart.core.data import Data
+from rempart.core.errors import Cancelled
 from rempart.core.model import Classifier, frozen
 from rempart.core.threat import Threat
 from rempart.report.schema import Check
@@ -156,6 +157,39 @@ def test_without_a_budget_only_what_needs_none_is_checked() -> None:
     assert {name for name, status in found.items() if status != "skipped"} == {
         rule.name for rule in RULES if not rule.budget
     }
+
+
+def test_a_remedy_that_the_model_does_not_bear_is_left_out() -> None:
+    plain = toys.linear(SHAPE)
+    model = behind(before(plain, lambda x: x.float()), lambda z: 1e6 * z)
+    data = given(model)
+    with pytest.raises(RuntimeError, match=r"[Ff]loat.*[Dd]ouble|[Dd]ouble.*[Ff]loat"):
+        attack_data(model, data, around(plain, data), "pgd", {"steps": 1}, search=remedies.rescaled(model, 1.0))
+    found = diagnose(model, data, around(plain, data), {}, thorough=False)
+    check = next(check for check in found.checks if check.name == "logit scale")
+    assert check.status == "warned" and check.remedy is not None and check.remedy.name == "other losses"
+    assert "skipped" not in statuses(found).values()
+
+
+@pytest.mark.parametrize(("error", "told"), [(ValueError("no\nmore"), "ValueError: no"), (Cancelled(), None)])
+def test_a_check_that_breaks_down_is_skipped_and_the_others_stand(
+    error: Exception, told: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> Outcome:
+        raise error
+
+    model = toys.linear(SHAPE)
+    data = given(model)
+    verdicts = {"pgd": attack_data(model, data, around(model, data), "pgd").verdict}
+    monkeypatch.setattr(checks, "attack_data", broken)
+    if told is None:
+        with pytest.raises(Cancelled):
+            diagnose(model, data, around(model, data), verdicts, thorough=False)
+        return
+    found = {check.name: check for check in diagnose(model, data, around(model, data), verdicts, thorough=False).checks}
+    assert found["large budgets"].status == found["silent success"].status == "skipped"
+    assert found["large budgets"].message == f"It could not be made: {told}"
+    assert found["zero gradients"].status == found["local linearity"].status == "passed"
 
 
 def test_a_model_that_is_never_right_is_not_checked() -> None:

@@ -15,6 +15,7 @@ from rempart.attacks.losses import LossName, climb_direction, lead, reached, sco
 from rempart.attacks.run import join
 from rempart.audit import remedies
 from rempart.core.data import Data
+from rempart.core.errors import Cancelled
 from rempart.core.events import Event, Notify, named, silent
 from rempart.core.model import Classifier, frozen
 from rempart.core.repro import Draws
@@ -92,9 +93,29 @@ def diagnose(
                 found = _skipped("The model is random: chance alone would give the same sign.")
             else:
                 bench.notify = named(f"check {rule.name}", notify)
-                found = rule.look(bench)
+                found = _look(rule, bench)
             checks.append(_conclude(rule, found, bench))
     return Diagnosis(tuple(checks), {} if bench is None else bench.outcomes)
+
+
+def _look(rule: "Rule", bench: "_Bench") -> "_Found":
+    """What the check sees; a check that breaks down is skipped, and the rest of the audit stands."""
+    try:
+        return rule.look(bench)
+    except Cancelled:
+        raise
+    except Exception as failure:  # noqa: BLE001  probes ask more of a model than attacks do
+        return _skipped(f"It could not be made: {type(failure).__name__}: {str(failure).partition(chr(10))[0]}")
+
+
+def _attempt(name: str, bench: "_Bench") -> Verdict | None:
+    """What the remedy broke; None where there is nothing to try it on, or where the model does not bear it."""
+    try:
+        return REMEDIES[name](bench)
+    except Cancelled:
+        raise
+    except Exception:  # noqa: BLE001  the check that asked for it stands without it
+        return None
 
 
 def stamp(checks: Sequence[Check]) -> Literal["valid", "suspicious", "invalid"]:
@@ -274,7 +295,7 @@ def _conclude(rule: "Rule", found: _Found, bench: _Bench | None) -> Check:
     message, remedy = found.message, None
     if found.sign and bench is not None:
         status = "failed" if found.fatal else "warned"
-        tried = {name: REMEDIES[name](bench) for name in found.remedies} if bench.threat.eps else {}
+        tried = {name: _attempt(name, bench) for name in found.remedies} if bench.threat.eps else {}
         tried = {name: verdict for name, verdict in tried.items() if verdict is not None}
         if tried:
             best = max(tried, key=lambda name: _beaten(bench, tried[name])[0])
