@@ -108,10 +108,10 @@ def _look(rule: "Rule", bench: "_Bench") -> "_Found":
         return _skipped(f"It could not be made: {type(failure).__name__}: {str(failure).partition(chr(10))[0]}")
 
 
-def _attempt(name: str, bench: "_Bench") -> Verdict | None:
+def _attempt(remedy: Callable[["_Bench"], Verdict | None], bench: "_Bench") -> Verdict | None:
     """What the remedy broke; None where there is nothing to try it on, or where the model does not bear it."""
     try:
-        return REMEDIES[name](bench)
+        return remedy(bench)
     except Cancelled:
         raise
     except Exception:  # noqa: BLE001  the check that asked for it stands without it
@@ -272,37 +272,39 @@ def _attack(
     )
 
 
-def _beaten(bench: _Bench, tried: Verdict | Mask) -> tuple[int, bool]:
-    """How many samples were broken that the audit left standing, and whether they overturn its figures.
+def _beaten(bench: _Bench, tried: Verdict | Mask, beside: Mask | None = None) -> tuple[int, bool]:
+    """How many samples were broken that neither the audit broke nor what stands `beside`; and if they overturn it.
 
-    One-sided exact McNemar test of the worst case with and without them. For a random model chance alone breaks some
-    at every further attempt, so they are compared with those that another run of plain pgd breaks.
+    One-sided exact McNemar test of the worst case with and without them.
     """
-    broken = tried if isinstance(tried, Tensor) else _union([tried], bench.data.index)[1]
-    chance = torch.zeros_like(broken)
-    if bench.random:
-        plain = {"steps": 20, "early_stop": True}
-        _, chance = _union([_try(bench, "control: pgd", "pgd", plain, seed=bench.seed + 1)], bench.data.index)
-    gain = int((bench.standing & broken & ~chance).sum())
-    loss = int((bench.standing & chance & ~broken).sum())
+    broken = _mask(bench, tried)
+    other = torch.zeros_like(broken) if beside is None else beside
+    gain = int((bench.standing & broken & ~other).sum())
+    loss = int((bench.standing & other & ~broken).sum())
     level = float(binom.sf(gain - 1, gain + loss, 0.5)) if gain else 1.0
-    return int((bench.standing & broken).sum()), level < _LEVEL and gain - loss >= _POINTS * len(broken)
+    return gain, level < _LEVEL and gain - loss >= _POINTS * len(broken)
+
+
+def _mask(bench: _Bench, tried: Verdict | Mask) -> Mask:
+    return tried if isinstance(tried, Tensor) else _union([tried], bench.data.index)[1]
+
+
+def _control(bench: _Bench) -> Mask:
+    """What plain pgd breaks with the steps and starts of a remedy: that much is no merit of the remedy."""
+    verdict = _attempt(_plain, bench)
+    return ~bench.standing if verdict is None else _mask(bench, verdict)
 
 
 def _conclude(rule: "Rule", found: _Found, bench: _Bench | None) -> Check:
-    """Try the remedies of what was found, and keep the one that breaks most."""
+    """Try the remedies of what was found, and keep the one that breaks most beyond plain pgd."""
     status: Literal["passed", "warned", "failed", "skipped"] = "skipped" if found.skipped else "passed"
     message, remedy = found.message, None
     if found.sign and bench is not None:
         status = "failed" if found.fatal else "warned"
-        tried = {name: _attempt(name, bench) for name in found.remedies} if bench.threat.eps else {}
-        tried = {name: verdict for name, verdict in tried.items() if verdict is not None}
+        names = found.remedies if bench.threat.eps else ()
+        tried = {name: verdict for name in names if (verdict := _attempt(REMEDIES[name], bench)) is not None}
         if tried:
-            best = max(tried, key=lambda name: _beaten(bench, tried[name])[0])
-            more, overturned = _beaten(bench, tried[best])
-            n, stood = len(bench.data), int(bench.standing.sum())
-            told = f"{_TOLD[best]}: {more} of the {stood} images left standing fall."
-            remedy = Remedy(name=best, message=told, before=wilson(stood, n), after=wilson(stood - more, n))
+            remedy, overturned = _best(bench, tried, _control(bench))
             status = "failed" if overturned else status
     return Check(
         name=rule.name,
@@ -312,6 +314,25 @@ def _conclude(rule: "Rule", found: _Found, bench: _Bench | None) -> Check:
         reading=rule.reading,
         remedy=remedy,
     )
+
+
+def _best(bench: _Bench, tried: Mapping[str, Verdict], control: Mask) -> tuple[Remedy, bool]:
+    """The remedy that breaks most beyond plain pgd, or plain pgd itself where that alone shows a weak audit.
+
+    For a random model plain pgd breaks some by chance alone, so that it shows nothing.
+    """
+    plain, weak = _beaten(bench, control) if not bench.random else (0, False)
+    own = {name: _beaten(bench, verdict, control) for name, verdict in tried.items()}
+    name = max(own, key=lambda name: own[name][0])
+    gain, overturned = own[name]
+    n, stood = len(bench.data), int(bench.standing.sum())
+    if weak and plain > gain:
+        more = plain
+        name, told = "more steps", f"{_WEAK}: {more} of the {stood} images left standing fall to plain pgd."
+    else:
+        more = int((bench.standing & _mask(bench, tried[name])).sum())
+        told = f"{_TOLD[name]}: {more} of the {stood} images left standing fall, {gain} of them not to plain pgd."
+    return Remedy(name=name, message=told, before=wilson(stood, n), after=wilson(stood - more, n)), overturned or weak
 
 
 def _skipped(message: str) -> _Found:
@@ -716,6 +737,13 @@ def _other_losses(bench: _Bench) -> Verdict | None:
     return _try(bench, "remedy: other losses", "pgd", {**options, "loss": loss}, at=at) if len(at) else None
 
 
+def _plain(bench: _Bench) -> Verdict | None:
+    """No remedy but their control: pgd on the model itself, with as many steps and starts."""
+    at = bench.standing.nonzero()[:, 0]
+    options = {"steps": 40, "restarts": 2, "loss": "margin", "early_stop": True}
+    return _try(bench, "control: pgd", "pgd", options, at=at, seed=bench.seed + 1) if len(at) else None
+
+
 def _mean_gradient(bench: _Bench) -> Verdict | None:
     at = bench.standing.nonzero()[:, 0]
     options = {"steps": 20, "eot": 10, "early_stop": True}
@@ -736,6 +764,7 @@ REMEDIES: dict[str, Callable[[_Bench], Verdict | None]] = {
 }
 """What is tried where a check finds something; None where nothing is left standing to try it on."""
 
+_WEAK = "The attacks of the audit were too weak"
 _TOLD = {
     "other losses": "With a loss of another scale and another start",
     "more steps": "With twice the steps",
