@@ -253,7 +253,7 @@ def test_attacks_without_gradients_that_do_better_are_seen_also_in_a_cascade() -
         pytest.skip("no attack without gradients is registered")
     found = diagnose(model, data, threat, {"pgd": half, names[0]: blind}, thorough=False)
     check = next(check for check in found.checks if check.name == "without gradients")
-    assert check.status == "warned" and check.evidence["without gradients alone"] == ahead
+    assert check.status == "failed" and check.evidence["without gradients alone"] == ahead
 
 
 def test_one_step_that_does_better_is_seen() -> None:
@@ -262,7 +262,7 @@ def test_one_step_that_does_better_is_seen() -> None:
     threat = around(model, data, 1.01)
     single = attack_data(model, data, threat, "fgsm").verdict
     verdicts = {"fgsm": single, "bim": without(single, torch.zeros(N, dtype=torch.bool))}
-    assert statuses(diagnose(model, data, threat, verdicts, thorough=False))["one step against many"] == "warned"
+    assert statuses(diagnose(model, data, threat, verdicts, thorough=False))["one step against many"] == "failed"
     verdicts["bim"] = single
     assert statuses(diagnose(model, data, threat, verdicts, thorough=False))["one step against many"] == "passed"
 
@@ -293,15 +293,33 @@ def test_an_attack_that_does_not_return_what_it_met_is_seen(monkeypatch: pytest.
     assert statuses(diagnose(model, data, threat, {}, thorough=False))["silent success"] == "warned"
 
 
-@pytest.mark.parametrize(("gain", "n"), [(0, 64), (6, 64), (7, 64), (7, 200), (7, 300)])
-def test_what_overturns_figures_is_the_exact_test_and_three_points(gain: int, n: int) -> None:
+@pytest.mark.parametrize(
+    ("gain", "n", "overturned"),
+    [(0, 64, False), (1, 64, False), (2, 64, True), (1, 10, False), (2, 10, True), (5, 200, False), (6, 200, True)],
+)
+def test_a_fixed_model_is_overturned_by_two_finds_and_three_points(gain: int, n: int, overturned: bool) -> None:
+    bench = bench_of(n)
+    assert checks._beaten(bench, torch.arange(n) < gain) == (gain, overturned)
+    beside = torch.arange(n) < 1
+    assert checks._beaten(bench, torch.arange(n) < gain + 1, beside)[0] == gain, "what the control breaks is no merit"
+
+
+@pytest.mark.parametrize(
+    ("gain", "loss", "n"), [(0, 0, 64), (6, 0, 64), (7, 0, 64), (7, 1, 64), (20, 9, 64), (7, 0, 300)]
+)
+def test_a_random_model_is_overturned_by_the_exact_paired_test(gain: int, loss: int, n: int) -> None:
+    bench = bench_of(n)
+    bench.random = True
+    broken, beside = torch.arange(n) < gain, torch.arange(n) >= n - loss
+    level = binomtest(gain, gain + loss, 0.5, "greater").pvalue if gain else 1.0
+    assert checks._beaten(bench, broken, beside) == (gain, level < 0.01 and gain - loss >= 0.03 * n)
+
+
+def bench_of(n: int) -> checks._Bench:
     model = toys.linear(SHAPE)
-    data = given(model, n)
-    bench = checks._bench(model, data, Threat(norm="linf", eps=0.0), {}, n, 64, 0)
+    bench = checks._bench(model, given(model, n), Threat(norm="linf", eps=0.0), {}, n, 64, 0)
     assert bench is not None
-    broken = torch.arange(n) < gain
-    level = binomtest(gain, gain, 0.5, "greater").pvalue if gain else 1.0
-    assert checks._beaten(bench, broken) == (gain, level < 0.01 and gain >= 0.03 * n)
+    return bench
 
 
 def test_the_stamp() -> None:
