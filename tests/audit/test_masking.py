@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from audit.planted import THREAT, Reversed, Rounded, Trained, audited, before, behind
+from rempart.audit import audit
 from rempart.audit.checks import Diagnosis, diagnose, stamp
 from rempart.core.model import Classifier
-from rempart.report.schema import Check
+from rempart.report.schema import AuditSpec, Check, ModelCard, Report
 
 
 def noise(x: torch.Tensor) -> torch.Tensor:
@@ -18,7 +19,7 @@ def noise(x: torch.Tensor) -> torch.Tensor:
 PLANTED: dict[str, tuple[Callable[[Trained], Classifier], dict[str, str]]] = {
     "logits times 1000": (lambda t: behind(t.plain, lambda z: 1000 * z), {"logit scale": "warned"}),
     "exploding logits": (lambda t: behind(t.plain, lambda z: z.sign() * z.abs().exp()), {"logit scale": "warned"}),
-    "probabilities": (lambda t: behind(t.plain, lambda z: (3 * z).softmax(1)), {"probabilities": "warned"}),
+    "bounded outputs": (lambda t: behind(t.plain, lambda z: (3 * z).tanh()), {"probabilities": "failed"}),
     "quantiser": (
         lambda t: before(t.plain, lambda x: (x * 8).round() / 8),
         {"zero gradients": "failed", "without gradients": "failed", "large budgets": "failed"},
@@ -97,3 +98,42 @@ def test_reversed_gradients_are_helped_by_a_surrogate(trained: Trained) -> None:
     remedy = flags["large budgets"].remedy
     assert remedy is not None and remedy.name == "surrogate gradient"
     assert remedy.after.value < remedy.before.value - 0.2
+
+
+IN_AN_AUDIT = {
+    "bounded outputs": "probabilities",
+    "logits times 1000": "logit scale",
+    "exploding logits": "logit scale",
+    "quantiser": "zero gradients",
+    "noise inside": "randomness",
+    "flat loss": "local linearity",
+    "reversed gradients": "large budgets",
+}
+
+
+def whole(model: Classifier, trained: Trained) -> Report:
+    spec = AuditSpec(model="", data="", threat="linf:0.1", suite="fast", sweep=False)
+    card = ModelCard(source="", name="", digest="0", parameters=1, shape=model.shape, classes=model.class_names)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        result = audit(model, trained.data.head(40), spec, card=card)
+    assert result is not None and result.report.complete
+    return result.report
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_an_audit_says_of_a_planted_fault_that_its_figures_may_be_too_high(name: str, trained: Trained) -> None:
+    report = whole(PLANTED[name][0](trained), trained)
+    assert report.stamp != "valid"
+    assert IN_AN_AUDIT[name] in report.fired
+
+
+@pytest.mark.parametrize("name", ["plain", "hardened"])
+def test_an_audit_of_an_honest_network_is_valid(name: str, trained: Trained) -> None:
+    report = whole(getattr(trained, name), trained)
+    assert report.stamp == "valid" and report.fired == ()
+
+
+def test_probabilities_are_mended_before_the_checks(trained: Trained) -> None:
+    report = whole(behind(trained.plain, lambda z: z.softmax(1)), trained)
+    assert {check.name: check.status for check in report.preflight}["logits"] == "repaired"

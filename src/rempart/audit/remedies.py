@@ -124,18 +124,6 @@ class _Rescaled(nn.Module):
         return (_precise(self.model, x) / self.scale).to(x.dtype)
 
 
-class _Logarithms(nn.Module):
-    """The logarithms of outputs that are probabilities."""
-
-    def __init__(self, model: Classifier) -> None:
-        super().__init__()
-        self.model = _in_double(model)
-
-    def forward(self, x: Images) -> Logits:
-        z = _precise(self.model, x)
-        return z.clamp_min(torch.finfo(z.dtype).tiny).log().to(x.dtype)
-
-
 def _in_double(model: Classifier) -> Classifier:
     """A copy in float64, or the model itself where it cannot be copied."""
     try:
@@ -169,11 +157,6 @@ def smoothed(model: Classifier, threat: Threat, *, seed: int = 0) -> Classifier:
 def rescaled(model: Classifier, scale: float) -> Classifier:
     """The model in float64, with its logits divided by `scale`."""
     return _like(model, _Rescaled(model, max(scale, 1e-30)))
-
-
-def logarithms(model: Classifier) -> Classifier:
-    """The model in float64, with the logarithms of its outputs."""
-    return _like(model, _Logarithms(model))
 
 
 def borrowed(model: Classifier, surrogate: Classifier) -> Classifier:
