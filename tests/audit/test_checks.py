@@ -193,6 +193,22 @@ def test_a_check_that_breaks_down_is_skipped_and_the_others_stand(
     assert found["zero gradients"].status == found["local linearity"].status == "passed"
 
 
+def test_no_pass_has_more_images_than_a_batch() -> None:
+    sizes: list[int] = []
+
+    def counted(x: Tensor) -> Tensor:
+        sizes.append(len(x))
+        return (x * 255).round() / 255  # sets off remedies
+
+    model = before(behind(toys.linear(SHAPE), lambda z: 1e6 * z), counted)
+    data = given(model)
+    sizes.clear()
+    diagnosis = diagnose(model, data, around(toys.linear(SHAPE), data), {}, thorough=True, batch_size=7)
+    assert {"remedy: rescaled logits", "remedy: surrogate gradient", "probe: transfer"} <= set(diagnosis.outcomes)
+    assert "skipped" not in statuses(diagnosis).values()
+    assert max(sizes) == 7
+
+
 def test_a_model_that_is_never_right_is_not_checked() -> None:
     model = toys.linear(SHAPE)
     data = replace(given(model), labels=(given(model).labels + 1) % 3)

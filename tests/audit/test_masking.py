@@ -69,8 +69,10 @@ def test_without_its_stairs_the_flat_network_passes(trained: Trained) -> None:
 
 
 def test_a_quantiser_with_gradients_of_its_own_is_no_fault_of_gradients(trained: Trained) -> None:
-    flags = set(flagged(found(before(trained.plain, Rounded.apply), trained)))
-    assert flags <= {"local linearity", "without gradients"}
+    assert set(flagged(found(before(trained.plain, Rounded.apply), trained))) <= {
+        "local linearity",
+        "without gradients",
+    }
 
 
 def test_a_little_scale_is_ordinary_confidence(trained: Trained) -> None:

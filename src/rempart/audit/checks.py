@@ -198,7 +198,7 @@ def _bench(
     if not kept or len(some) == 0:
         return None
     x, y, z = torch.cat(images), some.labels.to(where.device), torch.cat(logits)
-    evidence = _repeats(model, x, y, z)
+    evidence = _repeats(model, x, y, z, batch_size)
     random = evidence["largest difference"] > 1e-4
     bench = _Bench(
         model, some, x, y, z, threat, verdicts, torch.ones(len(some), dtype=torch.bool), random, evidence,
@@ -211,13 +211,13 @@ def _bench(
     return bench
 
 
-def _repeats(model: Classifier, x: Images, y: Labels, z: Logits) -> dict[str, float]:
+def _repeats(model: Classifier, x: Images, y: Labels, z: Logits, batch_size: int) -> dict[str, float]:
     """How far repeated passes differ, relative to the logits, and how many images change class between them."""
     gap, flipped = 0.0, torch.zeros_like(y, dtype=torch.bool)
     size = max(float(z.abs().max()), 1e-12)
     with torch.no_grad():
         for _ in range(_PASSES - 1):
-            again = model(x)
+            again = torch.cat([model(part) for part in x.split(batch_size)])
             gap = max(gap, float((again - z).abs().max()) / size)
             flipped |= again.argmax(1) != y
     return {"largest difference": gap, "share that changes class": float(flipped.double().mean())}
@@ -374,6 +374,10 @@ def _gradient(bench: _Bench, x: Images, goal: Callable[[Logits, Labels], Scores]
     size = bench.batch_size
     parts = [climb_direction(bench.model, *part, goal) for part in zip(x.split(size), bench.y.split(size), strict=True)]
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+def _logits(bench: _Bench, x: Images) -> Logits:
+    return torch.cat([bench.model(part) for part in x.split(bench.batch_size)])
 
 
 def _losses(bench: _Bench) -> tuple[LossName, ...]:
@@ -588,7 +592,7 @@ def _local_linearity(bench: _Bench) -> _Found:
         gradient, _ = _gradient(bench, x, goal)
         moved = (x + threat.ascend(x, gradient, threat.budget / 10)).clamp(threat.low, threat.high)
         with torch.no_grad():
-            before, after = (goal(bench.model(part), bench.y).double() for part in (x, moved))
+            before, after = (goal(_logits(bench, point), bench.y).double() for point in (x, moved))
         told = (gradient.double() * (moved - x)).flatten(1).sum(1)
         done = after - before
         gap = (done - told).abs() / torch.maximum(done.abs(), told.abs()).clamp_min(1e-300)
@@ -601,7 +605,7 @@ def _local_linearity(bench: _Bench) -> _Found:
         for t in range(5):
             shifted = (bench.x + draws.at(t).uniform(bench.x, -noise, noise)).clamp(threat.low, threat.high)
             with torch.no_grad():
-                change += ((lead(bench.model(shifted).double(), bench.y) - margin).abs() / margin.abs()).clamp_max(1)
+                change += ((lead(_logits(bench, shifted).double(), bench.y) - margin).abs() / margin.abs()).clamp_max(1)
         evidence["change under slight noise"] = float(change.mean()) / 5
     worst = max(value for name, value in evidence.items() if "error" in name)
     unstable = evidence.get("change under slight noise", 0.0)
@@ -684,7 +688,7 @@ def _transfer(bench: _Bench) -> _Found:
     moved = _try(bench, "probe: transfer", "mim", {"steps": 20, "keep": "last"}, search=student)
     added, overturned = _beaten(bench, moved)
     evidence = {
-        "agreement": remedies.agreement(bench.model, student, bench.x),
+        "agreement": remedies.agreement(bench.model, student, bench.x, batch_size=bench.batch_size),
         "transfer": _share(moved.broken),
         "audit": _share(~bench.standing),
         "added to the audit": added,
@@ -698,7 +702,9 @@ def _transfer(bench: _Bench) -> _Found:
 def _surrogate(bench: _Bench) -> Classifier:
     if bench.surrogate is None:
         width = max(0.1 * (bench.threat.high - bench.threat.low), bench.threat.budget if _is_linf(bench) else 0.0)
-        bench.surrogate = remedies.surrogate(bench.model, bench.x, width=width, seed=bench.seed)
+        bench.surrogate = remedies.surrogate(
+            bench.model, bench.x, width=width, seed=bench.seed, batch_size=bench.batch_size
+        )
     return bench.surrogate
 
 
@@ -742,7 +748,8 @@ REMEDIES: dict[str, Callable[[_Bench], Verdict | None]] = {
     "other losses": _other_losses,
     "more steps": lambda bench: bench.outcomes.get("probe: pgd-80"),
     "rescaled logits": _pgd_on(
-        "rescaled logits", lambda b: remedies.rescaled(b.model, remedies.usual_margin(b.model, b.x))
+        "rescaled logits",
+        lambda b: remedies.rescaled(b.model, remedies.usual_margin(b.model, b.x, batch_size=b.batch_size)),
     ),
     "straight through": _pgd_on("straight through", lambda b: remedies.through_rounding(b.model), restarts=2),
     "smoothed gradient": _pgd_on("smoothed gradient", lambda b: remedies.smoothed(b.model, b.threat, seed=b.seed)),

@@ -164,7 +164,7 @@ def borrowed(model: Classifier, surrogate: Classifier) -> Classifier:
     return _like(model, _Borrowed(model, surrogate))
 
 
-def surrogate(model: Classifier, x: Images, *, width: float, seed: int = 0) -> Classifier:
+def surrogate(model: Classifier, x: Images, *, width: float, seed: int = 0, batch_size: int = 64) -> Classifier:
     """Train a small convolutional network, in seconds, to answer like the model on images and noisy copies of them.
 
     Args:
@@ -172,6 +172,7 @@ def surrogate(model: Classifier, x: Images, *, width: float, seed: int = 0) -> C
         x: Images in the box, on the model's device.
         width: Largest noise per pixel.
         seed: Seed of weights, order and noise.
+        batch_size: Images per pass of the model.
 
     Source:
         Papernot et al. 2017, arXiv:1602.02697, with noise in place of Jacobian steps.
@@ -182,7 +183,7 @@ def surrogate(model: Classifier, x: Images, *, width: float, seed: int = 0) -> C
         net = _small(model.shape, model.num_classes)
     student = _like(model, net.to(device=x.device, dtype=x.dtype))
     with torch.no_grad():
-        margin = torch.cat([model(part).topk(2, dim=1).values for part in x.split(_BATCH)])
+        margin = _logits(model, x, batch_size).topk(2, dim=1).values
         scale = 4 / float((margin[:, 0] - margin[:, 1]).median().clamp_min(1e-12))
     optimiser = torch.optim.Adam(net.parameters(), lr=3e-3)
     for _ in range(_STEPS):
@@ -191,7 +192,7 @@ def surrogate(model: Classifier, x: Images, *, width: float, seed: int = 0) -> C
         sizes = torch.rand((_BATCH, *(1,) * len(model.shape)), generator=generator).to(x)
         image = (x[some] + width * sizes * noise).clamp(model.low, model.high)
         with torch.no_grad():
-            answer = (model(image) * scale).softmax(1)
+            answer = (_logits(model, image, batch_size) * scale).softmax(1)
         with torch.enable_grad():
             loss = cross_entropy(student(image), answer)
             optimiser.zero_grad()
@@ -200,17 +201,23 @@ def surrogate(model: Classifier, x: Images, *, width: float, seed: int = 0) -> C
     return student.eval().requires_grad_(False)
 
 
-def agreement(model: Classifier, student: Classifier, x: Images) -> float:
+def agreement(model: Classifier, student: Classifier, x: Images, *, batch_size: int = 64) -> float:
     """Share of the images on which both give the same class."""
     with torch.no_grad():
-        return float((model(x).argmax(1) == student(x).argmax(1)).double().mean())
+        return float(
+            (_logits(model, x, batch_size).argmax(1) == _logits(student, x, batch_size).argmax(1)).double().mean()
+        )
 
 
-def usual_margin(model: Classifier, x: Images) -> float:
+def usual_margin(model: Classifier, x: Images, *, batch_size: int = 64) -> float:
     """Median distance of the largest logit from the second."""
     with torch.no_grad():
-        z = model(x)
+        z = _logits(model, x, batch_size)
     return float(lead(z, z.argmax(1)).median())
+
+
+def _logits(model: Classifier, x: Images, batch_size: int) -> Logits:
+    return torch.cat([model(part) for part in x.split(batch_size)])
 
 
 def _small(shape: tuple[int, ...], classes: int) -> nn.Module:
