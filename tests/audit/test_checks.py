@@ -166,7 +166,7 @@ def test_a_remedy_that_the_model_does_not_bear_is_left_out() -> None:
     with pytest.raises(RuntimeError, match=r"[Ff]loat.*[Dd]ouble|[Dd]ouble.*[Ff]loat"):
         attack_data(model, data, around(plain, data), "pgd", {"steps": 1}, search=remedies.rescaled(model, 1.0))
     found = diagnose(model, data, around(plain, data), {}, thorough=False)
-    check = next(check for check in found.checks if check.name == "logit scale")
+    check = next(check for check in found.checks if check.name == "naive gradients")
     assert check.status != "passed" and "remedy: other losses" in found.outcomes
     assert "remedy: rescaled logits" not in found.outcomes
     assert "skipped" not in statuses(found).values()
@@ -247,12 +247,12 @@ def test_what_plain_pgd_breaks_too_is_no_merit_of_a_remedy() -> None:
     weak = {"pgd": attack_data(model, data, threat, "pgd", {"steps": 1, "step": 0.001}).verdict}
     truth = toys.radius(toys.linear(SHAPE), data.batch(torch.arange(N)).x, data.labels, "linf") <= threat.budget
     found = diagnose(model, data, threat, weak, thorough=False)
-    check = next(check for check in found.checks if check.name == "logit scale")
+    check = next(check for check in found.checks if check.name == "naive gradients")
     assert check.status == "failed" and check.remedy is not None
     assert check.remedy.name == "more steps" and "too weak" in check.remedy.message
     assert check.remedy.before.k == N - int(weak["pgd"].broken.sum()) > check.remedy.after.k == N - int(truth.sum())
     strong = {"pgd": attack_data(model, data, threat, "pgd", {"loss": "margin"}).verdict}
-    assert statuses(diagnose(model, data, threat, strong, thorough=False))["logit scale"] == "warned"
+    assert statuses(diagnose(model, data, threat, strong, thorough=False))["naive gradients"] == "warned"
 
 
 def test_attacks_without_gradients_that_do_better_are_seen_also_in_a_cascade() -> None:

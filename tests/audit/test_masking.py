@@ -17,8 +17,8 @@ def noise(x: torch.Tensor) -> torch.Tensor:
 
 
 PLANTED: dict[str, tuple[Callable[[Trained], Classifier], dict[str, str]]] = {
-    "logits times 1000": (lambda t: behind(t.plain, lambda z: 1000 * z), {"logit scale": "warned"}),
-    "exploding logits": (lambda t: behind(t.plain, lambda z: z.sign() * z.abs().exp()), {"logit scale": "warned"}),
+    "logits times 1000": (lambda t: behind(t.plain, lambda z: 1000 * z), {"naive gradients": "warned"}),
+    "exploding logits": (lambda t: behind(t.plain, lambda z: z.sign() * z.abs().exp()), {"naive gradients": "warned"}),
     "bounded outputs": (lambda t: behind(t.plain, lambda z: (3 * z).tanh()), {"probabilities": "failed"}),
     "quantiser": (
         lambda t: before(t.plain, lambda x: (x * 8).round() / 8),
@@ -104,8 +104,8 @@ def test_reversed_gradients_are_helped_by_a_surrogate(trained: Trained) -> None:
 
 IN_AN_AUDIT = {
     "bounded outputs": "probabilities",
-    "logits times 1000": "logit scale",
-    "exploding logits": "logit scale",
+    "logits times 1000": "naive gradients",
+    "exploding logits": "naive gradients",
     "quantiser": "zero gradients",
     "noise inside": "randomness",
     "flat loss": "local linearity",

@@ -404,7 +404,7 @@ def _probabilities(bench: _Bench) -> _Found:
     return _Found("The outputs are logits.", evidence)
 
 
-def _logit_scale(bench: _Bench) -> _Found:
+def _naive_gradients(bench: _Bench) -> _Found:
     """What an attack on cross-entropy in float32 would see, as torchattacks and others do it."""
     z = bench.z.float()
     slope = z.softmax(1) - torch.nn.functional.one_hot(bench.y, z.shape[1]).to(z)
@@ -814,8 +814,8 @@ RULES: tuple[Rule, ...] = (
         budget=False,
     ),
     Rule(
-        "logit scale",
-        _logit_scale,
+        "naive gradients",
+        _naive_gradients,
         "The share of images for which plain cross-entropy has no gradient in float32: figures of other tools are "
         "too high by up to that.",
         budget=False,
