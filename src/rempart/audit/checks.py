@@ -663,18 +663,13 @@ def _then(bench: _Bench, first: Verdict, label: str, options: Mapping[str, Any])
 
 
 def _converged(bench: _Bench) -> _Found:
-    """Pintor et al. 2022, I4, with the effect of more steps."""
+    """Pintor et al. 2022, I4, by what more steps break instead of by the course of the loss."""
     short = _try(bench, "probe: pgd-40", "pgd", {"steps": 40, "early_stop": True})
     long = _then(bench, short, "probe: pgd-80", {"steps": 80, "early_stop": True})
     gain, (added, overturned) = int((long & ~short.broken).sum()), _beaten(bench, long)
-    path, _ = _watched_pgd(bench, 40)
-    goal = score("ce", targeted=False, num_classes=bench.model.num_classes)
-    climb = torch.stack([goal(z, bench.data.labels[: path.shape[1]]) for z in path]).double().cummax(0).values
-    reach = (climb[-1] - climb[0]).clamp_min(1e-12)
     evidence = {
         "40 steps": _share(short.broken),
         "80 steps": _share(long),
-        "climb in the last 10 steps": float(((climb[-1] - climb[-10]) / reach).mean()),
         "added to the audit": added,
     }
     if overturned or (gain >= 7 and gain > 0.1 * len(bench.data)):
@@ -867,7 +862,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "convergence",
         _converged,
-        "Shares broken with 40 and 80 steps: they should be close, and little of the climb left for the last steps.",
+        "Shares broken with 40 and 80 steps: they should be close.",
         thorough=True,
         steady=True,
     ),
