@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -230,6 +231,14 @@ def test_eight_bit_in_a_cascade_counts_what_survives_rounding_after_all_attacks_
         for rate, k in zip(rates, exact, strict=True):
             assert rate is not None and rate.k >= k
             assert rate.k < truth(0).sum() if survive else rate.k == truth(0).sum()
+
+
+def test_no_stamp_where_nothing_could_be_checked() -> None:
+    model, data = toy()
+    wrong = replace(data, labels=(model(data.batch(torch.arange(N)).x).argmax(1) + 1) % 4)
+    blind = audit(model, wrong, request("linf:0.02", "fgsm"), card=card(model))
+    assert blind is not None and blind.report.complete and blind.report.stamp is None
+    assert run("linf:0.02", "fgsm", "pgd").report.stamp == "valid"
 
 
 def test_a_model_in_double_precision_is_audited() -> None:

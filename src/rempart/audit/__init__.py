@@ -149,6 +149,7 @@ def audit(
         *curves,
     ]
     correct = unpack(samples.clean)
+    looked = any(check.status != "skipped" for check in diagnosis.checks)
     report = Report(
         kind="audit",
         complete=complete,
@@ -166,7 +167,7 @@ def audit(
             *checked,
         ),
         checks=diagnosis.checks,
-        stamp=stamp((*checks, *diagnosis.checks)) if complete else None,
+        stamp=stamp((*checks, *diagnosis.checks)) if complete and looked else None,
         worst_case=_worst(samples),
         not_run=()
         if complete
