@@ -95,6 +95,7 @@ def diagnose(
                 bench.notify = named(f"check {rule.name}", notify)
                 found = _look(rule, bench)
             checks.append(_conclude(rule, found, bench))
+    notify(Event(stage="checks", done=len(rules), total=len(rules)))
     return Diagnosis(tuple(checks), {} if bench is None else bench.outcomes)
 
 
