@@ -137,7 +137,7 @@ def test_noise_alone_is_no_adversary(name: str) -> None:
 
 class _Noise(nn.Module):
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        return z + 0.2 * z.std() * torch.randn_like(z)
+        return z + 0.3 * z.std() * torch.randn_like(z)
 
 
 def test_suites_need_a_budget_where_their_attacks_do() -> None:
