@@ -17,7 +17,7 @@ from rempart.audit import pieces
 from rempart.audit.checks import Diagnosis, diagnose, stamp
 from rempart.audit.curves import from_distances, sweep
 from rempart.audit.examples import examples
-from rempart.audit.pieces import Pieces, Planned, attack_chunk, chunks, key, stored
+from rempart.audit.pieces import Pieces, Planned, attack_chunk, chunks, key, seeded, stored
 from rempart.audit.preflight import preflight
 from rempart.core.data import Data
 from rempart.core.errors import Cancelled
@@ -94,7 +94,9 @@ def audit(
     started = time.perf_counter()
     threat = Threat.parse(spec.threat, low=model.low, high=model.high)
     planned, notes = plan(spec, threat, model.num_classes)
-    model, checks = preflight(model, data)
+    device = next(model.parameters(), torch.zeros(())).device
+    with seeded(spec.seed, device):
+        model, checks = preflight(model, data)
     described, record = DataCard.of(data), environment()
     if folder is not None:
         folder = folder / key(model, data, planned, threat, spec, record, card.digest)
@@ -113,19 +115,24 @@ def audit(
             return None
         for content in everything:
             done |= pieces.unpack(content)
-        if spec.sweep and threat.eps:
-            told = named("eps sweep", notify)
-            curves.append(sweep(model, data, threat, batch_size=spec.batch_size, seed=spec.seed, notify=told))
-        diagnosis = diagnose(
-            model,
-            data,
-            threat,
-            {a.label: verdict for a in planned if (verdict := _joined(done, range(len(parts)), a.label)) is not None},
-            thorough=spec.suite in _THOROUGH,
-            batch_size=spec.batch_size,
-            seed=spec.seed,
-            notify=notify,
-        )
+        with seeded(spec.seed, device):
+            if spec.sweep and threat.eps:
+                told = named("eps sweep", notify)
+                curves.append(sweep(model, data, threat, batch_size=spec.batch_size, seed=spec.seed, notify=told))
+            diagnosis = diagnose(
+                model,
+                data,
+                threat,
+                {
+                    a.label: verdict
+                    for a in planned
+                    if (verdict := _joined(done, range(len(parts)), a.label)) is not None
+                },
+                thorough=spec.suite in _THOROUGH,
+                batch_size=spec.batch_size,
+                seed=spec.seed,
+                notify=notify,
+            )
         complete = True
     except (KeyboardInterrupt, Cancelled):
         if ranks.number:
