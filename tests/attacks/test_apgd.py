@@ -155,7 +155,8 @@ def test_it_is_the_algorithm_of_the_paper(digits: Digits, norm: Norm, steps: int
 
         best, lengths = written_out(value_of, x[i : i + 1], seen[0][i : i + 1], threat, steps)
         halvings += len(set(lengths)) - 1
-        torch.testing.assert_close(mine[i : i + 1], best, rtol=0, atol=1e-6)
+        # the last steps are a few millionths long, and rounding decides which of their ends is best
+        torch.testing.assert_close(mine[i : i + 1], best, rtol=0, atol=1e-5)
     assert halvings > 0 or steps < 30, "no step was halved: nothing was compared"
 
 
