@@ -10,11 +10,11 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
 from rempart.attacks.catalogue import Traits, attacks
-from rempart.attacks.losses import LossName, climb_direction, lead, reached, score, surely_reached
+from rempart.attacks.losses import LossName, climb_direction, lead, mean_logits, reached, score, surely_reached
 from rempart.core.errors import SpecError, ThreatError
 from rempart.core.events import Event, Notify, silent
 from rempart.core.repro import Draws
-from rempart.core.threat import NORMS, Threat
+from rempart.core.threat import NORMS, Threat, per_image
 from rempart.core.types import Images, Labels, Logits, Mask, Scores
 
 Count = Annotated[int, Ge(1)]
@@ -139,8 +139,7 @@ def apgd_targeted(
         raise ThreatError("an untargeted run of apgd-t", got="targeted=True", hint="use apgd, which can aim")
     if threat.budget == 0 or len(x) == 0:
         return x.clone()
-    with torch.no_grad():
-        z = torch.stack([model(x) for _ in range(eot)]).mean(0)
+    z = mean_logits(model, x, eot)
     if loss == "dlr" and z.shape[1] < 4:
         raise SpecError("at least 4 classes for the targeted dlr loss", got=z.shape[1], hint="use loss=margin")
     others = z.scatter(1, y[:, None], -torch.inf).topk(min(targets, z.shape[1] - 1), dim=1).indices
@@ -325,7 +324,7 @@ class _Path:
         self.rises = self.rises + (value > self.value)
         self.value = value
         better = value > self.best_value
-        image = _as_images(better, self.x)
+        image = per_image(better, self.x)
         self.best = torch.where(image, self.point, self.best)
         self.best_gradient = torch.where(image, gradient, self.best_gradient)
         self.best_logits = torch.where(better[:, None], z, self.best_logits)
@@ -349,7 +348,7 @@ class _Path:
 
     def _return(self, back: Mask) -> None:
         """To the best point."""
-        image = _as_images(back, self.x)
+        image = per_image(back, self.x)
         self.point = torch.where(image, self.best, self.point)
         self.gradient = torch.where(image, self.best_gradient, self.gradient)
 
@@ -421,7 +420,3 @@ def _count(moved: Tensor) -> Tensor:
     Rounded down: rounded up, as in the code of the paper, two would never become one.
     """
     return (2 * moved // 3).clamp_min(1)
-
-
-def _as_images(rows: Tensor, images: Images) -> Tensor:
-    return rows.view(-1, *(1,) * (images.ndim - 1))

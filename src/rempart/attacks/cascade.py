@@ -14,7 +14,7 @@ from rempart.attacks.losses import Score, climb_direction, lead, surely_reached
 from rempart.core.errors import ThreatError
 from rempart.core.events import Event, Notify, silent
 from rempart.core.repro import Draws
-from rempart.core.threat import NORMS, Threat
+from rempart.core.threat import NORMS, Threat, per_image
 from rempart.core.types import Images, Labels, Logits, Mask, Scores
 
 Start = Literal["origin", "random", "best"]
@@ -176,7 +176,6 @@ def _ascend(
     aim = None if aims is None else aims.flatten()
     last = best = point
     margin = gaps = torch.empty(0)
-    wide = (-1, *(1,) * (x.ndim - 1))
     for t in range(steps + 1):
         gradient = point
         if t < steps:
@@ -190,7 +189,7 @@ def _ascend(
             margin, gaps, found.gaps = now, gap, gap.new_empty((n, gap.shape[1]))
         else:
             better = now < margin
-            best = torch.where(better.view(wide), point, best)
+            best = torch.where(per_image(better, x), point, best)
             margin, gaps = torch.minimum(margin, now), torch.maximum(gaps, gap)
         broken = surely_reached(z, y, targeted=False).view(-1, m).any(1)
         leave = broken if t < steps else torch.ones_like(broken)

@@ -6,13 +6,13 @@ from typing import Annotated
 
 import torch
 from annotated_types import Ge, Gt
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import interpolate
 
 from rempart.attacks.catalogue import Traits, attacks
 from rempart.core.events import Event, Notify, silent
 from rempart.core.repro import Draws
-from rempart.core.threat import Threat, vector_norm
+from rempart.core.threat import Threat, per_image, vector_norm
 from rempart.core.types import Images, Labels, Mask, Scores
 
 Decide = Callable[[Images, Labels], Mask]
@@ -86,7 +86,7 @@ def hopskipjump(
         far, hit = _start(decide, x, y, threat, rng.at("start", k), notify)
         edge = _to_boundary(decide, x, far, y, threat, halvings)
         distance = torch.where(hit, threat.distance(x, edge).to(x.dtype), torch.inf)
-        best, nearest = torch.where(_wide(distance < nearest, x), edge, best), torch.minimum(distance, nearest)
+        best, nearest = torch.where(per_image(distance < nearest, x), edge, best), torch.minimum(distance, nearest)
     rows = nearest.isfinite().nonzero()[:, 0]
     if len(rows) == 0:
         return out
@@ -102,9 +102,9 @@ def hopskipjump(
         point = _to_boundary(decide, x, point, y, threat, halvings)
         distance = threat.distance(x, point).to(x.dtype)
         nearer = distance < nearest
-        best, nearest = torch.where(_wide(nearer, x), point, best), torch.where(nearer, distance, nearest)
+        best, nearest = torch.where(per_image(nearer, x), point, best), torch.where(nearer, distance, nearest)
     past = (x + (1 + _PAST) * (best - x)).clamp(threat.low, threat.high)
-    out[rows] = torch.where(_wide(decide(past, y), x), past, best)
+    out[rows] = torch.where(per_image(decide(past, y), x), past, best)
     return out
 
 
@@ -144,9 +144,9 @@ def _to_boundary(decide: Decide, x: Images, far: Images, y: Labels, threat: Thre
 
     def at(share: Scores) -> Images:
         if threat.norm == "linf":
-            height = _wide(share * full, x)
+            height = per_image(share * full, x)
             return torch.minimum(torch.maximum(far, x - height), x + height)
-        return x + _wide(share, x) * (far - x)
+        return x + per_image(share, x) * (far - x)
 
     low, high, image = torch.zeros_like(full), torch.ones_like(full), far
     for _ in range(halvings):
@@ -154,7 +154,7 @@ def _to_boundary(decide: Decide, x: Images, far: Images, y: Labels, threat: Thre
         trial = at(middle)
         hit = decide(trial, y)
         low, high = torch.where(hit, low, middle), torch.where(hit, middle, high)
-        image = torch.where(_wide(hit, x), trial, image)
+        image = torch.where(per_image(hit, x), trial, image)
     return image
 
 
@@ -193,7 +193,7 @@ def _step(decide: Decide, point: Images, y: Labels, threat: Threat, normal: Imag
     point, todo = point.clone(), torch.arange(len(point), device=point.device)
     origin = point.clone()
     for _ in range(_HALVINGS):
-        move = _wide(length[todo], point) * normal[todo]
+        move = per_image(length[todo], point) * normal[todo]
         trial = (origin[todo] + move).clamp(threat.low, threat.high)
         hit = decide(trial, y[todo])
         point[todo[hit]] = trial[hit]
@@ -201,8 +201,3 @@ def _step(decide: Decide, point: Images, y: Labels, threat: Threat, normal: Imag
         if len(todo) == 0:
             break
     return point
-
-
-def _wide(value: Tensor, x: Images) -> Tensor:
-    """One value for each image, to be broadcast over its pixels."""
-    return value.view(-1, *(1,) * (x.ndim - 1))

@@ -13,7 +13,7 @@ from rempart.attacks.losses import climb_direction, lead, surely_reached
 from rempart.core.errors import ThreatError
 from rempart.core.events import Event, Notify, silent
 from rempart.core.repro import Draws
-from rempart.core.threat import NORMS, Norm, Threat, dual
+from rempart.core.threat import NORMS, Norm, Threat, dual, per_image
 from rempart.core.types import Images, Labels, Logits, Mask, Pixels, Scores
 
 Steps = Annotated[int, Ge(1)]
@@ -350,11 +350,10 @@ def _random_start(x: Images, best: Images, threat: Threat, within: float | None,
 
 def _pull_back(model: nn.Module, x: Images, found: Images, y: Labels, plan: _Plan, *, targeted: bool) -> Images:
     """The final search: secant steps between `beta` of the perturbation and all of it, kept where they count."""
-    shape = (-1, *(1,) * (x.ndim - 1))
 
     def judge(share: Scores) -> tuple[Mask, Scores]:
         with torch.no_grad():
-            z = model(torch.lerp(x, found, share.view(shape)))
+            z = model(torch.lerp(x, found, per_image(share, x)))
         return surely_reached(z, y, targeted=targeted), (lead(z, y) if targeted else -lead(z, y)) - _past(z, _PAST / 20)
 
     far = torch.ones(len(x), dtype=x.dtype, device=x.device)
@@ -365,7 +364,7 @@ def _pull_back(model: nn.Module, x: Images, found: Images, y: Labels, plan: _Pla
         hit, value = judge(share)
         near, low = torch.where(hit, near, share), torch.where(hit, low, value)
         far, high = torch.where(hit, share, far), torch.where(hit, value, high)
-    return torch.lerp(x, found, far.view(shape))
+    return torch.lerp(x, found, per_image(far, x))
 
 
 def _towards(model: nn.Module, point: Images, y: Labels, aim: Labels) -> tuple[Logits, Scores, Images]:

@@ -11,7 +11,7 @@ from rempart.attacks.catalogue import Traits, attacks
 from rempart.attacks.losses import LossName, Score, climb_direction, reached, score
 from rempart.core.events import Event, Notify, silent
 from rempart.core.repro import Draws
-from rempart.core.threat import NORMS, Threat
+from rempart.core.threat import NORMS, Threat, per_image
 from rempart.core.types import Images, Labels, Mask, Pixels, Scores
 
 Steps = Annotated[int, Ge(1)]
@@ -54,7 +54,7 @@ def fgsm(
         Goodfellow et al. 2015, arXiv:1412.6572, section 4. The l1 form is ours.
     """
     goal = score(loss, targeted=targeted, num_classes=_classes(model, x))
-    return _run(model, x, y, threat, goal, plan=_Plan(1, threat.budget), targeted=targeted, start=x, notify=notify)
+    return ascent(model, x, y, threat, goal, plan=Plan(1, threat.budget), targeted=targeted, start=x, notify=notify)
 
 
 @attacks.register("bim", Traits(norms=NORMS, targeted=True))
@@ -95,9 +95,9 @@ def bim(
     Source:
         Kurakin et al. 2017, arXiv:1607.02533, section 2.2. Differs in keeping the best point unless told otherwise.
     """
-    plan = _Plan(steps, threat.budget / steps if step is None else step, keep=keep, early_stop=early_stop)
+    plan = Plan(steps, threat.budget / steps if step is None else step, keep=keep, early_stop=early_stop)
     goal = score(loss, targeted=targeted, num_classes=_classes(model, x))
-    return _run(model, x, y, threat, goal, plan=plan, targeted=targeted, start=x, notify=notify)
+    return ascent(model, x, y, threat, goal, plan=plan, targeted=targeted, start=x, notify=notify)
 
 
 @attacks.register("mim", Traits(norms=NORMS, targeted=True))
@@ -141,9 +141,9 @@ def mim(
         Dong et al. 2018, arXiv:1710.06081, algorithm 1. Differs in keeping the best point unless told otherwise.
     """
     length = threat.budget / steps if step is None else step
-    plan = _Plan(steps, length, momentum=momentum, keep=keep, early_stop=early_stop)
+    plan = Plan(steps, length, momentum=momentum, keep=keep, early_stop=early_stop)
     goal = score(loss, targeted=targeted, num_classes=_classes(model, x))
-    return _run(model, x, y, threat, goal, plan=plan, targeted=targeted, start=x, notify=notify)
+    return ascent(model, x, y, threat, goal, plan=plan, targeted=targeted, start=x, notify=notify)
 
 
 @attacks.register("pgd", Traits(norms=NORMS, targeted=True, random=True))
@@ -202,7 +202,7 @@ def pgd(
         end on one.
     """
     length = 2.5 * threat.budget / steps if step is None else step
-    plan = _Plan(steps, length, passes=eot, keep=keep, early_stop=early_stop)
+    plan = Plan(steps, length, passes=eot, keep=keep, early_stop=early_stop)
     goal = score(loss, targeted=targeted, num_classes=_classes(model, x))
     rng = rng or Draws(0, torch.arange(len(x)))
     best, todo = x.clone(), torch.arange(len(x), device=x.device)
@@ -210,7 +210,7 @@ def pgd(
     for restart in range(restarts if random_start else 1):
         draws = rng.select(todo.cpu()).at("pgd", restart)
         start = threat.start(x[todo], draws) if random_start else x[todo]
-        found = _run(model, x[todo], y[todo], threat, goal, plan=plan, targeted=targeted, start=start, notify=notify)
+        found = ascent(model, x[todo], y[todo], threat, goal, plan=plan, targeted=targeted, start=start, notify=notify)
         if restarts == 1 or not random_start:
             return found
         with torch.no_grad():
@@ -225,7 +225,7 @@ def pgd(
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class Plan:
     """One ascent: how many steps, how long, and what to keep."""
 
     steps: int
@@ -236,14 +236,14 @@ class _Plan:
     early_stop: bool = False
 
 
-def _run(
+def ascent(
     model: nn.Module,
     x: Images,
     y: Labels,
     threat: Threat,
     goal: Score,
     *,
-    plan: _Plan,
+    plan: Plan,
     targeted: bool,
     start: Images,
     notify: Notify,
@@ -271,7 +271,7 @@ def _run(
                 if len(active) == 0:
                     return out
         if velocity is not None:
-            size = gradient.flatten(1).abs().sum(1).clamp_min(1e-12).view(-1, *(1,) * (x.ndim - 1))
+            size = per_image(gradient.flatten(1).abs().sum(1).clamp_min(1e-12), x)
             gradient = velocity = plan.momentum * velocity + gradient / size
         share = _spread(t, plan.steps, x[0].numel()) if threat.norm == "l1" else 0.0
         point = threat.project(x, point + threat.ascend(point, gradient, plan.length, share=share))
@@ -300,7 +300,7 @@ class _Best:
 
     def update(self, point: Images, hit: Mask, value: Scores) -> None:
         better = (hit & ~self.hit) | ((hit == self.hit) & (value > self.value))
-        self.image = torch.where(better.view(-1, *(1,) * (point.ndim - 1)), point, self.image)
+        self.image = torch.where(per_image(better, point), point, self.image)
         self.hit, self.value = self.hit | hit, torch.where(better, value, self.value)
 
     def select(self, stay: Tensor) -> "_Best":

@@ -87,6 +87,12 @@ def climb_direction(
     return (gradient, z, value) if passes == 1 else (gradient / passes, z / passes, value / passes)
 
 
+def mean_logits(model: nn.Module, x: Images, passes: int) -> Logits:
+    """Mean logits over several passes, for a model that is random; no gradient is kept."""
+    with torch.no_grad():
+        return model(x) if passes == 1 else torch.stack([model(x) for _ in range(passes)]).mean(0)
+
+
 def _climb_once(model: nn.Module, x: Images, y: Labels, goal: Score) -> tuple[Images, Logits, Scores]:
     x = x.detach().requires_grad_(True)
     with torch.enable_grad():

@@ -11,7 +11,7 @@ from rempart.attacks.losses import surely_reached
 from rempart.core.errors import ThreatError
 from rempart.core.events import Event, Notify, silent
 from rempart.core.repro import Draws
-from rempart.core.threat import Norm, Threat, dual, vector_norm
+from rempart.core.threat import Norm, Threat, dual, per_image, vector_norm
 from rempart.core.types import Images, Labels, Logits, Scores
 
 
@@ -110,10 +110,9 @@ def _nearest(gaps: Logits, slopes: Tensor, norm: Norm, past: Scores) -> Tensor:
 def _bisect(model: nn.Module, x: Images, broken: Images, y: Labels, halvings: int) -> Images:
     """Walk back towards the originals as far as the images stay broken by more than rounding."""
     near, far = torch.zeros(len(x), dtype=x.dtype, device=x.device), torch.ones(len(x), dtype=x.dtype, device=x.device)
-    shape = (-1, *(1,) * (x.ndim - 1))
     for _ in range(halvings):
         middle = (near + far) / 2
         with torch.no_grad():
-            hit = surely_reached(model(x + middle.view(shape) * (broken - x)), y, targeted=False)
+            hit = surely_reached(model(x + per_image(middle, x) * (broken - x)), y, targeted=False)
         near, far = torch.where(hit, near, middle), torch.where(hit, middle, far)
-    return x + far.view(shape) * (broken - x)
+    return x + per_image(far, x) * (broken - x)

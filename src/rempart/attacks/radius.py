@@ -13,7 +13,7 @@ from rempart.attacks.losses import Score, climb_direction, lead, score, surely_r
 from rempart.attacks.optimise import Smallest
 from rempart.core.events import Event, Notify, silent
 from rempart.core.repro import Draws
-from rempart.core.threat import Norm, Threat, dual, vector_norm
+from rempart.core.threat import Norm, Threat, dual, per_image, vector_norm
 from rempart.core.types import Images, Labels, Logits, Mask, Scores
 
 Climb = Literal["both", "ce", "margin"]
@@ -77,7 +77,7 @@ def ddn(
         length = torch.minimum(torch.where(hit, 1 - share, 1 + share) * length, widest)
         step = threat.ascend(x, slope, (_falling(t, steps, 1.0, _LAST_STEP) * length)[:, None])
         change = point - x + step
-        change = change * _each(length / vector_norm(change.flatten(1), "l2").clamp_min(1e-30), x)
+        change = change * per_image(length / vector_norm(change.flatten(1), "l2").clamp_min(1e-30), x)
         point = (x + change).clamp(threat.low, threat.high)
     with torch.no_grad():
         _record(best, rows, point, x, model(point), y, threat, targeted)
@@ -190,13 +190,13 @@ def _falling(t: int, steps: int, first: float, last: float) -> float:
 def _into_ball(change: Images, length: Scores, norm: Norm) -> Images:
     """The perturbation of at most this length nearest to `change`, sample by sample."""
     if norm == "linf":
-        edge = _each(length, change)
+        edge = per_image(length, change)
         return torch.minimum(torch.maximum(change, -edge), edge)
     if norm == "l2":
         size = vector_norm(change.flatten(1), "l2")
-        return change * _each((length / size.clamp_min(1e-30)).clamp_max(1.0), change)
+        return change * per_image((length / size.clamp_min(1e-30)).clamp_max(1.0), change)
     size = change.abs()
-    excess = size - _each(_threshold(size.flatten(1), length), change)
+    excess = size - per_image(_threshold(size.flatten(1), length), change)
     return change.sign() * excess.clamp_min(0)
 
 
@@ -212,7 +212,3 @@ def _threshold(size: Tensor, length: Scores) -> Scores:
         if not bool((raised > t).any()):
             return t
         t = torch.maximum(t, raised)
-
-
-def _each(values: Scores, like: Images) -> Tensor:
-    return values.view(-1, *(1,) * (like.ndim - 1))

@@ -11,11 +11,11 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from rempart.attacks.catalogue import Attack, Traits, attacks
-from rempart.attacks.losses import lead, reached
+from rempart.attacks.losses import lead, mean_logits, reached
 from rempart.core.data import Batch, Data
 from rempart.core.errors import AttackError, DataError, ModelError, ThreatError
 from rempart.core.events import Event, Notify, silent
-from rempart.core.model import Classifier, Meter, accelerated, frozen, metered
+from rempart.core.model import Classifier, Meter, accelerated, frozen, metered, placed
 from rempart.core.registry import Entry
 from rempart.core.repro import Draws
 from rempart.core.threat import NORMS, TOLERANCE, Norm, Threat, vector_norm
@@ -124,8 +124,7 @@ def _is_random(model: Classifier, images: Images) -> bool:
     """Whether two passes over the same images differ by more than rounding."""
     if len(images) == 0:
         return False
-    where = next(model.parameters(), images)
-    x = images.to(device=where.device, dtype=where.dtype if where.is_floating_point() else images.dtype)
+    x = placed(model, images)
     with torch.no_grad():
         first, second = model(x), model(x)
     return bool(((first - second).abs() > 1e-4 * first.abs().amax().clamp_min(1)).any())
@@ -340,8 +339,8 @@ def _attack(ready: Prepared, job: _Job, batch: Batch, notify: Notify) -> Outcome
     index, x, y = batch.index, batch.x, batch.y
     threat, own, targeted = job.threat, job.own, job.target is not None
     check_images(ready.judge, x, y)
-    where = next(ready.judge.parameters(), x)
-    x, y = x.to(device=where.device, dtype=where.dtype if where.is_floating_point() else x.dtype), y.to(where.device)
+    x = placed(ready.judge, x)
+    y = y.to(x.device)
     if x.ndim == 4:
         x = x.contiguous(memory_format=torch.channels_last)
     correct, goal = torch.ones_like(y, dtype=torch.bool), y
@@ -434,14 +433,10 @@ def _holds_rounded(threat: Threat, x: Images, stored: Images) -> Mask:
 
 def _logits(ready: Prepared, x: Images, index: Tensor) -> Tensor:
     with torch.no_grad():
-        z = torch.cat([_mean(ready.judge, part, ready.passes) for part in x.split(_JUDGED)])
+        z = torch.cat([mean_logits(ready.judge, part, ready.passes) for part in x.split(_JUDGED)])
     if not bool(torch.isfinite(z).all()):
         bad = index[(~torch.isfinite(z)).any(1).nonzero()[0, 0].cpu()]
         raise ModelError(
             "finite logits", got=f"NaN or infinity for sample {int(bad)}", hint="check weights and input range"
         )
     return z
-
-
-def _mean(model: Classifier, x: Images, passes: int) -> Tensor:
-    return model(x) if passes == 1 else torch.stack([model(x) for _ in range(passes)]).mean(0)

@@ -14,7 +14,7 @@ from rempart.attacks.catalogue import Traits, attacks
 from rempart.attacks.losses import lead, surely_reached
 from rempart.core.events import Event, Notify, silent
 from rempart.core.repro import Draws
-from rempart.core.threat import Norm, Threat, vector_norm
+from rempart.core.threat import Norm, Threat, per_image, vector_norm
 from rempart.core.types import Images, Labels, Logits, Mask, Scores
 
 _BLOCK = 100  # windows drawn in one go
@@ -109,7 +109,7 @@ def start(threat: Threat, x: Images, rng: Draws) -> Images:
         step = threat.budget * step.view(*x.shape[:2], *(1,) * (x.ndim - 3), -1)
     else:
         step = _tiling(x, threat.norm, rng)
-        step = step * (threat.budget / vector_norm(step.flatten(1), threat.norm)).view(-1, *(1,) * (x.ndim - 1))
+        step = step * per_image(threat.budget / vector_norm(step.flatten(1), threat.norm), x)
     return (x + step).clamp(threat.low, threat.high)
 
 

@@ -1,7 +1,7 @@
 """The audit: how easily a classifier falls, with what was checked and what was not tried."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +27,7 @@ from rempart.core.ranks import ALONE, Ranks
 from rempart.core.repro import environment
 from rempart.core.stats import Rate, median_interval, wilson
 from rempart.core.threat import Threat
+from rempart.core.types import Mask
 from rempart.report.schema import (
     AttackResult,
     AuditSpec,
@@ -37,7 +38,6 @@ from rempart.report.schema import (
     Report,
     Samples,
     pack,
-    unpack,
 )
 
 CHECKS = "checks"
@@ -136,26 +136,33 @@ def audit(
         complete = True
     except (KeyboardInterrupt, Cancelled):
         if ranks.number:
-            raise
-        done |= stored(folder)  # what the other processes have finished
+            raise  # the report of the first process says what is missing
     except Exception as failure:  # the caller raises it again, once what was finished is safe
         if ranks.number:
             raise
         error = failure
-        done |= stored(folder)
+    if not complete:
+        done |= stored(folder)  # what the other processes have finished
     finished, labels = _finished(done, parts, planned)
     verdicts = {label: _joined(done, finished, label) for label in labels}
     ran = [attack for attack in planned if attack.label in labels]
     pairs = [(number, parts[number]) for number in finished]
-    samples, rounded = _samples(ran, done, pairs), _rounded(ran, done, pairs) if spec.eight_bit else {}
-    right = {label: unpack(row) for label, row in samples.right.items()}
+    right = _rows(ran, done, pairs, lambda verdict: verdict.right)
+    rounded = _rows(ran, done, pairs, lambda verdict: verdict.right_after_rounding) if spec.eight_bit else {}
+    first = verdicts[ran[0].label] if ran else None
+    correct = first.correct.numpy() if first is not None else np.empty(0, dtype=bool)
+    samples = Samples(
+        index=tuple(number for _, part in pairs for number in part.index.tolist()),
+        labels=tuple(label for _, part in pairs for label in part.labels.tolist()),
+        clean=pack(correct),
+        right={label: pack(row) for label, row in right.items()},
+    )
     checked, row = _checked(diagnosis, threat, samples)
     samples = samples.model_copy(update={"right": {**samples.right, **{label: pack(r) for label, r in row.items()}}})
     curves = [
         *(from_distances(a.label, verdict, threat) for a in ran if (verdict := _whole_curve(a, verdicts, threat))),
         *curves,
     ]
-    correct = unpack(samples.clean)
     looked = any(check.status != "skipped" for check in diagnosis.checks)
     report = Report(
         kind="audit",
@@ -267,26 +274,26 @@ def _joined(done: Pieces, finished: Sequence[int], label: str) -> Verdict | None
     return join(verdicts) if verdicts else None
 
 
-def _samples(ran: Sequence[Planned], done: Pieces, parts: Iterable[tuple[int, Data]]) -> Samples:
-    """Results by sample. In a cascade a sample is right after an attack if it was right after all before it, too."""
-    index: list[int] = []
-    labels: list[int] = []
-    clean = ""
-    rows = {attack.label: "" for attack in ran}
+def _rows(
+    ran: Sequence[Planned], done: Pieces, parts: Iterable[tuple[int, Data]], right: Callable[[Verdict], Mask | None]
+) -> dict[str, np.ndarray]:
+    """For each attack, which samples are right after it, where `right` says so of those it was given.
+
+    In a cascade a sample is right after an attack if it was right after all before it, too. Rounded to 8 bit those
+    rows are upper bounds: an image broken by one attack is not given to the next, which might have broken it in a way
+    that survives.
+    """
+    rows: dict[str, list[np.ndarray]] = {attack.label: [] for attack in ran}
     for number, part in parts:
-        index += part.index.tolist()
-        labels += part.labels.tolist()
         standing = np.ones(len(part), dtype=bool)
-        for at, attack in enumerate(ran):
+        for attack in ran:
             verdict = done[number, attack.label].verdict
-            given = np.flatnonzero(standing) if attack.survivors else np.arange(len(part))
-            right = standing.copy() if attack.survivors else np.ones(len(part), dtype=bool)
-            if verdict is not None:
-                right[given] &= verdict.right.numpy()
-                clean += pack(verdict.correct) if at == 0 else ""
-            rows[attack.label] += pack(right)
-            standing &= right
-    return Samples(index=tuple(index), labels=tuple(labels), clean=clean, right=rows)
+            row = standing.copy() if attack.survivors else np.ones(len(part), dtype=bool)
+            if verdict is not None and (left := right(verdict)) is not None:
+                row[np.isin(part.index, verdict.index)] &= left.numpy()
+            rows[attack.label].append(row)
+            standing &= row
+    return {label: np.concatenate(row) for label, row in rows.items() if row}
 
 
 def _checked(
@@ -314,25 +321,6 @@ def _checked(
         seconds=sum(verdict.seconds for verdict in tried),
     )
     return (result,), {CHECKS: right}
-
-
-def _rounded(ran: Sequence[Planned], done: Pieces, parts: Iterable[tuple[int, Data]]) -> dict[str, np.ndarray]:
-    """As `_samples`, where only adversarial images count that survive rounding to 8 bit.
-
-    In a cascade these rows are upper bounds: an image broken by one attack is not given to the next, which might have
-    broken it in a way that survives.
-    """
-    rows: dict[str, list[np.ndarray]] = {attack.label: [] for attack in ran}
-    for number, part in parts:
-        left = np.ones(len(part), dtype=bool)
-        for attack in ran:
-            verdict = done[number, attack.label].verdict
-            right = left.copy() if attack.survivors else np.ones(len(part), dtype=bool)
-            if verdict is not None and verdict.right_after_rounding is not None:
-                right[np.isin(part.index, verdict.index)] &= verdict.right_after_rounding.numpy()
-            rows[attack.label].append(right)
-            left &= right
-    return {label: np.concatenate(row) for label, row in rows.items() if row}
 
 
 def _whole_curve(attack: Planned, verdicts: Mapping[str, Verdict | None], threat: Threat) -> Verdict | None:

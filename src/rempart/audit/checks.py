@@ -17,7 +17,7 @@ from rempart.audit import remedies
 from rempart.core.data import Data
 from rempart.core.errors import Cancelled
 from rempart.core.events import Event, Notify, named, silent
-from rempart.core.model import Classifier, frozen
+from rempart.core.model import Classifier, frozen, placed
 from rempart.core.repro import Draws
 from rempart.core.stats import wilson
 from rempart.core.threat import Threat
@@ -81,8 +81,6 @@ def diagnose(
     checks: list[Check] = []
     with frozen(model):
         bench = _bench(model, data, threat, verdicts, _THOROUGH if thorough else _CHEAP, batch_size, seed)
-        if bench is not None:
-            bench.thorough = thorough
         for done, rule in enumerate(rules):
             notify(Event(stage="checks", done=done, total=len(rules), note=rule.name))
             if bench is None:
@@ -152,7 +150,6 @@ class _Bench:
     evidence: dict[str, float]
     batch_size: int
     seed: int
-    thorough: bool = False
     notify: Notify = silent
     outcomes: dict[str, Verdict] = field(default_factory=dict[str, Verdict])
     surrogate: Classifier | None = None
@@ -179,13 +176,12 @@ def _bench(
     batch_size: int,
     seed: int,
 ) -> _Bench | None:
-    where = next(model.parameters(), torch.zeros(()))
     kept: list[Tensor] = []
     images: list[Images] = []
     logits: list[Logits] = []
     start = 0
     for batch in data.batches(batch_size):
-        x = batch.x.to(device=where.device, dtype=where.dtype if where.is_floating_point() else batch.x.dtype)
+        x = placed(model, batch.x)
         with torch.no_grad():
             z = model(x)
         right = (z.argmax(1).cpu() == batch.y).nonzero()[:, 0][: limit - sum(map(len, kept))]
@@ -198,7 +194,7 @@ def _bench(
     some = data.take(torch.cat(kept)) if kept else data
     if not kept or len(some) == 0:
         return None
-    x, y, z = torch.cat(images), some.labels.to(where.device), torch.cat(logits)
+    x, y, z = torch.cat(images), some.labels.to(logits[0].device), torch.cat(logits)
     evidence = _repeats(model, x, y, z, batch_size)
     random = evidence["largest difference"] > 1e-4
     bench = _Bench(
@@ -258,7 +254,6 @@ def _attack(
     search: Classifier | None = None,
     at: Tensor | None = None,
     seed: int | None = None,
-    batch_size: int | None = None,
 ) -> Outcome:
     return attack_data(
         bench.model,
@@ -266,7 +261,7 @@ def _attack(
         threat,
         attack,
         options,
-        batch_size=batch_size or bench.batch_size,
+        batch_size=bench.batch_size,
         search=search,
         seed=bench.seed if seed is None else seed,
         notify=bench.notify,

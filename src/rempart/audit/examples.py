@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rempart.audit.pieces import Piece, varied
 from rempart.core.data import Data
-from rempart.core.model import Classifier, frozen
+from rempart.core.model import Classifier, frozen, placed
 from rempart.core.threat import Threat
 from rempart.core.types import Images
 from rempart.report.schema import Example
@@ -35,10 +35,9 @@ def examples(model: Classifier, data: Data, pieces: Sequence[tuple[str, Piece]],
 
 def _example(model: Classifier, data: Data, image: Images, label: str, at: int, threat: Threat) -> Example:
     batch = data.batch(torch.tensor([at]))
-    where = next(model.parameters(), batch.x)
     pair = torch.cat([batch.x, image[None].to(batch.x.dtype)])
     with frozen(model), torch.no_grad():
-        confidence, predicted = model(pair.to(where.device, where.dtype)).softmax(1).max(1)
+        confidence, predicted = model(placed(model, pair)).softmax(1).max(1)
     change = pair[1] - pair[0]
     span = threat.high - threat.low
     factor = float(span / 2 / change.abs().max().clamp_min(1e-12))

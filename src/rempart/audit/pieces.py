@@ -18,7 +18,7 @@ from rempart.attacks.run import Outcome, Verdict, attack_data
 from rempart.core.data import Data
 from rempart.core.disk import replace
 from rempart.core.events import Event, Notify
-from rempart.core.model import Classifier, frozen
+from rempart.core.model import Classifier, frozen, placed
 from rempart.core.threat import Threat
 from rempart.core.types import Images, Mask
 from rempart.report.schema import AuditSpec
@@ -137,9 +137,9 @@ def key(
 def _answers(model: Classifier, data: Data) -> list[int]:
     """Logits of the first images, coarsely: rounding may depend on the number of threads."""
     x = data.head(_PROBED).batch(torch.arange(min(len(data), _PROBED))).x
-    where = next(model.parameters(), x)
-    with frozen(model), torch.no_grad(), seeded(0, where.device):
-        z = model(x.to(where.device, where.dtype)).double().cpu()
+    x = placed(model, x)
+    with frozen(model), torch.no_grad(), seeded(0, x.device):
+        z = model(x).double().cpu()
     return (z / z.abs().amax().clamp_min(1e-300) * 1000).round().flatten().int().tolist()
 
 

@@ -132,6 +132,12 @@ def frozen(model: nn.Module) -> Generator[None]:
                     buffer.copy_(before)
 
 
+def placed(model: nn.Module, x: Images) -> Images:
+    """Images on the device of a model and in its dtype; a model without parameters takes them as they are."""
+    where = next(model.parameters(), x)
+    return x.to(device=where.device, dtype=where.dtype if where.is_floating_point() else x.dtype)
+
+
 @dataclass(slots=True)
 class Meter:
     """Images sent forward and backward through a model."""

@@ -181,6 +181,11 @@ def vector_norm(flat: Tensor, norm: Norm) -> Scores:
     return flat.abs().amax(1) if norm == "linf" else flat.abs().sum(1)  # several times faster than vector_norm
 
 
+def per_image(values: Tensor, like: Images) -> Tensor:
+    """One value for each image, shaped to be broadcast over its pixels."""
+    return values.view(-1, *(1,) * (like.ndim - 1))
+
+
 def dual(norm: Norm) -> Norm:
     """The norm in which a gradient is measured when its image moves in `norm`."""
     return {"linf": "l1", "l2": "l2", "l1": "linf"}[norm]  # pyright: ignore[reportReturnType]
