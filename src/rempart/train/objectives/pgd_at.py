@@ -1,18 +1,17 @@
 """Adversarial training."""
 
-from dataclasses import replace
 from typing import Annotated
 
 from annotated_types import Ge
 from torch import nn
-from torch.nn import functional as F
 
 from rempart.attacks.gradient import pgd
 from rempart.core.model import frozen
 from rempart.core.repro import Draws
 from rempart.core.threat import Threat
 from rempart.core.types import Images, Labels, Pixels
-from rempart.train.objectives.catalogue import Loss, Objective, hits, objectives
+from rempart.train.objectives.catalogue import Craft, Objective, boxed, budgeted, objectives
+from rempart.train.objectives.plain import cross_entropy
 
 
 @objectives.register("pgd-at", None)
@@ -34,14 +33,15 @@ def pgd_at(*, threat: str = "linf:8/255", steps: Annotated[int, Ge(1)] = 10, ste
         Madry et al. 2018, arXiv:1706.06083, equation 2.1. Differs in attacking in inference mode and in keeping the
         best point of the attack instead of the last.
     """
-    within = Threat.parse(threat)
-    assert within.budget >= 0  # raises where there is none, before anything is trained
+    within = budgeted(threat)
+    return Objective(loss=cross_entropy, craft=pgd_images(within, steps, step), threat=within)
 
-    def objective(model: nn.Module, x: Images, y: Labels, *, rng: Draws) -> Loss:
-        box = replace(within, low=getattr(model, "low", 0.0), high=getattr(model, "high", 1.0))
+
+def pgd_images(within: Threat, steps: int, step: float | None) -> Craft:
+    """The `Craft` that gives the worst images PGD finds on cross-entropy within a threat."""
+
+    def craft(model: nn.Module, x: Images, y: Labels, *, rng: Draws, progress: float) -> Images:
         with frozen(model):
-            x_adv = pgd(model, x, y, box, steps=steps, step=step, rng=rng)
-        z = model(x_adv)
-        return Loss(F.cross_entropy(z, y), {"accuracy": hits(z, y)})
+            return pgd(model, x, y, boxed(within, model), steps=steps, step=step, rng=rng)
 
-    return objective
+    return craft
