@@ -73,7 +73,7 @@ def main() -> None:
     if "mri" in given.which:
         data, model = f"{given.data}/brain-mri.zip", given.runs / "mri"
         if not given.reuse:
-            train(data, "mri-cnn", "mri", model)
+            train(data, "mri-cnn", "plain:medical", model)
         for eps in (2, 4):
             question = f"How far does a plainly trained network fall on the brain MRI test set at linf {eps}/255?"
             name, out = f"mri-linf-{eps}-255", given.runs / f"mri-{eps}"

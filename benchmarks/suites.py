@@ -11,8 +11,8 @@ they have in the JSON file.
 
     rempart train --data mnist:../shared/data/mnist --out runs/lenet
     rempart train --data mnist:../shared/data/mnist --recipe pgd-at -o threat=linf:0.2 -o epochs=6 --out runs/lenet-at
-    rempart train --data digits --model lenet --recipe digits --out runs/digits
-    rempart train --data ../shared/data/brain-mri.zip --model mri-cnn --recipe mri --out runs/mri
+    rempart train --data digits --model lenet --recipe plain:digits --out runs/digits
+    rempart train --data ../shared/data/brain-mri.zip --model mri-cnn --recipe plain:medical --out runs/mri
     python benchmarks/suites.py [--data ../shared/data] [--runs runs] [--n 300] [--models lenet-at-0.3 ...] [--quick]
 
 pyautoattack 0.2.0 is needed (`pip install pyautoattack`); it is no part of the tests.

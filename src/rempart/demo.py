@@ -17,7 +17,7 @@ _DATA, _MODEL, _THREAT = "digits", "lenet", "linf:0.1"
 def demo(out: Path, notify: Notify = silent, *, say: Callable[[str], None]) -> Path:
     """Train a plain and an adversarially trained network, audit both, and return the page that compares them."""
     named: dict[str, Report] = {}
-    for name, recipe in (("plain", "digits"), ("pgd-at", "pgd-at")):
+    for name, recipe in (("plain", "plain:digits"), ("pgd-at", "pgd-at")):
         say(f"\n{name}: train on {_DATA} with recipe {recipe}, then audit at {_THREAT}")
         folder = out / name
         _whole(run(TrainSpec(data=_DATA, model=_MODEL, recipe=recipe, out=str(folder)), notify))

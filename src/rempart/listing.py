@@ -35,7 +35,7 @@ def describe(what: str) -> str:
         "attacks": lambda: _entries(attacks, lambda e: f"{', '.join(e.traits.norms)}" + _traits(e)),
         "models": lambda: _entries(models, lambda _: ""),
         "suites": lambda: "\n".join(_suite(name) for name in SUITES),
-        "recipes": lambda: "\n".join(f"{name:<14} {load_recipe(name).summary}" for name in recipe_names()),
+        "recipes": lambda: "\n".join(f"{name:<24} {load_recipe(name).summary}" for name in recipe_names()),
         "data": lambda: "\n".join(f"{form:<22} {meaning}" for form, meaning in _DATA),
     }
     if what not in lists:

@@ -28,7 +28,7 @@ def lenet() -> tuple[Classifier, Tensor, Tensor]:
     """A trained LeNet in float64, so that rounding cannot flip a sign, and images it classifies rightly."""
     learn, test = open_data("digits:train"), open_data("digits:test")
     model = build("lenet", shape=(1, 8, 8), num_classes=10, mean=[0.3], std=[0.37])
-    train(learn, test, model, load_recipe("digits", {"epochs": "4"}))
+    train(learn, test, model, load_recipe("plain:digits", {"epochs": "4"}))
     model.double().eval()
     x = test.batch(torch.arange(len(test))).x.double()
     right = (model(x).argmax(1) == test.labels).nonzero()[:N, 0]

@@ -14,7 +14,18 @@ def test_every_packaged_recipe_parses_and_says_what_it_is(name):
 
 
 def test_the_packaged_recipes_are_found():
-    assert {"plain", "digits", "mri", "pgd-at"} <= set(recipe_names())
+    assert {"plain", "plain:digits", "plain:medical", "pgd-at:mnist"} <= set(recipe_names())
+
+
+def test_a_family_overrides_the_recipe_it_belongs_to(tmp_path):
+    base, family = load_recipe("plain"), load_recipe("plain:medical")
+    assert (base.optimiser, base.flip, base.schedule) == ("adam", False, "onecycle")
+    assert (family.optimiser, family.flip, family.schedule) == ("sgd", True, "onecycle")
+    own = tmp_path / "own.toml"
+    own.write_text('objective = "plain"\nepochs = 2\n[tiny]\nepochs = 7\n')
+    assert [load_recipe(f"{own}{part}").epochs for part in ("", ":tiny")] == [2, 7]
+    with pytest.raises(SpecError, match=r"a family of plain out of digits, mnist, medical, cifar10.*'medical'"):
+        load_recipe("plain:medicla")
 
 
 def test_options_override_recipe_and_objective_as_text():

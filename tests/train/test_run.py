@@ -121,9 +121,9 @@ def test_moments_are_those_of_numpy(tmp_path):
 @pytest.mark.parametrize(
     ("data", "model", "recipe", "least"),
     [
-        ("digits", "lenet", "digits", 0.96),
+        ("digits", "lenet", "plain:digits", 0.96),
         (f"mnist:{DATA / 'mnist'}", "lenet", "plain", 0.99),
-        (str(DATA / "brain-mri.zip"), "mri-cnn", "mri", 0.925),
+        (str(DATA / "brain-mri.zip"), "mri-cnn", "plain:medical", 0.925),
     ],
 )
 def test_recipes_reach_their_accuracy(tmp_path, data, model, recipe, least):

@@ -60,7 +60,8 @@ class Recipe(Settings):
 def load_recipe(name: str, options: Mapping[str, Any] | None = None) -> Recipe:
     """Read a packaged recipe by name, or a TOML file by path, and override it.
 
-    Keys are those of `Settings` and, on the same level, the options of the objective.
+    Keys are those of `Settings` and, on the same level, the options of the objective. A table, such as `[medical]`,
+    holds what differs for a family of data, and is asked for as `NAME:medical`.
 
     Raises:
         SpecError: If there is no such recipe, or a key or a value is wrong; all faults in one message.
@@ -76,15 +77,40 @@ def load_recipe(name: str, options: Mapping[str, Any] | None = None) -> Recipe:
 
 
 def recipe_names() -> tuple[str, ...]:
-    """Names of the packaged recipes."""
-    return tuple(sorted(path.name.removesuffix(".toml") for path in _FOLDER.iterdir() if path.name.endswith(".toml")))
+    """Names of the packaged recipes, each followed by those of its families: `trades`, `trades:cifar10`, ..."""
+    return tuple(
+        name for stem in _stems() for name in (stem, *(f"{stem}:{family}" for family in _tables(_parse(stem))))
+    )
 
 
 _FOLDER = files("rempart") / "recipes"
 
 
 def _read(name: str) -> dict[str, Any]:
-    if name in recipe_names():
+    """The keys of a recipe, those of its family included."""
+    stem, colon, family = name.rpartition(":")
+    if not colon or family.endswith(".toml"):
+        stem, family = name, ""
+    keys = _parse(stem)
+    tables = _tables(keys)
+    if family and family not in tables:
+        have = ", ".join(tables) or "none"
+        raise SpecError(
+            f"a family of {stem} out of {have}", got=repr(family), hint=suggestion(family, tables).strip(" ()")
+        )
+    return {key: value for key, value in keys.items() if key not in tables} | tables.get(family, {})
+
+
+def _tables(keys: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {key: value for key, value in keys.items() if isinstance(value, dict)}
+
+
+def _stems() -> list[str]:
+    return sorted(path.name.removesuffix(".toml") for path in _FOLDER.iterdir() if path.name.endswith(".toml"))
+
+
+def _parse(name: str) -> dict[str, Any]:
+    if name in _stems():
         text = (_FOLDER / f"{name}.toml").read_text("utf-8")
     elif name.endswith(".toml"):
         try:
@@ -92,8 +118,8 @@ def _read(name: str) -> dict[str, Any]:
         except (OSError, UnicodeDecodeError) as error:
             raise SpecError("a readable recipe file", got=f"{name} ({error})") from None
     else:
-        hint = suggestion(name, recipe_names()).strip(" ()") or "or give the path of a .toml file"
-        raise SpecError(f"a recipe out of {', '.join(recipe_names())}", got=repr(name), hint=hint)
+        hint = suggestion(name, _stems()).strip(" ()") or "or give the path of a .toml file"
+        raise SpecError(f"a recipe out of {', '.join(_stems())}", got=repr(name), hint=hint)
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
