@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import sklearn.datasets  # noqa: F401  (draws from the global random state of Python when first imported)
 import torch
 from hypothesis import settings
 

@@ -44,7 +44,10 @@ EightBit = Annotated[bool, typer.Option("--eight-bit", help="Also judge each adv
 def train(
     data: Data,
     out: Annotated[str, typer.Option("--out", help="Folder for the trained model and its report")],
-    model: Annotated[str, typer.Option("--model", help="Architecture; see `rempart list models`")] = "lenet",
+    model: Annotated[
+        str | None, typer.Option("--model", help="Architecture; see `rempart list models`; lenet without --from")
+    ] = None,
+    start: Annotated[str | None, typer.Option("--from", help="A trained model to train further")] = None,
     recipe: Annotated[
         str, typer.Option("--recipe", help="Recipe name or TOML file; see `rempart list recipes`")
     ] = "plain",
@@ -53,14 +56,32 @@ def train(
         list[str] | None, typer.Option("--model-option", "-m", help="key=value of the architecture, repeatable")
     ] = None,
     seed: Seed = 0,
+    device: Annotated[
+        Literal["cpu", "cuda"] | None, typer.Option("--device", help="Where to train; the best there is by default")
+    ] = None,
+    devices: Annotated[int, typer.Option("--devices", min=1, help="Processes (cuda: GPUs) that share each batch")] = 1,
+    log: Annotated[
+        list[str] | None, typer.Option("--log", help="tensorboard or mlflow, beside log.csv; repeatable")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the training stopped in --out")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew, whatever --out holds")] = False,
 ) -> None:
-    """Train a model, so that there is something to audit."""
-    from rempart.report.schema import TrainSpec
+    """Train or harden a model: the epoch that does best on images set aside is kept."""
+    from rempart.report.schema import LOGS, TrainSpec
 
+    for name in log or []:
+        if name not in LOGS:
+            raise SpecError(f"a log out of {', '.join(LOGS)}", got=repr(name))
     _run(
         TrainSpec(
             data=data,
-            model=model,
+            model=model if model or start else "lenet",
+            start=start,
+            device=device,
+            devices=devices,
+            log=tuple(log or ()),  # pyright: ignore[reportArgumentType]  (checked above)
+            resume=resume,
+            overwrite=overwrite,
             model_options=_options(model_option),
             recipe=recipe,
             options=_options(option),

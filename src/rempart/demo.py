@@ -20,7 +20,7 @@ def demo(out: Path, notify: Notify = silent, *, say: Callable[[str], None]) -> P
     for name, recipe in (("plain", "plain:digits"), ("pgd-at", "pgd-at")):
         say(f"\n{name}: train on {_DATA} with recipe {recipe}, then audit at {_THREAT}")
         folder = out / name
-        _whole(run(TrainSpec(data=_DATA, model=_MODEL, recipe=recipe, out=str(folder)), notify))
+        _whole(run(TrainSpec(data=_DATA, model=_MODEL, recipe=recipe, overwrite=True, out=str(folder)), notify))
         audit = str(out / f"audit-{name}")
         spec = AuditSpec(model=str(folder), data=_DATA, threat=_THREAT, suite="classic", batch_size=256, out=audit)
         named[name] = _whole(run(spec, notify))

@@ -4,6 +4,8 @@ import io
 import math
 import shutil
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
@@ -56,21 +58,25 @@ SPEC = "spec.json"
 def run(spec: AuditSpec | AttackSpec | TrainSpec | CertifySpec, notify: Notify = silent) -> Report | None:
     """Do what a spec asks for, write its files to `spec.out`, and return the report.
 
-    Where several processes share an audit, all but the first return None.
+    Where several processes share an audit or a training, all but the first return None.
 
     Raises:
         RempartError: With the exit status of the command line in `exit_code`.
     """
     if isinstance(spec, TrainSpec):
-        from rempart.train import run_training  # loads Lightning Fabric, which an audit does not need
-
-        claim(Path(spec.out))
-        report = run_training(spec, notify)
-        write(report, Path(spec.out))
-        return report
+        return _train(spec, notify)
     if isinstance(spec, CertifySpec):
         return _certify(spec, notify)
     return _audit(spec, notify) if isinstance(spec, AuditSpec) else _attack(spec, notify)
+
+
+def _train(spec: TrainSpec, notify: Notify) -> Report | None:
+    from rempart.train import run_training  # loads Lightning Fabric, which an audit does not need
+
+    if spec.devices == 1 and launched() is None:
+        return run_training(spec, notify)
+    with _processes(spec, Path(spec.out)) as here:
+        return run_training(spec, notify if here.number == 0 else silent, ranks=here)
 
 
 def _audit(spec: AuditSpec, notify: Notify) -> Report | None:
@@ -81,9 +87,18 @@ def _audit(spec: AuditSpec, notify: Notify) -> Report | None:
     folder, place = Path(spec.out), launched()
     if place is None or place[0] == 0:
         claim(folder)
+    with _processes(spec, folder) as here:
+        return _share(spec, folder, here, notify if here.number == 0 else silent)
+
+
+@contextmanager
+def _processes(spec: AuditSpec | TrainSpec, folder: Path) -> Generator[Ranks]:
+    """The processes that work on a spec together; those not started yet find it in the run folder."""
+    place = launched()
+    if place is None or place[0] == 0:
         replace(folder / SPEC, spec.model_dump_json(indent=1).encode())
     with ranks(spec.devices, [sys.executable, "-m", "rempart", "run", str(folder / SPEC)]) as here:
-        return _share(spec, folder, here, notify if here.number == 0 else silent)
+        yield here
 
 
 def _share(spec: AuditSpec, folder: Path | None, here: Ranks, notify: Notify) -> Report | None:

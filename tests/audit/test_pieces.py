@@ -180,7 +180,7 @@ def test_pictures_are_of_different_classes_first() -> None:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    tasks.run(TrainSpec(data="digits", model="lenet", recipe="digits", options={"epochs": 2}, out=str(folder)))
+    tasks.run(TrainSpec(data="digits", model="lenet", recipe="plain:digits", options={"epochs": 2}, out=str(folder)))
     return folder
 
 

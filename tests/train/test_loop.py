@@ -2,21 +2,28 @@
 
 import contextlib
 import math
+from dataclasses import replace
 from itertools import chain
 
 import pytest
 import torch
 from torch import nn
 
+from rempart.attacks import attack_batch
 from rempart.core.data import open_data
-from rempart.core.errors import Cancelled, DataError, TrainError
+from rempart.core.errors import Cancelled, DataError, SpecError, TrainError
 from rempart.core.model import Classifier
+from rempart.core.ranks import Ranks
 from rempart.core.repro import digest_state
+from rempart.core.threat import Threat
 from rempart.models import build
+from rempart.report.schema import Epoch
 from rempart.train import load_recipe, train
 from rempart.train.config import Recipe
-from rempart.train.loop import schedule
-from rempart.train.objectives import Loss
+from rempart.train.loop import best, collapsed, schedule
+from rempart.train.objectives import Loss, Objective
+from rempart.train.objectives.plain import cross_entropy
+from rempart.train.setup import setup
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +44,14 @@ def softmax_regression():
 
 def run(digits, model, recipe="plain", seed=0, notify=lambda event: None, **options):
     return train(*digits, model, load_recipe(recipe, options), seed=seed, notify=notify)
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("optimiser", ["sgd", "adam"])
@@ -112,13 +127,13 @@ def test_each_epoch_shows_every_sample_once_in_a_new_order(digits, monkeypatch):
     stored = dict(zip(part.index.tolist(), part.load().batch(torch.arange(len(part))).x, strict=True))
     seen = []
 
-    def spy(model, x, y, *, rng):
+    def spy(model, x, x_adv, y, *, rng, progress):
         seen.append(rng.index.tolist())
         assert all(torch.equal(image, stored[n]) for n, image in zip(seen[-1], x, strict=True))
         z = model(x)
         return Loss(nn.functional.cross_entropy(z, y), {"accuracy": torch.tensor(0.0)})
 
-    monkeypatch.setattr(Recipe, "build_objective", lambda self: spy)
+    monkeypatch.setattr(Recipe, "build_objective", lambda self: Objective(loss=spy))
     run((part, digits[1]), lenet(), epochs=2, batch_size=16)
     sizes = [len(batch) for batch in seen]
     assert sizes == [14, 14, 13, 13] * 2  # 54 samples in 4 batches, none of them tiny
@@ -133,6 +148,7 @@ def test_each_epoch_shows_every_sample_once_in_a_new_order(digits, monkeypatch):
         ("constant", {0: 1, 0.5: 1, 1: 1}),
         ("cosine", {0: 1, 0.5: 0.5, 1: 0, 1 / 3: 0.75}),
         ("onecycle", {0: 0.04, 0.1: 0.52, 0.2: 1, 0.6: 0.5, 1: 0}),
+        ("step", {0: 1, 0.74: 1, 0.75: 0.1, 0.9: 0.01, 1: 0.01}),
     ],
 )
 def test_schedules(name, points):
@@ -142,20 +158,27 @@ def test_schedules(name, points):
 
 def test_events_carry_figures_and_progress(digits):
     events = []
-    epochs = run(digits, lenet(), epochs=2, notify=events.append)
-    assert all(
-        event.stage == "train" and event.total == 320 and event.values.keys() == {"loss", "accuracy"}
-        for event in events
-    )
+    epochs = run(digits, lenet(), "pgd-at", epochs=2, threat="linf:0.01", steps=1, notify=events.append)
+    assert {event.stage for event in events} == {"train"} and {event.total for event in events} == {320}
     done = [event.done for event in events]
     assert done == sorted(done) and done[-1] == 320
-    assert events[-1].values["accuracy"] == epochs[-1].accuracy and "test" in events[-1].note
+    clean, attacked = epochs[-1].accuracy, epochs[-1].robust_accuracy
+    assert events[-1].values == {"loss": epochs[-1].loss, "clean accuracy": clean, "accuracy under attack": attacked}
+    assert "validation" in events[-1].note
+    assert events[0].values.keys() == {"loss", "accuracy"}
+    second = next(event for event in events if "epoch 2, training" in event.note)
+    assert second.values["clean accuracy"] == epochs[0].accuracy
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(digits):
     kept = []
     with pytest.raises(TrainError, match="smaller learning_rate"):
-        train(*digits, lenet(), load_recipe("plain", {"optimiser": "sgd", "learning_rate": 1e30}), keep=kept.append)
+        train(
+            *digits,
+            lenet(),
+            load_recipe("plain", {"optimiser": "sgd", "learning_rate": 1e30}),
+            keep=lambda epochs, state: kept.append(epochs),
+        )
     assert len(kept) == 0
 
 
@@ -184,3 +207,168 @@ def test_frozen_parameters_stay(digits):
 def test_data_of_another_shape_are_refused(digits):
     with pytest.raises(DataError, match=r"shape \(1, 16, 16\)"):
         run(digits, build("lenet", shape=(1, 16, 16), num_classes=10))
+
+
+# ---- what stays the same
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model", "options"),
+    [
+        ("plain", "lenet", {"optimiser": "sgd", "ema": 0.9}),
+        ("pgd-at", "nin", {"threat": "linf:0.02", "steps": 2}),  # dropout
+        ("plain", "mri-cnn", {"precision": "bf16", "schedule": "step"}),  # batch norm
+    ],
+)
+def test_a_resumed_training_repeats_the_losses_and_ends_with_the_same_weights(digits, recipe, model, options):
+    wide = [data.take(torch.arange(len(data))) for data in digits]
+    shape = (1, 8, 8)
+    if model == "mri-cnn":  # needs larger images
+        wide = [replace(data, shape=(1, 16, 16), read=enlarged(data.read), stamps=None) for data in wide]
+        shape = (1, 16, 16)
+
+    def fresh():
+        return build(model, shape=shape, num_classes=10, seed=3)
+
+    options = {"epochs": 4, "learning_rate": 1e-3, **options}
+    kept = []
+    chosen = load_recipe(recipe, options)
+    with contextlib.suppress(TrainError):  # it need not learn
+        train(*wide, whole := fresh(), chosen, seed=5, keep=lambda epochs, state: kept.append((epochs, state)))
+    epochs, state = kept[1]
+    again = []
+    with contextlib.suppress(TrainError):
+        train(
+            *wide,
+            resumed := fresh(),
+            chosen,
+            seed=5,
+            resume=(epochs, state),
+            keep=lambda epochs, state: again.append((epochs, state)),
+        )
+    strip = [epoch.model_copy(update={"seconds": 0}) for epoch in kept[-1][0]]
+    assert [epoch.model_copy(update={"seconds": 0}) for epoch in again[-1][0]] == strip
+    assert len(again) == 2 and same(weights(whole), weights(resumed)) and same(kept[-1][1], again[-1][1])
+
+
+def enlarged(read):
+    return lambda numbers: nn.functional.interpolate(read(numbers), scale_factor=2.0)
+
+
+def test_parts_of_a_batch_add_up_to_it(digits):
+    whole, parted = lenet(), lenet()
+    options = {"epochs": 2, "optimiser": "sgd", "learning_rate": 0.02, "threat": "linf:0.02", "steps": 2}
+    one = run(digits, whole, "pgd-at", **options)
+    other = run(digits, parted, "pgd-at", accumulate=3, **options)
+    assert [epoch.loss for epoch in other] == pytest.approx([epoch.loss for epoch in one], rel=1e-4)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(whole.parameters(), parted.parameters(), strict=True))
+
+
+def test_the_running_mean_is_that_of_the_weights_written_out(digits):
+    plain, averaged, seen = lenet(), lenet(), []
+    options = {"epochs": 3, "batch_size": 160, "schedule": "constant"}
+    train(*digits, plain, load_recipe("plain", options), keep=lambda epochs, state: seen.append(state))
+    train(*digits, averaged, load_recipe("plain", {**options, "ema": 0.999}))
+    mean = weights(lenet())
+    for step, state in enumerate(seen):  # one step an epoch
+        decay = min(0.999, (1 + step) / (10 + step))
+        mean = {name: decay * value + (1 - decay) * state[f"model/{name}"] for name, value in mean.items()}
+    got = weights(averaged)
+    assert all(torch.allclose(mean[name], got[name], atol=1e-6) for name in got)
+    assert not same(weights(plain), got)
+
+
+def test_a_long_gradient_is_shortened(digits):
+    model = softmax_regression()  # from zero weights
+    options = {"epochs": 1, "batch_size": 160, "optimiser": "sgd", "weight_decay": 0, "schedule": "constant"}
+    with contextlib.suppress(TrainError):
+        run(digits, model, learning_rate=1.0, clip=1e-3, **options)
+    step = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    assert float(step.norm()) == pytest.approx(1.9e-3, rel=1e-4)  # Nesterov: (1 + 0.9) times the gradient
+
+
+def test_costs_are_counted(digits):
+    epochs = run(digits, lenet(), "pgd-at", epochs=2, threat="linf:0.02", steps=3)
+    n = len(digits[0])
+    assert {(epoch.queries, epoch.gradients) for epoch in epochs} == {((3 + 1 + 1) * n, (3 + 1) * n)}
+    assert {(epoch.queries, epoch.gradients) for epoch in run(digits, lenet(), epochs=2)} == {(n, n)}
+
+
+# ---- what is measured, and when it ends
+
+
+def test_accuracy_under_attack_is_that_of_an_attack_from_outside(digits):
+    """Epochs are measured from the same starts; an independent call of the attack gives the same figure."""
+    model = lenet()
+    epochs = run(digits, model, "pgd-at", epochs=3, threat="linf:0.1", steps=2, seed=9)
+    test = digits[1].load().batch(torch.arange(100))
+    outcome = attack_batch(model, test.x, test.y, Threat.parse("linf:0.1"), "pgd", {"steps": 10}, seed=9)
+    assert epochs[-1].robust_accuracy == pytest.approx(1 - float(outcome.broken.double().mean()), abs=0.03)
+    assert epochs[-1].robust_accuracy < epochs[-1].accuracy
+    assert epochs[-1].balanced_accuracy == pytest.approx(
+        float(torch.stack([outcome.correct[test.y == k].double().mean() for k in range(10)]).mean())
+    )
+
+
+def test_what_is_measured_can_be_chosen_and_left_out(digits):
+    assert run(digits, lenet(), epochs=2)[-1].robust_accuracy is None
+    assert run(digits, lenet(), epochs=2, validation_threat="linf:0.05")[-1].robust_accuracy is not None
+    alone = train(digits[0], None, lenet(), load_recipe("plain", {"epochs": 2}))
+    assert alone[-1].robust_accuracy is None and alone[-1].balanced_accuracy is None and alone[-1].accuracy > 0.3
+
+
+def test_the_best_epoch():
+    def epoch(number, accuracy, robust=None):
+        figures = {"loss": 1, "seconds": 1, "learning_rate": 1}
+        return Epoch(epoch=number, accuracy=accuracy, robust_accuracy=robust, **figures)
+
+    assert best([epoch(1, 0.9, 0.2), epoch(2, 0.8, 0.5), epoch(3, 0.99, 0.4)]).epoch == 2
+    assert best([epoch(1, 0.9), epoch(2, 0.95), epoch(3, 0.95), epoch(4, 0.9)]).epoch == 3
+    recipe = load_recipe("pgd-at", {"collapse": 0.2})
+    falling = [epoch(1, 0.9, 0.6), epoch(2, 0.9, 0.41), epoch(3, 0.95, 0.39)]
+    assert [collapsed(recipe, falling[:n]) for n in range(4)] == [False, False, False, True]
+    assert not collapsed(load_recipe("pgd-at"), falling)
+
+
+def test_a_collapse_under_attack_ends_the_training(digits, monkeypatch):
+    figures = iter([0.5, 0.6, 0.3, 0.9])
+
+    def measured(run, data, epoch):
+        return epoch.model_copy(update={"robust_accuracy": next(figures), "accuracy": 0.9, "balanced_accuracy": 0.9})
+
+    monkeypatch.setattr("rempart.train.loop.validate", measured)
+    epochs = run(digits, lenet(), epochs=6, collapse=0.2)
+    assert [epoch.robust_accuracy for epoch in epochs] == [0.5, 0.6, 0.3]
+
+
+@pytest.mark.parametrize(
+    ("recalls", "message"),
+    [
+        ([0.9, 0.1], r"guessing among 10 classes, got 0\.100 after epoch 2, where it was 0\.900 before"),
+        ([0.9, 0.0], "learnt to answer wrong"),
+        ([0.0], "learnt to answer wrong"),
+        ([0.1, 0.15, 0.1], None),  # not yet learnt, not yet the end
+    ],
+)
+def test_a_fall_to_guessing_and_a_model_turned_round_stop_the_training(digits, monkeypatch, recalls, message):
+    figures, kept = iter([*recalls, 0.9, 0.9, 0.9, 0.9]), []
+    monkeypatch.setattr(
+        "rempart.train.loop.validate",
+        lambda run, data, epoch: epoch.model_copy(update={"balanced_accuracy": next(figures)}),
+    )
+    expected = contextlib.nullcontext() if message is None else pytest.raises(TrainError, match=message)
+    with expected:
+        train(*digits, lenet(), load_recipe("plain", {"epochs": 5}), keep=lambda epochs, state: kept.append(epochs))
+    assert len(kept) == (5 if message is None else len(recalls))
+
+
+def test_an_objective_of_one_process_refuses_several(digits, monkeypatch):
+    monkeypatch.setattr(Recipe, "build_objective", lambda self: Objective(loss=cross_entropy, alone=True))
+    with pytest.raises(SpecError, match="one process"):
+        setup(lenet(), load_recipe("plain"), seed=0, samples=100, ranks=Ranks(0, 2, 0, list))
+    monkeypatch.setattr(Recipe, "build_objective", lambda self: Objective(loss=cross_entropy))
+    with pytest.raises(SpecError, match="at least one image of each batch"):
+        setup(lenet(), load_recipe("plain", {"batch_size": 2}), seed=0, samples=100, ranks=Ranks(0, 3, 0, list))
+    monkeypatch.setattr(Recipe, "build_objective", lambda self: Objective(loss=cross_entropy, repeats=2))
+    with pytest.raises(SpecError, match="accumulate=1"):
+        setup(lenet(), load_recipe("plain", {"accumulate": 2}), seed=0, samples=100)

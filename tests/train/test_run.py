@@ -1,5 +1,6 @@
 """From a request to files and a report."""
 
+import csv
 import json
 import os
 from pathlib import Path
@@ -15,7 +16,8 @@ from rempart.core.repro import digest_state
 from rempart.models import build, load
 from rempart.report.schema import Report, TrainSpec
 from rempart.train import load_recipe, run_training, train
-from rempart.train.run import channel_moments
+from rempart.train.loop import best
+from rempart.train.run import channel_moments, set_aside
 
 DATA = Path(os.environ.get("REMPART_DATA", Path(__file__).resolve().parents[2] / "../shared/data"))
 
@@ -28,7 +30,8 @@ def spec(tmp_path, **changes):
 
 def test_the_report_says_what_the_saved_model_does(tmp_path, untouched_rng):
     report = run_training(spec(tmp_path))
-    model, test = load(report.spec.out), open_data("digits:test[:300]")
+    kept, last = (load(str(tmp_path / "out" / part)) for part in ("", "last"))
+    model, test = kept, open_data("digits:test[:300]")
     batch = test.batch(torch.arange(300))
     with torch.no_grad():
         right = int((model(batch.x).argmax(1) == batch.y).sum())
@@ -36,31 +39,52 @@ def test_the_report_says_what_the_saved_model_does(tmp_path, untouched_rng):
     assert (report.data.digest, report.data.split, report.data.n) == (test.digest, "test", 300)
     assert (report.kind, report.complete, len(report.epochs), report.model.name) == ("train", True, 3, "out")
     assert Report.model_validate_json(report.model_dump_json()) == report
+    cost = report.training
+    assert cost.best_epoch == best(report.epochs).epoch
+    assert (digest_state(kept.state_dict()) == digest_state(last.state_dict())) == (cost.best_epoch == 3)
+    assert (cost.train_images, cost.validation_images, cost.queries, cost.gradients) == (270, 30, 810, 810)
+    learn, validation = set_aside(open_data("digits:train[:300]").load(), 1000)
     training = json.loads((tmp_path / "out/config.json").read_text())["training"]
-    assert (training["seed"], training["recipe"]["epochs"], len(training["epochs"])) == (7, 3, 3)
-    assert training["digest"] == open_data("digits:train[:300]").digest
+    assert (training["seed"], training["recipe"]["epochs"], len(training["epochs"])) == (7, 3, cost.best_epoch)
+    assert training["digest"] == learn.digest
+    images = validation.batch(torch.arange(30))
+    with torch.no_grad():
+        accuracy = float((model(images.x).argmax(1) == images.y).double().mean())
+    assert accuracy == report.epochs[cost.best_epoch - 1].accuracy
+    rows = list(csv.DictReader((tmp_path / "out/log.csv").read_text().splitlines()))
+    assert [float(row["loss"]) for row in rows] == [epoch.loss for epoch in report.epochs]
+    assert not (tmp_path / "out/checkpoint.safetensors").exists()
+
+
+def test_images_set_aside_are_a_tenth_at_most_and_learnt_from_by_nobody():
+    data = open_data("digits:train[:300]").load()
+    learn, validation = set_aside(data, 1000)
+    assert sorted([*learn.index.tolist(), *validation.index.tolist()]) == data.index.tolist()
+    assert (len(learn), len(validation), len(set_aside(data, 12)[1])) == (270, 30, 12)
+    assert set_aside(data, 0) == (data, None) and set_aside(data.head(9), 5)[1] is None
+    assert validation.index.tolist() != list(range(270, 300)) and len(validation.labels.unique()) > 7
 
 
 def test_the_same_spec_gives_the_same_model(tmp_path):
-    first, again, other = (run_training(spec(tmp_path, seed=seed)) for seed in (7, 7, 8))
+    first, again, other = (run_training(spec(tmp_path, seed=seed, overwrite=True)) for seed in (7, 7, 8))
     assert first.model.digest == again.model.digest != other.model.digest
     assert [epoch.loss for epoch in first.epochs] == [epoch.loss for epoch in again.epochs]
 
 
 def test_weights_and_order_come_from_the_seed_of_the_spec(tmp_path):
     made = run_training(spec(tmp_path))
-    train_data, test_data = (open_data("digits[:300]", split=split) for split in ("train", "test"))
-    mean, std = channel_moments(train_data)
+    learn, validation = set_aside(open_data("digits[:300]", split="train").load(), 1000)
+    mean, std = channel_moments(learn)
     model = build("mlp", shape=(1, 8, 8), num_classes=10, mean=mean, std=std, seed=7)
-    epochs = train(train_data, test_data, model, load_recipe("plain", made.spec.options), seed=7)
-    assert made.model.digest == digest_state(model.state_dict())
+    epochs = train(learn, validation, model, load_recipe("plain", made.spec.options), seed=7)
+    assert digest_state(load(str(tmp_path / "out/last")).state_dict()) == digest_state(model.state_dict())
     assert [epoch.loss for epoch in made.epochs] == [epoch.loss for epoch in epochs]
 
 
 @pytest.mark.parametrize("stop", [Cancelled(), KeyboardInterrupt()], ids=["cancelled", "ctrl-c"])
 def test_an_interrupted_training_keeps_the_finished_epochs(tmp_path, stop):
     def interrupt(event):
-        if event.done > 2 * 300:
+        if event.done > 2 * 270:
             raise stop
 
     cut = run_training(spec(tmp_path, options={"epochs": 5}, out=str(tmp_path / "cut")), interrupt)
@@ -76,7 +100,7 @@ def test_before_the_first_epoch_nothing_is_written(tmp_path):
 
     with pytest.raises(Cancelled):
         run_training(spec(tmp_path), interrupt)
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 
@@ -32,12 +33,14 @@ class Ranks:
         world: Number of processes.
         local: Number among those on this machine: its GPU.
         gather: Takes this process's results; returns those of all in the first process, None in the others.
+        store: Where the processes meet, for `torch.distributed`; None for a process alone.
     """
 
     number: int
     world: int
     local: int
     gather: Callable[[Sequence[bytes]], list[bytes] | None]
+    store: Any = None
 
 
 ALONE = Ranks(0, 1, 0, list)
@@ -126,7 +129,7 @@ def ranks(processes: int, command: Sequence[str]) -> Generator[Ranks]:
         first = number == 0 and not hosted
         server = TCPStore(host, port, world, is_master=first, timeout=_PATIENCE, wait_for_workers=False)
         store = PrefixStore(f"rempart/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", server)
-        yield Ranks(number, world, local, gather)
+        yield Ranks(number, world, local, gather, store)
     finally:
         for process in started:
             if not met:

@@ -30,6 +30,7 @@ from rempart.models.zoo import build
 from rempart.report.schema import ModelCard
 
 FORMS = "a directory that `rempart train` wrote, a .pt2 file of torch.export, or python:package.module:factory"
+PYTHON = "python:"
 
 
 def load(source: str) -> Classifier:
@@ -41,11 +42,12 @@ def load(source: str) -> Classifier:
             returns a `Classifier`, or a network with the attributes `shape` and `num_classes` that takes images in
             [0, 1] to logits. Both of the latter run code of their author: a factory plainly, and a `.pt2` because
             torch evaluates expressions in it. Load them only from where you would install a package from.
+            `python:package.module:factory@DIRECTORY` fills the factory's network with the weights trained there.
 
     Raises:
         ModelError: If there is nothing there, or it cannot be used; pickles are always refused.
     """
-    if source.startswith("python:"):
+    if source.startswith(PYTHON):
         return _from_python(source)  # in whatever mode it comes: an audit reports and repairs it
     path = Path(source)
     if path.is_dir():
@@ -56,6 +58,24 @@ def load(source: str) -> Classifier:
         return _from_export(path).eval()
     _refuse_pickle(path)
     raise ModelError(FORMS, got=repr(source), hint=_RECIPE)
+
+
+def architecture(source: str) -> tuple[str, dict[str, Any]]:
+    """What the network of a loadable model is built from, as `save` records it: a name and its options.
+
+    Raises:
+        ModelError: If it is of a form that cannot be trained and saved.
+    """
+    if source.startswith(PYTHON):
+        return source.partition("@")[0], {}
+    if Path(source).is_dir():
+        config = _config(Path(source))
+        return config.architecture, config.options
+    raise ModelError(
+        "a directory that `rempart train` wrote or python:package.module:factory, to train it further",
+        got=repr(source),
+        hint="an exported program is fixed in inference mode; give the network it was made of",
+    )
 
 
 def card(model: Classifier, source: str) -> ModelCard:
@@ -92,19 +112,29 @@ def _refuse_pickle(path: Path) -> None:
         )
 
 
-def _from_directory(path: Path) -> Classifier:
+def _config(path: Path) -> Config:
     for name in (CONFIG, WEIGHTS):
         if not (path / name).is_file():
             raise ModelError(
                 f"a directory with {CONFIG} and {WEIGHTS}", got=f"{path} without {name}", hint=f"a model is {FORMS}"
             )
     try:
-        config = Config.model_validate_json((path / CONFIG).read_bytes())
+        return Config.model_validate_json((path / CONFIG).read_bytes())
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise ModelError(
             f"a valid {CONFIG}", got=f"{path / CONFIG} with {faults}", hint="train the model again"
         ) from None
+
+
+def _from_directory(path: Path) -> Classifier:
+    config = _config(path)
+    if config.architecture.startswith(PYTHON):
+        raise ModelError(
+            "a directory whose network needs no code but Rempart's",
+            got=f"{path}, whose network {config.architecture} builds",
+            hint=f"where you trust that code, give {config.architecture}@{path}",
+        )
     try:
         model = build(
             config.architecture,
@@ -223,6 +253,7 @@ _RECORDS = (
 
 
 def _from_python(source: str) -> Classifier:
+    source, at, folder = source.partition("@")
     _, _, place = source.partition(":")
     module_name, _, function = place.partition(":")
     if not module_name or not function:
@@ -244,7 +275,13 @@ def _from_python(source: str) -> Classifier:
             model = factory()
         except Exception as error:
             raise _user_error(f"{place} to build a model when called without arguments", error) from error
-    return _as_classifier(model, source)
+    classifier = _as_classifier(model, source)
+    if at:
+        config = _config(Path(folder))
+        if config.architecture != source:
+            raise ModelError(f"weights of {source}", got=f"{folder} with those of {config.architecture}")
+        _fill(classifier, Path(folder) / WEIGHTS)
+    return classifier
 
 
 def _user_error(expected: str, error: Exception) -> ModelError:

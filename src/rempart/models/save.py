@@ -52,14 +52,14 @@ def save(
     options: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
 ) -> None:
-    """Save a classifier that `zoo.build` made, so that `load.load` gives the same logits bit by bit.
+    """Save a classifier that `zoo.build` or a Python factory made, so that `load` gives the same logits bit by bit.
 
     Each file is written under a temporary name and then renamed; other files in the directory stay.
 
     Args:
         model: The classifier, on any device and in any memory format.
         directory: Made where it does not exist.
-        name: Architecture that `model` was built from.
+        name: Architecture that `model` was built from, or `python:package.module:factory`.
         options: Options it was built with.
         training: How the weights came about; must fit into JSON.
 
@@ -77,10 +77,11 @@ def save(
         training=dict(training or {}),
     )
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    with torch.device("meta"):
-        twin = build(name, shape=config.shape, num_classes=len(config.class_names), options=config.options)
-    if wrong := differing(twin.state_dict(), weights):
-        raise ModelError(f"a model built as {name} with options {config.options}", got=f"another {wrong}")
+    if not name.startswith("python:"):
+        with torch.device("meta"):
+            twin = build(name, shape=config.shape, num_classes=len(config.class_names), options=config.options)
+        if wrong := differing(twin.state_dict(), weights):
+            raise ModelError(f"a model built as {name} with options {config.options}", got=f"another {wrong}")
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     replace(folder / WEIGHTS, to_bytes(weights))

@@ -1,7 +1,7 @@
 """Requests and the one report: what the command line, a worker, a page and a test exchange."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 from annotated_types import Ge
@@ -70,16 +70,37 @@ class AttackSpec(Strict):
     out: str
 
 
+LogName = Literal["tensorboard", "mlflow"]
+LOGS: tuple[LogName, ...] = get_args(LogName)
+
+
 class TrainSpec(Strict):
-    """A training run. `options` override the recipe, `model_options` those of the architecture."""
+    """A training run; a run of the same spec with `resume` goes on where one was stopped.
+
+    Attributes:
+        model: Architecture to train from scratch.
+        model_options: Options of it that differ from its defaults.
+        start: A trained model to fine-tune, instead of an architecture.
+        options: Keys of the recipe and options of its objective that differ from it.
+        devices: Processes that share each batch, each with a GPU of its own where `device` is cuda.
+        log: Where the figures of each epoch go, besides log.csv.
+        resume: Go on with what lies in `out`.
+        overwrite: Begin anew, whatever lies in `out`.
+    """
 
     kind: Literal["train"] = "train"
     data: str
-    model: str
+    model: str | None = None
     model_options: Options = Field(default_factory=dict)
+    start: str | None = None
     recipe: str = "plain"
     options: Options = Field(default_factory=dict)
     seed: int = 0
+    device: Literal["cpu", "cuda"] | None = None
+    devices: Annotated[int, Ge(1)] = 1
+    log: tuple[LogName, ...] = ()
+    resume: bool = False
+    overwrite: bool = False
     out: str
 
 
@@ -370,14 +391,55 @@ class Samples(Strict):
 
 
 class Epoch(Strict):
-    """One epoch of a training run; accuracies and learning rate as at its end."""
+    """One epoch of a training run; accuracies and learning rate as at its end.
+
+    Attributes:
+        epoch: Counted from 1.
+        loss: Mean training loss.
+        accuracy: On the validation images; without any, on the training images as they were learnt.
+        seconds: Wall-clock time, validation included.
+        learning_rate: Of the last step.
+        balanced_accuracy: Mean over the classes of the accuracy on their validation images.
+        robust_accuracy: On the validation images under a short PGD, where there is something to withstand.
+        queries: Images sent forward through the network in training.
+        gradients: Images sent backward.
+        parts: What else the objective reported: means over the epoch.
+    """
 
     epoch: int
     loss: float
     accuracy: float
     seconds: float
     learning_rate: float
+    balanced_accuracy: float | None = None
     robust_accuracy: float | None = None
+    queries: int = 0
+    gradients: int = 0
+    parts: dict[str, float] = Field(default_factory=dict)
+
+
+class Training(Strict):
+    """How a model was trained, and at what cost.
+
+    Attributes:
+        recipe: All its keys and options, defaults included.
+        objective: The method.
+        best_epoch: The epoch whose weights were kept.
+        train_images: Images learnt from.
+        validation_images: Images the epoch was chosen by.
+        queries: Images sent forward through the network, those of validation not counted.
+        gradients: Images sent backward; a pass that differentiates a gradient counts like any other.
+        seconds: Wall-clock time of all epochs, validation included.
+    """
+
+    recipe: dict[str, Any]
+    objective: str
+    best_epoch: int
+    train_images: int
+    validation_images: int
+    queries: int
+    gradients: int
+    seconds: float
 
 
 class Report(Strict):
@@ -416,6 +478,7 @@ class Report(Strict):
     examples: tuple[Example, ...] = ()
     samples: Samples | None = None
     epochs: tuple[Epoch, ...] = ()
+    training: Training | None = None
 
     @property
     def fired(self) -> tuple[str, ...]:

@@ -6,13 +6,17 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import Field, create_model
 
 from rempart.core.errors import SpecError
 from rempart.core.registry import Entry, suggestion
+from rempart.core.threat import Threat
 from rempart.report.schema import Options, Strict
 from rempart.train.objectives import Objective, objectives
+from rempart.train.objectives.catalogue import budgeted
+
+Share = Annotated[float, Ge(0), Le(1)]
 
 
 class Settings(Strict):
@@ -23,24 +27,47 @@ class Settings(Strict):
         objective: A name from `objectives`.
         epochs: Passes over the training data.
         batch_size: Images per step; the batches of an epoch differ by one image at most.
+        accumulate: Parts that each batch is worked off in, to save memory; only batch norm sees a difference.
         optimiser: sgd, with Nesterov momentum 0.9; or adam, with decoupled weight decay.
         learning_rate: The largest of the schedule.
-        schedule: Constant; cosine, from the largest to 0; or onecycle, a linear rise over the first fifth, then cosine.
+        schedule: Constant; cosine, from the largest to 0; onecycle, a linear rise over the first fifth, then cosine;
+            or step, multiplied by `factor` at each of the `milestones`.
+        milestones: Shares of the training after which the schedule step goes down.
+        factor: What it is multiplied by there.
         weight_decay: Pull of the weights to 0.
+        clip: Largest l2 norm of the gradient of a step; longer ones are shortened to it.
+        ema: Decay of a running mean of the weights, which is then measured and kept in their place; 0 for none.
+        precision: 32 bit, or mixed precision; logits, losses and the images of attacks stay in 32 bit.
         flip: Mirror every second image left to right, at random.
         shift: Move every image by up to so many pixels in each direction, at random; black comes in.
+        awp: Adversarial weight perturbation around the objective, relative to the size of the weights; 0 for none.
+        awp_warmup: Share of the training before it begins.
+        validation_images: Training images set aside to choose the best epoch by; at most a tenth of them.
+        validation_threat: What a short PGD may do to them. Default: what the objective hardens against.
+        collapse: Stop when the accuracy under that attack falls so far below its best.
     """
 
     summary: str = ""
     objective: str = "plain"
     epochs: Annotated[int, Ge(1)] = 10
     batch_size: Annotated[int, Ge(1)] = 64
+    accumulate: Annotated[int, Ge(1)] = 1
     optimiser: Literal["sgd", "adam"] = "adam"
     learning_rate: Annotated[float, Gt(0)] = 2e-3
-    schedule: Literal["constant", "cosine", "onecycle"] = "onecycle"
+    schedule: Literal["constant", "cosine", "onecycle", "step"] = "onecycle"
+    milestones: tuple[Share, ...] = (0.75, 0.9)
+    factor: Annotated[float, Gt(0)] = 0.1
     weight_decay: Annotated[float, Ge(0)] = 1e-2
+    clip: Annotated[float, Gt(0)] | None = None
+    ema: Annotated[float, Ge(0), Lt(1)] = 0.0
+    precision: Literal["32", "bf16", "16"] = "32"
     flip: bool = False
     shift: Annotated[int, Ge(0)] = 0
+    awp: Annotated[float, Ge(0)] = 0.0
+    awp_warmup: Share = 0.0
+    validation_images: Annotated[int, Ge(0)] = 1000
+    validation_threat: str | None = None
+    collapse: Share | None = None
 
 
 class Recipe(Settings):
@@ -53,8 +80,13 @@ class Recipe(Settings):
     options: Options = Field(default_factory=dict)
 
     def build_objective(self) -> Objective:
-        """The objective with its options."""
+        """The objective with its options, in a fresh state."""
         return objectives[self.objective].function(**self.options)
+
+    def measured(self, objective: Objective) -> Threat | None:
+        """What the validation images are attacked with; None where there is nothing to withstand."""
+        threat = objective.threat if self.validation_threat is None else budgeted(self.validation_threat)
+        return threat if threat is not None and threat.budget > 0 else None
 
 
 def load_recipe(name: str, options: Mapping[str, Any] | None = None) -> Recipe:
@@ -72,7 +104,7 @@ def load_recipe(name: str, options: Mapping[str, Any] | None = None) -> Recipe:
     values = Entry(f"recipe {name}", entry.function, None, schema).parse(wanted)
     own = {key: values.pop(key) for key in entry.params.model_fields}
     recipe = Recipe(**values, options=own)
-    recipe.build_objective()
+    recipe.measured(recipe.build_objective())
     return recipe
 
 

@@ -2,187 +2,280 @@
 
 import math
 import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import cast
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
-from lightning_fabric import Fabric
-from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch import Tensor
 
+from rempart.attacks.gradient import pgd
 from rempart.core.data import Data
 from rempart.core.errors import DataError, TrainError
-from rempart.core.events import Event, Notify, silent
-from rempart.core.model import Classifier, frozen
+from rempart.core.events import Notify, silent
+from rempart.core.model import Classifier, frozen, metered
+from rempart.core.ranks import ALONE, Ranks
 from rempart.core.repro import Draws
+from rempart.core.threat import Threat
 from rempart.report.schema import Epoch
 from rempart.train.augment import augment
+from rempart.train.checkpoint import State, restore, snapshot
 from rempart.train.config import Recipe
+from rempart.train.objectives.catalogue import Loss, boxed
+from rempart.train.processes import added_up, connected, share_statistics, together
+from rempart.train.setup import Run, setup
 
-Keep = Callable[[tuple[Epoch, ...]], None]
-"""Called after each finished epoch with all epochs so far, while the classifier holds the weights of the last one."""
+Keep = Callable[[tuple[Epoch, ...], State], None]
+"""Called after each finished epoch with all so far, while the classifier holds the weights that were measured."""
 
 _PAUSE = 0.4  # seconds between two events
-_MOMENTUM = 0.9
 _RISE = 0.2  # share of a onecycle schedule in which the learning rate grows
+_STEPS = 10  # of the PGD that measures progress
+_LEARNT = 0.25  # of the way from guessing to no error: from there on, a fall back to guessing is a collapse
 
 
 def train(
-    train_data: Data,
-    test_data: Data,
+    learn: Data,
+    validation: Data | None,
     classifier: Classifier,
     recipe: Recipe,
     *,
     seed: int = 0,
-    keep: Keep = lambda epochs: None,
+    resume: tuple[Sequence[Epoch], State] | None = None,
+    device: str | None = None,
+    ranks: Ranks = ALONE,
+    keep: Keep = lambda epochs, state: None,
     notify: Notify = silent,
 ) -> tuple[Epoch, ...]:
-    """Train a classifier in place, and measure its clean accuracy on the test data after every epoch.
+    """Train a classifier in place, and measure it on the validation images after every epoch.
 
     Order, augmentation and attacks depend on (seed, sample, epoch) alone; what layers such as dropout draw depends on
-    the seed. The global random state is left as it was. Nothing is chosen by the test data: the last epoch counts.
+    (seed, epoch). So a training that is resumed repeats the same losses. The global random state is left as it was.
+
+    Several processes share each batch and add up their gradients; batch norms see their own part of it, and their
+    running statistics are averaged after each epoch. Every process measures all validation images.
 
     Args:
-        train_data: Images to learn from; they are read once.
-        test_data: Images to measure on.
-        classifier: Trained on the best device there is, and handed back on the CPU in inference mode, also after an
-            error: then with the weights of an epoch begun.
+        learn: Images to learn from; they are read once.
+        validation: Images to measure on: accuracy, and accuracy under PGD with 10 steps where the recipe says what to
+            withstand. Without them the accuracy is that on the training images as they were learnt.
+        classifier: Handed back on the CPU in inference mode, also after an error: then with the weights of an epoch
+            begun. With `ema`, it ends with the running mean.
         recipe: Objective, optimiser and schedule.
         seed: Seed of every random draw.
-        keep: Called after each finished epoch, to save it.
+        resume: Epochs finished before, and the state that `keep` was given after the last of them.
+        device: cpu or cuda. Default: the best there is.
+        ranks: This process among those that train together.
+        keep: Called after each finished epoch, to save it; in the first process only.
         notify: Receives loss and accuracy so far, about twice a second.
 
     Returns:
-        One record per epoch.
+        One record per epoch, those before the resume included. Fewer than the recipe asks for where `collapsed`.
 
     Raises:
         DataError: If the data do not fit the classifier.
-        TrainError: If the loss is not finite, or the model is no better than chance at the end.
+        SpecError: If the objective cannot be shared by several processes.
+        TrainError: If the loss is not finite, or the model does no better than guessing: at the end, or after it did
+            once, or if it does worse.
         Cancelled: If `notify` raises it.
     """
-    for data in (train_data, test_data):
-        if tuple(data.shape) != classifier.shape or data.num_classes != classifier.num_classes:
+    for data in (learn, validation):
+        if data is not None and (tuple(data.shape) != classifier.shape or data.num_classes != classifier.num_classes):
             raise DataError(
                 f"images of shape {classifier.shape} in {classifier.num_classes} classes",
                 got=f"{tuple(data.shape)} in {data.num_classes}",
-                hint="train and test data must be of one kind",
+                hint="the data must be of the kind that the model takes",
             )
-    learn, test = train_data.load(), test_data.load()
-    epochs: list[Epoch] = []
-    recalls = torch.empty(0)
-    with _handed_back(classifier), _seeded(seed):
-        run = setup(classifier, recipe, seed=seed, samples=len(learn), notify=notify)
-        for number in range(1, recipe.epochs + 1):
-            begun = time.perf_counter()
-            loss = fit(run, learn, number)
-            right = validate(run, test, number)
-            seconds = time.perf_counter() - begun
-            epochs.append(
-                Epoch(
-                    epoch=number,
-                    loss=loss,
-                    accuracy=float(right.double().mean()),
-                    seconds=seconds,
-                    learning_rate=run.optimiser.param_groups[0]["lr"],
-                )
-            )
-            keep(tuple(epochs))
-            recalls = _recalls(right, test.labels)
-    _check_learned(recalls, len(test))
+    learn, validation = learn.load(), None if validation is None else validation.load()
+    epochs = list(resume[0]) if resume else []
+    with ExitStack() as stack:
+        stack.enter_context(_handed_back(classifier))
+        stack.enter_context(_own_random_state())
+        stack.enter_context(connected(ranks, device))
+        run = setup(classifier, recipe, seed=seed, samples=len(learn), device=device, ranks=ranks, notify=notify)
+        if resume:
+            restore(run, resume[1])
+        while len(epochs) < recipe.epochs and not collapsed(recipe, epochs):
+            number, begun = len(epochs) + 1, time.perf_counter()
+            epoch = fit(run, learn, number, epochs[-1] if epochs else None)
+            state = snapshot(run)
+            with _averaged(run):
+                if validation is not None:
+                    epoch = validate(run, validation, epoch)
+                epochs.append(epoch.model_copy(update={"seconds": time.perf_counter() - begun}))
+                if ranks.number == 0:
+                    keep(tuple(epochs), state)
+            if validation is not None:
+                _check_learned(epochs, validation.labels, last=number == recipe.epochs)
+        _settle(run)
     return tuple(epochs)
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """What the parts of the loop share. `model` is the classifier as Fabric wraps it."""
-
-    fabric: Fabric
-    classifier: Classifier
-    model: nn.Module
-    optimiser: Optimizer
-    recipe: Recipe
-    seed: int
-    samples: int
-    notify: Notify
-
-    def tell(self, done: int, note: str, loss: float, accuracy: float) -> None:
-        """Send one event; `done` counts training images over all epochs."""
-        values = {"loss": loss, "accuracy": accuracy}
-        self.notify(Event(stage="train", done=done, total=self.samples * self.recipe.epochs, values=values, note=note))
-
-
-def setup(classifier: Classifier, recipe: Recipe, *, seed: int, samples: int, notify: Notify) -> Run:
-    """Choose the device, make the optimiser, and wrap both for it."""
-    fabric = Fabric(devices=1)
-    if len(classifier.shape) == 3:
-        classifier.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (1.6 times faster on a CPU)
-    parameters = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
-    rate, decay = recipe.learning_rate, recipe.weight_decay
-    if recipe.optimiser == "sgd":
-        plain = SGD(parameters, rate, momentum=_MOMENTUM, nesterov=True, weight_decay=decay)
-    else:
-        plain = AdamW(parameters, rate, weight_decay=decay)
-    model, optimiser = fabric.setup(classifier, plain)
-    return Run(fabric, classifier, model, cast(Optimizer, optimiser), recipe, seed, samples, notify)
-
-
-def fit(run: Run, data: Data, epoch: int) -> float:
-    """Train for one epoch; return the mean loss."""
-    recipe, objective = run.recipe, run.recipe.build_objective()
+def fit(run: Run, data: Data, epoch: int, last: Epoch | None = None) -> Epoch:
+    """Train for one epoch; `last` is the one before it, as far as progress is told."""
+    recipe, objective = run.recipe, run.objective
     draws = Draws(run.seed, data.index, ("train", str(epoch)))
+    torch.manual_seed(((run.seed * 1_000_003 + epoch) * 1009 + run.ranks.number) % 2**63)
     order = draws.at("order").uniform(torch.empty(run.samples, 1, dtype=torch.float64)).flatten().argsort(stable=True)
     batches = order.tensor_split(math.ceil(run.samples / recipe.batch_size))
     before, seen, heard = (epoch - 1) * run.samples, 0, time.monotonic()
-    loss_sum = hit_sum = torch.zeros((), device=run.fabric.device)
+    total: dict[str, Tensor] = {}
     run.model.train()
-    for number, positions in enumerate(batches):
-        batch, rng = data.batch(positions), draws.select(positions)
-        x = augment(batch.x.to(run.fabric.device), flip=recipe.flip, shift=recipe.shift, rng=rng)
-        y = batch.y.to(run.fabric.device)
-        for group in run.optimiser.param_groups:
-            group["lr"] = recipe.learning_rate * schedule(recipe, (epoch - 1 + number / len(batches)) / recipe.epochs)
-        loss = objective(run.model, x, y, rng=rng)
-        run.optimiser.zero_grad()
-        run.fabric.backward(loss.value)
-        run.optimiser.step()
-        seen += len(positions)
-        loss_sum = loss_sum + loss.value.detach() * len(positions)
-        hit_sum = hit_sum + loss.parts["accuracy"] * len(positions)
-        if time.monotonic() - heard > _PAUSE or seen == run.samples:
-            heard = time.monotonic()
-            mean = _finite(loss_sum / seen, epoch)
-            run.tell(before + seen, f"epoch {epoch}, training", mean, float(hit_sum / seen))
-    return float(loss_sum / run.samples)
-
-
-@torch.no_grad()
-def validate(run: Run, data: Data, epoch: int) -> Tensor:
-    """Say for each test image whether the model is right, on the CPU."""
-    right: list[Tensor] = []
-    loss_sum, seen, heard = 0.0, 0, time.monotonic()
-    with frozen(run.classifier):
-        for batch in data.batches(run.recipe.batch_size):
-            z = run.model(batch.x.to(run.fabric.device)).cpu()
-            loss_sum += float(nn.functional.cross_entropy(z, batch.y, reduction="sum"))
-            right.append(z.argmax(1) == batch.y)
-            seen += len(batch.y)
-            if time.monotonic() - heard > _PAUSE or seen == len(data):
+    with metered(run.model) as meter:
+        if objective.before_epoch is not None:
+            objective.before_epoch(run.model, data, rng=draws.at("before"), epoch=epoch)
+        for number, positions in enumerate(batches):
+            progress = (epoch - 1 + number / len(batches)) / recipe.epochs
+            for group in run.optimiser.param_groups:
+                group["lr"] = recipe.learning_rate * schedule(recipe, progress)
+            parts = _step(run, data, positions, draws, progress)
+            for _ in range(objective.repeats - 1):
+                parts = _step(run, data, positions, draws, progress)
+            if recipe.ema:
+                _follow(run, (epoch - 1) * len(batches) + number)
+            for name, part in parts.items():
+                total[name] = total.get(name, 0) + part * len(positions)
+            seen += len(positions)
+            if time.monotonic() - heard > _PAUSE or seen == run.samples:
                 heard = time.monotonic()
-                accuracy = float(torch.cat(right).double().mean())
-                run.tell(epoch * run.samples, f"epoch {epoch}, test", loss_sum / seen, accuracy)
-    return torch.cat(right)
+                mean = _finite(total["loss"] / seen, epoch)
+                values = {"loss": mean, "accuracy": float(total["accuracy"] / seen)}
+                run.tell(before + seen, f"epoch {epoch}, training", values, last)
+    share_statistics(run)
+    queries, gradients = added_up(run, meter)
+    means = {name: float(part) / run.samples for name, part in total.items()}
+    loss, accuracy = means.pop("loss"), means.pop("accuracy")
+    return Epoch(
+        epoch=epoch,
+        loss=loss,
+        accuracy=accuracy,
+        seconds=0,
+        learning_rate=run.optimiser.param_groups[0]["lr"],
+        queries=queries,
+        gradients=gradients,
+        parts=means,
+    )
+
+
+def _step(run: Run, data: Data, positions: Tensor, draws: Draws, progress: float) -> dict[str, Tensor]:
+    """One step of the optimiser on one batch; returns the loss and its parts, averaged over all of it."""
+    recipe, objective, device = run.recipe, run.objective, run.fabric.device
+    own = positions.tensor_split(run.ranks.world)[run.ranks.number]
+    parts: dict[str, Tensor] = {}
+    run.optimiser.zero_grad()
+    for chunk in own.tensor_split(min(recipe.accumulate, max(1, len(own)))):
+        batch, rng = data.batch(chunk), draws.select(chunk)
+        x = augment(batch.x.to(device), flip=recipe.flip, shift=recipe.shift, rng=rng)
+        loss: Loss = objective(run.model, x, batch.y.to(device), rng=rng, progress=progress)
+        share = len(chunk) / len(positions)
+        run.fabric.backward(loss.value if share == 1 else loss.value * share)
+        for name, part in {"loss": loss.value, **loss.parts}.items():
+            parts[name] = parts.get(name, 0) + part.detach() * share
+    if run.ranks.world > 1:
+        parts = together(run, parts)
+    if recipe.clip is not None:
+        run.fabric.clip_gradients(run.model, run.optimiser, max_norm=recipe.clip, error_if_nonfinite=False)
+    run.optimiser.step()
+    if objective.after_step is not None:
+        objective.after_step(run.model, parts)
+    return parts
+
+
+def validate(run: Run, data: Data, epoch: Epoch) -> Epoch:
+    """Measure the model on images it does not learn from, as they are and under a short PGD; return the epoch with it.
+
+    The attack starts from the same points after each epoch, so that epochs differ by the weights alone.
+    """
+    recipe, heard = run.recipe, time.monotonic()
+    threat = recipe.measured(run.objective)
+    right: list[Tensor] = []
+    standing: list[Tensor] = []
+    with frozen(run.classifier):
+        for batch in data.batches(recipe.batch_size):
+            x, y = batch.x.to(run.fabric.device), batch.y.to(run.fabric.device)
+            with torch.no_grad():
+                correct = run.model(x).argmax(1) == y
+            if threat is not None:
+                standing.append((correct & _withstands(run, x, y, threat, Draws(run.seed, batch.index))).cpu())
+            right.append(correct.cpu())
+            done = sum(map(len, right)) == len(data)
+            if time.monotonic() - heard > _PAUSE or done:
+                heard = time.monotonic()
+                epoch = epoch.model_copy(update=_measured(right, standing, data.labels))
+                run.tell(epoch.epoch * run.samples, f"epoch {epoch.epoch}, validation", {"loss": epoch.loss}, epoch)
+    return epoch
+
+
+def _measured(right: Sequence[Tensor], standing: Sequence[Tensor], labels: Tensor) -> dict[str, float | None]:
+    """Accuracies over the images measured so far."""
+    hit = torch.cat([*right]).double()
+    y = labels[: len(hit)]
+    return {
+        "accuracy": float(hit.mean()),
+        "balanced_accuracy": float(torch.stack([hit[y == k].mean() for k in y.unique()]).mean()),
+        "robust_accuracy": float(torch.cat([*standing]).double().mean()) if standing else None,
+    }
+
+
+def _withstands(run: Run, x: Tensor, y: Tensor, threat: Threat, rng: Draws) -> Tensor:
+    x_adv = pgd(run.model, x, y, boxed(threat, run.classifier), steps=_STEPS, rng=rng.at("validate"))
+    with torch.no_grad():
+        return run.model(x_adv).argmax(1) == y
+
+
+def best(epochs: Sequence[Epoch]) -> Epoch:
+    """The epoch to keep: of the highest accuracy under attack, without one of the highest accuracy; the last such."""
+    return max(reversed(epochs), key=lambda e: e.accuracy if e.robust_accuracy is None else e.robust_accuracy)
+
+
+def collapsed(recipe: Recipe, epochs: Sequence[Epoch]) -> bool:
+    """Whether the accuracy under attack lies further below its best than the recipe allows."""
+    robust = [e.robust_accuracy for e in epochs if e.robust_accuracy is not None]
+    return recipe.collapse is not None and bool(robust) and robust[-1] < max(robust) - recipe.collapse
 
 
 def schedule(recipe: Recipe, progress: float) -> float:
     """Learning rate as a share of the largest, at `progress` in [0, 1] of the training."""
     if recipe.schedule == "constant":
         return 1.0
+    if recipe.schedule == "step":
+        return recipe.factor ** sum(progress >= milestone for milestone in recipe.milestones)
     rise = _RISE if recipe.schedule == "onecycle" else 0.0
     if progress < rise:
         return 0.04 + 0.96 * progress / rise
     return 0.5 + 0.5 * math.cos(math.pi * (progress - rise) / (1 - rise))
+
+
+@torch.no_grad()
+def _follow(run: Run, step: int) -> None:
+    """Move the running mean of the weights; it forgets faster at first, when there is little to remember."""
+    decay = min(run.recipe.ema, (1 + step) / (10 + step))
+    for name, parameter in run.learnt():
+        run.averaged[name].lerp_(parameter, 1 - decay)
+
+
+@contextmanager
+def _averaged(run: Run) -> Generator[None]:
+    """The running mean in the place of the weights, where there is one."""
+    own = {name: parameter.detach().clone() for name, parameter in run.learnt()} if run.averaged else {}
+    _settle(run)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in run.learnt():
+                if name in own:
+                    parameter.copy_(own[name])
+
+
+@torch.no_grad()
+def _settle(run: Run) -> None:
+    """Write the running mean over the weights, where there is one."""
+    for name, parameter in run.learnt():
+        if name in run.averaged:
+            parameter.copy_(run.averaged[name])
+
+
+# ---- when to stop
 
 
 def _finite(loss: Tensor, epoch: int) -> float:
@@ -191,19 +284,27 @@ def _finite(loss: Tensor, epoch: int) -> float:
     return float(loss)
 
 
-def _recalls(right: Tensor, y: Tensor) -> Tensor:
-    """Share right in each class that occurs."""
-    return torch.stack([right[y == k].double().mean() for k in y.unique()])
+def _check_learned(epochs: Sequence[Epoch], labels: Tensor, *, last: bool) -> None:
+    """Refuse a model whose mean recall lies within two standard errors of guessing: that of one constant answer.
 
-
-def _check_learned(recalls: Tensor, n: int) -> None:
-    """Refuse a model whose mean recall lies within two standard errors of guessing: that of one constant answer."""
-    chance = 1 / len(recalls)
-    limit = chance + 2 * math.sqrt(chance * (1 - chance) / n)
-    if len(recalls) > 1 and float(recalls.mean()) <= limit:
+    Not before the last epoch, unless it knew better before; and at any time one that is surely worse than guessing.
+    """
+    classes = len(labels.unique())
+    chance = 1 / classes
+    error = math.sqrt(chance * (1 - chance) / len(labels))
+    recalls = [e.balanced_accuracy for e in epochs if e.balanced_accuracy is not None]
+    came = f"{recalls[-1]:.3f} after epoch {len(epochs)}"
+    if recalls[-1] < chance - 3 * error:
         raise TrainError(
-            f"a mean recall above {limit:.3f}, which is guessing among {len(recalls)} classes",
-            got=f"{float(recalls.mean()):.3f} after the last epoch",
+            f"a mean recall of {chance:.3f} or more, which is guessing among {classes} classes",
+            got=f"{came}: the model has learnt to answer wrong",
+            hint="try a smaller weight of the penalty, or a longer warmup",
+        )
+    learnt = max(recalls) > chance + _LEARNT * (1 - chance)
+    if classes > 1 and (last or learnt) and recalls[-1] <= chance + 2 * error:
+        raise TrainError(
+            f"a mean recall above {chance + 2 * error:.3f}, which is guessing among {classes} classes",
+            got=f"{came}, where it was {max(recalls):.3f} before" if learnt else came,
             hint="try a smaller learning_rate, a smaller threat or more epochs",
         )
 
@@ -218,8 +319,7 @@ def _handed_back(classifier: Classifier) -> Generator[None, None, None]:
 
 
 @contextmanager
-def _seeded(seed: int) -> Generator[None, None, None]:
-    """Seed the global random state, which dropout draws from, and put it back."""
+def _own_random_state() -> Generator[None, None, None]:
+    """Put the global random state, which dropout draws from, back as it was."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
         yield

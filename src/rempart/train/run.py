@@ -2,76 +2,138 @@
 
 import time
 from datetime import UTC, datetime
+from pathlib import Path
 
 import torch
 
 from rempart.core.data import Data, open_data
-from rempart.core.errors import Cancelled, DataError
+from rempart.core.errors import Cancelled, DataError, SpecError, TrainError
 from rempart.core.events import Notify, silent
-from rempart.core.repro import environment
-from rempart.core.stats import wilson
+from rempart.core.model import Classifier, frozen
+from rempart.core.ranks import ALONE, Ranks
+from rempart.core.repro import Draws, environment
+from rempart.core.stats import Rate, wilson
 from rempart.models import build, card, load, save
-from rempart.report.schema import DataCard, Epoch, Report, TrainSpec
-from rempart.train.config import load_recipe
-from rempart.train.loop import train
+from rempart.models.load import architecture
+from rempart.models.save import CONFIG
+from rempart.report.schema import DataCard, Epoch, Report, Training, TrainSpec
+from rempart.report.store import JSON, claim, read, write
+from rempart.train import checkpoint
+from rempart.train.checkpoint import State
+from rempart.train.config import Recipe, load_recipe
+from rempart.train.log import open_logs, write_csv
+from rempart.train.loop import best, collapsed, train
+
+LAST = "last"
+CHECKPOINT = "checkpoint.safetensors"
+LOG = "log.csv"
+_ASIDE = {"resume", "overwrite", "out", "device", "devices", "log"}  # change nothing in what is learnt
 
 
-def run_training(spec: TrainSpec, notify: Notify = silent) -> Report:
-    """Train a model on the train split, save it after every epoch, and report its accuracy on the test split.
+def run_training(spec: TrainSpec, notify: Notify = silent, *, ranks: Ranks = ALONE) -> Report | None:
+    """Train a model on the train split, and report the accuracy of the epoch kept on the test split.
+
+    Up to a tenth of the training images are set aside to choose that epoch by. Written to `spec.out`, each file whole
+    or not at all: the model of the best epoch; that of the last one in `last`; `checkpoint.safetensors`, which a run
+    with `resume` goes on from and which goes away at the end; `log.csv`; and the report.
 
     An interruption (Ctrl-C, or `Cancelled` from `notify`) ends the training with the last finished epoch, marked
-    incomplete; before the first epoch is finished, it is passed on.
+    incomplete; before the first epoch is finished, it is passed on. After an error too, what was finished is reported.
+
+    Args:
+        spec: The request.
+        notify: Receives progress.
+        ranks: This process among those that train together; all but the first return None.
 
     Raises:
-        SpecError: If data, model, recipe or an option is wrong; before anything runs.
-        TrainError: If the training fails; the epochs finished by then are kept.
+        SpecError: If data, model, recipe or an option is wrong, or `out` holds a model already; before anything runs.
+        TrainError: If the training fails or its files cannot be written; the epochs finished by then are kept.
     """
-    started = time.perf_counter()
+    started, out = time.perf_counter(), Path(spec.out)
     recipe = load_recipe(spec.recipe, spec.options)
     train_data, test_data = _splits(spec.data)
-    mean, std = channel_moments(train_data)
-    classifier = build(
-        spec.model,
-        shape=train_data.shape,
-        num_classes=train_data.num_classes,
-        options=spec.model_options,
-        class_names=train_data.class_names,
-        mean=mean,
-        std=std,
-        seed=spec.seed,
-    )
-    record = {"data": train_data.source, "digest": train_data.digest, "seed": spec.seed, "recipe": recipe.model_dump()}
-    epochs: list[Epoch] = []
+    learn, validation = set_aside(train_data, recipe.validation_images)
+    classifier, name, options = _network(spec, learn)
+    request = spec.model_dump_json(exclude=_ASIDE)
+    if (finished := _finished(spec, request)) is not None:
+        return finished
+    resume = _resumed(spec, request)
+    if ranks.number == 0:
+        claim(out)
+        if resume is None:
+            (out / CHECKPOINT).unlink(missing_ok=True)
+    logs = open_logs(spec.log, out, spec.model_dump(exclude=_ASIDE)) if ranks.number == 0 else []
+    record = {"data": learn.source, "digest": learn.digest, "seed": spec.seed, "recipe": recipe.model_dump()}
+    epochs: list[Epoch] = list(resume[0]) if resume else []
 
-    def keep(finished: tuple[Epoch, ...]) -> None:
-        save(
-            classifier,
-            spec.out,
-            name=spec.model,
-            options=spec.model_options,
-            training={**record, "epochs": [epoch.model_dump() for epoch in finished]},
-        )
-        epochs[:] = finished
+    def keep(done: tuple[Epoch, ...], state: State) -> None:
+        history = {**record, "epochs": [epoch.model_dump() for epoch in done]}
+        try:
+            checkpoint.write(out / CHECKPOINT, done, state, request)
+            if best(done) is done[-1]:
+                save(classifier, out, name=name, options=options, training=history)
+            save(classifier, out / LAST, name=name, options=options, training=history)
+            write_csv(out / LOG, done)
+        except OSError as error:
+            hint = "the last checkpoint is whole: make room, and run the same command with --resume"
+            raise TrainError(
+                f"to write epoch {len(done)} to {out}", got=error.strerror or str(error), hint=hint
+            ) from None
+        for log in logs:
+            log(done[-1])
+        epochs[:] = done
 
+    error: Exception | None = None
     try:
-        train(train_data, test_data, classifier, recipe, seed=spec.seed, keep=keep, notify=notify)
+        train(
+            learn,
+            validation,
+            classifier,
+            recipe,
+            seed=spec.seed,
+            resume=resume,
+            device=spec.device,
+            ranks=ranks,
+            keep=keep,
+            notify=notify,
+        )
     except (KeyboardInterrupt, Cancelled):
         if not epochs:
             raise
-    left = recipe.epochs - len(epochs)
-    return Report(
-        kind="train",
-        complete=not left,
-        spec=spec,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        seconds=time.perf_counter() - started,
-        environment=environment(),
-        model=card(load(spec.out), spec.out),
-        data=DataCard.of(test_data),
-        clean=wilson(round(epochs[-1].accuracy * len(test_data)), len(test_data)),
-        not_run=(f"the last {left} of {recipe.epochs} epochs",) if left else (),
-        epochs=tuple(epochs),
-    )
+    except Exception as failure:  # noqa: BLE001  raised again once what was finished is reported
+        error = failure
+    if ranks.number:
+        if error is not None:
+            raise error
+        return None
+    if not epochs:
+        assert error is not None
+        raise error
+    report = _report(spec, recipe, learn, validation, test_data, epochs, error, time.perf_counter() - started)
+    try:
+        write(report, out)
+    except OSError:
+        if error is None:
+            raise
+    if report.complete:
+        (out / CHECKPOINT).unlink(missing_ok=True)
+    if error is not None:
+        raise error
+    return report
+
+
+def set_aside(data: Data, images: int) -> tuple[Data, Data | None]:
+    """Part training images into those to learn from and up to `images` to choose the epoch by: a tenth at most.
+
+    The same ones for every seed, so that trainings compare. None where there are too few.
+    """
+    count = min(images, len(data) // 10)
+    if count == 0:
+        return data, None
+    order = Draws(0, data.index, ("validation",)).uniform(torch.empty(len(data), 1, dtype=torch.float64)).flatten()
+    chosen = torch.zeros(len(data), dtype=torch.bool)
+    chosen[order.argsort(stable=True)[:count]] = True
+    return data.take((~chosen).nonzero().flatten()), data.take(chosen.nonzero().flatten())
 
 
 def channel_moments(data: Data) -> tuple[list[float], list[float]]:
@@ -91,7 +153,7 @@ def _splits(source: str) -> tuple[Data, Data]:
     """The train split and the test split, in memory.
 
     Raises:
-        DataError: If both are the same one.
+        DataError: If both are the same one, or there is only one class to learn.
     """
     train_data, test_data = open_data(source, split="train"), open_data(source, split="test")
     if train_data.split == test_data.split:
@@ -100,4 +162,133 @@ def _splits(source: str) -> tuple[Data, Data]:
             got=f"{source}, where both are {train_data.split}",
             hint="name no split in the spec, and sort the images into train/CLASS and test/CLASS",
         )
+    present = train_data.labels.unique().tolist()
+    if len(present) < 2:
+        raise DataError(
+            "training images of two classes or more",
+            got=f"{len(train_data)} of class {train_data.class_names[present[0]]} alone",
+            hint="where images lie sorted by class, take a slice such as [::10] instead of the first ones",
+        )
     return train_data.load(), test_data.load()
+
+
+def _network(spec: TrainSpec, learn: Data) -> tuple[Classifier, str, dict[str, object]]:
+    """The classifier to train, with the name and options it was built from."""
+    if (spec.model is None) == (spec.start is None):
+        came = "both" if spec.model else "neither"
+        raise SpecError("--model to train from scratch, or --from to train a model further", got=came)
+    if spec.start is not None:
+        if spec.model_options:
+            raise SpecError("no --model-option beside --from", got=", ".join(spec.model_options))
+        name, options = architecture(spec.start)
+        return load(spec.start), name, options
+    assert spec.model is not None
+    mean, std = channel_moments(learn)
+    classifier = build(
+        spec.model,
+        shape=learn.shape,
+        num_classes=learn.num_classes,
+        options=spec.model_options,
+        class_names=learn.class_names,
+        mean=mean,
+        std=std,
+        seed=spec.seed,
+    )
+    return classifier, spec.model, dict(spec.model_options)
+
+
+def _finished(spec: TrainSpec, request: str) -> Report | None:
+    """The report of this very training, where it is to be resumed and came to its end before."""
+    if not spec.resume or not (Path(spec.out) / JSON).exists():
+        return None
+    report = read(spec.out)
+    same = isinstance(report.spec, TrainSpec) and report.spec.model_dump_json(exclude=_ASIDE) == request
+    return report if same and report.complete else None
+
+
+def _resumed(spec: TrainSpec, request: str) -> tuple[list[Epoch], State] | None:
+    """What to go on from, if anything; refuses to write over a model that was not asked to give way."""
+    path = Path(spec.out) / CHECKPOINT
+    if spec.resume and path.exists():
+        epochs, state, of = checkpoint.read(path)
+        if of != request:
+            raise SpecError(
+                f"the same request as that of the checkpoint in {spec.out}",
+                got=_difference(of, request),
+                hint="repeat it as it was, or choose another --out",
+            )
+        return epochs, state
+    if not spec.overwrite and (path.exists() or (Path(spec.out) / CONFIG).exists()):
+        held = "an unfinished training" if path.exists() else "a trained model"
+        other = "--resume to go on with it" if path.exists() else "another --out"
+        hint = f"choose {other}, or --overwrite to begin anew"
+        raise SpecError("an --out without a model in it", got=f"{spec.out}, which holds {held}", hint=hint)
+    return None
+
+
+def _difference(before: str, now: str) -> str:
+    """The keys in which two requests differ, with both values."""
+    old, new = (TrainSpec.model_validate_json(text[:-1] + ',"out":""}').model_dump() for text in (before, now))
+    return ", ".join(f"{key}={new[key]!r} instead of {old[key]!r}" for key in new if new[key] != old[key])
+
+
+def _report(
+    spec: TrainSpec,
+    recipe: Recipe,
+    learn: Data,
+    validation: Data | None,
+    test: Data,
+    epochs: list[Epoch],
+    error: Exception | None,
+    seconds: float,
+) -> Report:
+    model = load(_source(spec))
+    stopped = collapsed(recipe, epochs)
+    left = recipe.epochs - len(epochs)
+    kept = best(epochs)
+    notes: list[str] = []
+    if stopped and kept.robust_accuracy is not None and epochs[-1].robust_accuracy is not None:
+        notes.append(
+            f"Stopped after epoch {len(epochs)}: the accuracy under attack on the validation images fell from "
+            f"{kept.robust_accuracy:.1%} to {epochs[-1].robust_accuracy:.1%}, as it does when a model overfits to a "
+            f"weak attack. The model kept is that of epoch {kept.epoch}."
+        )
+    if error is not None:
+        notes.append(f"The training failed in epoch {len(epochs) + 1}: {type(error).__name__}: {error}")
+    missing = f"the last {left} of {recipe.epochs} epochs"
+    return Report(
+        kind="train",
+        complete=error is None and (not left or stopped),
+        spec=spec,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        seconds=seconds,
+        environment=environment(),
+        model=card(model, spec.out),
+        data=DataCard.of(test),
+        notes=tuple(notes),
+        clean=_accuracy(model, test, recipe.batch_size),
+        not_run=(missing,) if left else (),
+        epochs=tuple(epochs),
+        training=Training(
+            recipe=recipe.model_dump(mode="json"),
+            objective=recipe.objective,
+            best_epoch=kept.epoch,
+            train_images=len(learn),
+            validation_images=0 if validation is None else len(validation),
+            queries=sum(epoch.queries for epoch in epochs),
+            gradients=sum(epoch.gradients for epoch in epochs),
+            seconds=sum(epoch.seconds for epoch in epochs),
+        ),
+    )
+
+
+def _source(spec: TrainSpec) -> str:
+    """The trained model, as `load` takes it."""
+    code = spec.start is not None and spec.start.startswith("python:")
+    return f"{str(spec.start).partition('@')[0]}@{spec.out}" if code else spec.out
+
+
+def _accuracy(model: Classifier, data: Data, batch_size: int) -> Rate:
+    with frozen(model), torch.no_grad():
+        right = sum(int((model(batch.x).argmax(1) == batch.y).sum()) for batch in data.batches(batch_size))
+    return wilson(right, len(data))
