@@ -126,16 +126,22 @@ def test_a_loss_of_gradients():
     torch.testing.assert_close(found[1], moved.grad)
 
 
-def shared() -> nn.Module:
-    """An affine map used twice, which counts as one tensor."""
-    layer = nn.Linear(4, 4)
-    return nn.Sequential(nn.Flatten(), layer, nn.Tanh(), layer).double()
+class Shared(nn.Module):
+    """One matrix in two layers and under two names of one module: it counts as one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.second.weight = self.weight = self.again = self.first.weight
+
+    def forward(self, x):
+        return self.second(self.first(x.flatten(1)).tanh()).tanh() @ self.weight @ self.again
 
 
 def test_shared_weights_move_together():
     torch.manual_seed(0)
-    model, x, y = shared(), torch.randn(6, 1, 4).double(), torch.arange(6) % 4
-    w = model[1].weight
+    model, x, y = Shared().double(), torch.randn(6, 1, 4).double(), torch.arange(6) % 4
+    w = model.weight
     (slope,) = torch.autograd.grad(F.cross_entropy(model(x), y), w)
     found = awp(plain(), 0.1)(model, x, y, rng=RNG).value
     with torch.no_grad():

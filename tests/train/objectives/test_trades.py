@@ -20,8 +20,9 @@ def craft(objective, model, x, y):
     return objective.craft(model, x, y, rng=RNG, progress=1.0)
 
 
-def test_the_attack_in_linf_written_out():
-    model, eps, step = toys.smooth().double(), 0.03, 0.007
+@pytest.mark.parametrize(("eps", "step"), [(0.03, 0.007), (0.4, 0.5)])  # the longer one goes past the best point
+def test_the_attack_in_linf_written_out(eps, step):
+    model = toys.smooth().double()
     x = toys.images(SHAPE).double()
     x[0], x[1] = 0.0, 1.0  # at the box
     z = x + 1e-3 * RNG.at("trades").normal(x)
