@@ -25,7 +25,7 @@ def test_the_worst_images_of_an_affine_model():
     model, x, y, z, worst = affine(0.01)
     loss = mart(threat="linf:0.01", beta=6.0)(model, x, y, rng=RNG)
     np.testing.assert_allclose(loss.value.item(), formula(6.0)(z, worst, y.numpy()), rtol=1e-4)
-    assert loss.parts["accuracy"].item() == (worst.argmax(1) == y.numpy()).mean()
+    assert loss.parts["accuracy_adv"].item() == (worst.argmax(1) == y.numpy()).mean()
 
 
 def test_confident_logits():

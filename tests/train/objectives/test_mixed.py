@@ -23,8 +23,8 @@ def test_the_worst_images_of_an_affine_model(steps):
     label = y.numpy()
     expected = (ce(z, label).mean() + 0.5 * ce(worst, label).mean()) / 1.5
     np.testing.assert_allclose(loss.value.item(), expected, rtol=1e-4)
-    assert loss.parts["clean_accuracy"].item() == 7 / 8
-    assert loss.parts["accuracy"].item() == (worst.argmax(1) == label).mean() < 7 / 8
+    assert loss.parts["accuracy"].item() == 7 / 8
+    assert loss.parts["accuracy_adv"].item() == (worst.argmax(1) == label).mean() < 7 / 8
 
 
 def test_no_weight_is_ordinary_training_bit_by_bit():

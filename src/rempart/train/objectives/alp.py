@@ -47,6 +47,6 @@ def alp(
         z, z_adv = model(x), model(x_adv)
         pairing = F.mse_loss(z, z_adv)
         value = clean * F.cross_entropy(z, y) + (1 - clean) * F.cross_entropy(z_adv, y) + weight * pairing
-        return Loss(value, {"accuracy": hits(z_adv, y), "clean_accuracy": hits(z, y), "pairing": pairing.detach()})
+        return Loss(value, {"accuracy": hits(z, y), "accuracy_adv": hits(z_adv, y), "pairing": pairing.detach()})
 
     return Objective(loss=loss, craft=pgd_images(within, steps, step), threat=within)

@@ -48,7 +48,7 @@ def mart(
         z, z_adv = model(x), model(x_adv)
         own = F.softmax(z, 1).gather(1, y[:, None])[:, 0]
         weighted = (divergence(z, z_adv) * (1.0000001 - own)).mean()
-        parts = {"accuracy": hits(z_adv, y), "clean_accuracy": hits(z, y), "divergence": weighted.detach()}
+        parts = {"accuracy": hits(z, y), "accuracy_adv": hits(z_adv, y), "divergence": weighted.detach()}
         return Loss(_boosted(z_adv, y).mean() + beta * weighted, parts)
 
     return Objective(loss=loss, craft=pgd_images(within, steps, step), threat=within)

@@ -45,6 +45,6 @@ def mixed(
     def loss(model: nn.Module, x: Images, x_adv: Images, y: Labels, *, rng: Draws, progress: float) -> Loss:
         z, z_adv = model(x), model(x_adv)
         value = (F.cross_entropy(z, y) + weight * F.cross_entropy(z_adv, y)) / (1 + weight)
-        return Loss(value, {"accuracy": hits(z_adv, y), "clean_accuracy": hits(z, y)})
+        return Loss(value, {"accuracy": hits(z, y), "accuracy_adv": hits(z_adv, y)})
 
     return Objective(loss=loss, craft=pgd_images(within, steps, step), threat=within)

@@ -50,7 +50,7 @@ def trades(
     def loss(model: nn.Module, x: Images, x_adv: Images, y: Labels, *, rng: Draws, progress: float) -> Loss:
         z, z_adv = model(x), model(x_adv)
         kl = divergence(z, z_adv).mean()
-        parts = {"accuracy": hits(z_adv, y), "clean_accuracy": hits(z, y), "divergence": kl.detach()}
+        parts = {"accuracy": hits(z, y), "accuracy_adv": hits(z_adv, y), "divergence": kl.detach()}
         return Loss(F.cross_entropy(z, y) + beta * kl, parts)
 
     return Objective(loss=loss, craft=_farthest(within, steps, step), threat=within)
