@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -211,6 +212,15 @@ def check_same_draws_same_loss(make: Make) -> None:
         x_adv = crafted(objective, twin, x, y, rng).detach()
         runs.append((x_adv, objective.loss(twin, x, x_adv, y, rng=rng, progress=0.5).value.detach()))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True)), "the same draws gave another loss"
+
+
+def check_a_wrapper_changes_nothing(make: Make) -> None:
+    """The loop hands over the model as Lightning Fabric wraps it: other names of modules, the same box and loss."""
+    bare = conv()
+    wrapped = Fabric(accelerator="cpu", devices=1).setup_module(copy.deepcopy(bare))
+    x, y, rng = batch(bare)
+    first, second = (ready(make(), model)(model, x, y, rng=rng).value for model in (bare, wrapped))
+    assert torch.equal(first, second), "a wrapped model gives another loss"
 
 
 def check_the_order_of_a_batch_does_not_matter(make: Make) -> None:
@@ -440,6 +450,8 @@ def flawed(flaw: str = "") -> Callable[..., Objective]:
             value = F.cross_entropy(z, (z.argmax(1) if flaw == "its own labels" else y))
             if flaw == "one value per image":
                 value = F.cross_entropy(z, y, reduction="none")
+            if flaw == "asks for the type of the model" and isinstance(model, Classifier):
+                value = value + 0.1 * z.square().mean()
             if flaw == "no gradient":
                 value = value.detach()
             if flaw == "the last layer only":
@@ -493,6 +505,7 @@ FLAWS: list[tuple[str, Callable[[Make], None]]] = [
     ("another dtype", check_crafting_freezes_the_model),
     ("not restored after an error", check_an_error_leaves_the_model_as_it_was),
     ("unseeded noise", check_same_draws_same_loss),
+    ("asks for the type of the model", check_a_wrapper_changes_nothing),
     ("draws by position", check_the_order_of_a_batch_does_not_matter),
     ("weighted by position", check_the_order_of_a_batch_does_not_matter),
     ("unseeded noise", check_the_global_random_state_is_left_alone),
