@@ -1,8 +1,11 @@
 """Recipes: files, overrides, and messages that name every fault."""
 
 import pytest
+import torch
 
 from rempart.core.errors import SpecError, ThreatError
+from rempart.core.model import Classifier
+from rempart.core.repro import Draws
 from rempart.train import load_recipe, objectives, recipe_names
 from rempart.train.config import Settings
 
@@ -79,6 +82,20 @@ def test_recipe_files_are_read_by_path(tmp_path):
     (tmp_path / "bad.toml").write_text("epochs =")
     with pytest.raises(SpecError, match="TOML"):
         load_recipe(str(tmp_path / "bad.toml"))
+
+
+def test_a_recipe_asks_for_perturbed_weights():
+    """By gamma |w| |g| to first order, once the warm-up is over."""
+    weight = torch.tensor([[2.0, -1.0]])
+    layer = torch.nn.Linear(2, 1, bias=False)
+    layer.load_state_dict({"weight": weight})
+    model = Classifier(torch.nn.Sequential(torch.nn.Flatten(), layer), shape=(1, 1, 2), num_classes=2)
+    x, y, rng = torch.tensor([[[[0.2, 0.9]]]]), torch.tensor([0]), Draws(0, torch.arange(1))
+    recipe = load_recipe("plain", {"awp": 0.1, "awp_warmup": 0.5})
+    early, late = (recipe.build_objective()(model, x, y, rng=rng, progress=at).value.item() for at in (0.4, 0.6))
+    moved = (weight + 0.1 * weight.norm() * x.flatten() / x.norm()) @ x.flatten()  # the slope of the loss is along x
+    assert early == pytest.approx(torch.nn.functional.softplus(weight @ x.flatten()).item())
+    assert late == pytest.approx(torch.nn.functional.softplus(moved).item())
 
 
 @pytest.mark.parametrize("entry", objectives, ids=lambda entry: entry.name)

@@ -13,7 +13,7 @@ from rempart.core.errors import SpecError
 from rempart.core.registry import Entry, suggestion
 from rempart.core.threat import Threat
 from rempart.report.schema import Options, Strict
-from rempart.train.objectives import Objective, objectives
+from rempart.train.objectives import Objective, awp, objectives
 from rempart.train.objectives.catalogue import budgeted
 
 Share = Annotated[float, Ge(0), Le(1)]
@@ -80,8 +80,8 @@ class Recipe(Settings):
     options: Options = Field(default_factory=dict)
 
     def build_objective(self) -> Objective:
-        """The objective with its options, in a fresh state."""
-        return objectives[self.objective].function(**self.options)
+        """The objective with its options, in a fresh state, around perturbed weights where the recipe asks for it."""
+        return awp(objectives[self.objective].function(**self.options), self.awp, self.awp_warmup)
 
     def measured(self, objective: Objective) -> Threat | None:
         """What the validation images are attacked with; None where there is nothing to withstand."""
