@@ -8,7 +8,7 @@ from torch import Tensor
 
 import toys
 from rempart.attacks import ddn, fmn
-from rempart.attacks.radius import _free, _into_ball
+from rempart.attacks.radius import _free, into_ball
 from rempart.core.model import Classifier, metered
 from rempart.core.threat import Threat, vector_norm
 
@@ -104,7 +104,7 @@ def test_projection_onto_the_ball(length):
         "l1": flat.sign() * (flat.abs() - threshold).clamp_min(0),
     }
     for norm, values in expected.items():
-        got = _into_ball(change, room, norm).flatten(1)  # type: ignore
+        got = into_ball(change, room, norm).flatten(1)  # type: ignore
         assert torch.allclose(got, values, atol=1e-12)
         assert bool((vector_norm(got, norm) <= room + 1e-9).all())  # type: ignore
 

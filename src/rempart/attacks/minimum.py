@@ -72,7 +72,7 @@ def deepfool(
             broken = surely_reached(model(point), y, targeted=False)
         out[active] = point
         if refine and bool(broken.any()):
-            out[active[broken]] = _bisect(model, x[broken], point[broken], y[broken], refine)
+            out[active[broken]] = bisect(model, x[broken], point[broken], y[broken], refine)
         stay = ~broken
         active, x, y, others, point = active[stay], x[stay], y[stay], others[stay], point[stay]
         if len(active) == 0:
@@ -107,7 +107,7 @@ def _nearest(gaps: Logits, slopes: Tensor, norm: Norm, past: Scores) -> Tensor:
     return length * (slope.sign() if norm == "linf" else slope / size[rows, best][:, None].clamp_min(1e-30))
 
 
-def _bisect(model: nn.Module, x: Images, broken: Images, y: Labels, halvings: int) -> Images:
+def bisect(model: nn.Module, x: Images, broken: Images, y: Labels, halvings: int) -> Images:
     """Walk back towards the originals as far as the images stay broken by more than rounding."""
     near, far = torch.zeros(len(x), dtype=x.dtype, device=x.device), torch.ones(len(x), dtype=x.dtype, device=x.device)
     for _ in range(halvings):

@@ -143,7 +143,7 @@ def fmn(
         grown = torch.where(best.size.isinf(), torch.maximum(grown, size + _gap(z, y, slope, threat.norm)), grown)
         length = torch.minimum(torch.where(hit, (1 - share) * torch.minimum(length, best.size), grown), widest)
         stride = along.ascend(x, slope, (first * _falling(t, steps, 1.0, _LAST_STEP) * length)[:, None])
-        point = (x + _into_ball(point - x + stride, length, threat.norm)).clamp(threat.low, threat.high)
+        point = (x + into_ball(point - x + stride, length, threat.norm)).clamp(threat.low, threat.high)
     with torch.no_grad():
         _record(best, rows, point, x, model(point), y, threat, targeted)
     return best.image
@@ -187,7 +187,7 @@ def _falling(t: int, steps: int, first: float, last: float) -> float:
     return last + (first - last) * (1 + math.cos(math.pi * t / steps)) / 2
 
 
-def _into_ball(change: Images, length: Scores, norm: Norm) -> Images:
+def into_ball(change: Images, length: Scores, norm: Norm) -> Images:
     """The perturbation of at most this length nearest to `change`, sample by sample."""
     if norm == "linf":
         edge = per_image(length, change)

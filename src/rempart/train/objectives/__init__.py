@@ -3,10 +3,33 @@
 from rempart.train.objectives.alp import alp
 from rempart.train.objectives.awp import awp
 from rempart.train.objectives.catalogue import Loss, Objective, objectives
+from rempart.train.objectives.fast import fast
+from rempart.train.objectives.free import free
+from rempart.train.objectives.gaussian import gaussian
+from rempart.train.objectives.ima import ima
+from rempart.train.objectives.input_gradient import input_gradient
 from rempart.train.objectives.mart import mart
 from rempart.train.objectives.mixed import mixed
+from rempart.train.objectives.parseval import parseval
 from rempart.train.objectives.pgd_at import pgd_at
 from rempart.train.objectives.plain import plain
 from rempart.train.objectives.trades import trades
 
-__all__ = ["Loss", "Objective", "alp", "awp", "mart", "mixed", "objectives", "pgd_at", "plain", "trades"]
+__all__ = [
+    "Loss",
+    "Objective",
+    "alp",
+    "awp",
+    "fast",
+    "free",
+    "gaussian",
+    "ima",
+    "input_gradient",
+    "mart",
+    "mixed",
+    "objectives",
+    "parseval",
+    "pgd_at",
+    "plain",
+    "trades",
+]
