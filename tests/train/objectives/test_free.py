@@ -95,8 +95,9 @@ def test_other_norms_take_the_steepest_step_of_eps(norm):
     assert bool(threat.holds(x, moved).all())
 
 
-def test_a_gradient_that_overflowed_spoils_no_perturbation():
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_gradient_that_overflowed_spoils_no_perturbation(norm):
     model, x, y = toys.smooth(SHAPE, 2).train(), toys.images(SHAPE), torch.arange(8) % 2
-    objective = free(threat="linf:0.05")
+    objective = free(threat=f"{norm}:0.05")
     (objective(model, x, y, rng=Draws(0, torch.arange(8))).value * torch.nan).backward()
     assert bool(objective.state["delta"].isfinite().all())

@@ -9,6 +9,7 @@ import toys
 from rempart.core.repro import Draws
 from rempart.core.threat import Threat
 from rempart.train.objectives import ima
+from rempart.train.objectives.ima import explore
 
 SHAPE = (1, 4, 4)
 RNG = Draws(0, torch.arange(8))
@@ -42,6 +43,33 @@ def test_points_lie_on_the_boundary_at_the_known_distance(norm):
     assert bool((model(x_adv[1:]).argmax(1) != y[1:]).all()) and bool(threat.holds(x, x_adv).all())
     assert bool((distance[1:] >= far[1:] * (1 - 1e-4)).all())
     assert bool((distance[1:] <= far[1:] * (1 + 1e-4) + budget / 1024).all())
+
+
+class Ridge(nn.Module):
+    """Logits (0, 0.1 - 8 (first pixel - 0.7)^2): class 1 around 0.7, where a climb with long steps goes to and fro."""
+
+    def forward(self, x):
+        value = 0.1 - 8 * (x.flatten(1)[:, :1] - 0.7).square()
+        return torch.cat([0 * value, value], 1)
+
+
+@pytest.mark.parametrize("steps", [8, 20])
+def test_the_climb_and_the_point_that_is_bisected(steps):
+    """Steps of 4 / steps of the margin from the start; then back from the worst point seen, not from the last."""
+    model, x, seen = Ridge(), torch.full((8, *SHAPE), 0.5), []
+    y, margin = torch.zeros(8, dtype=torch.long), torch.linspace(0.05, 0.45, 8)
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    out = explore(model, x, y, Threat(norm="l2", eps=3.0), margin, x, steps)
+    points = torch.stack(seen[: steps + 1])[:, :, 0, 0, 0] - 0.5
+    assert torch.allclose(points[1], 4 / steps * margin, rtol=1e-4)
+    score = 0.1 - 8 * (points - 0.2).square()
+    found = score.amax(0) > 0
+    assert bool((score[-1] < score.amax(0) - 1e-4)[found].any()) and 0 < int(found.sum()) < 8
+    worst = points[score.argmax(0), torch.arange(8)]
+    first = 0.2 - (0.1 / 8) ** 0.5  # where the boundary is
+    shares = torch.ceil(1024 * first / worst - 1e-3) / 1024  # bisection ends on a grid of the way to the worst point
+    assert torch.allclose((out - x)[found, 0, 0, 0], (shares * worst)[found], atol=1e-6)
+    assert torch.equal(out[~found], x[~found])
 
 
 def sequence(far, right, budget, delta, visits):
@@ -87,7 +115,7 @@ def test_margins_belong_to_samples_and_change_once_per_visit():
 
 def test_the_loss_is_the_weighted_sum_over_the_batch():
     model, x, y, far = affine("l2")
-    budget = float(far[1:].sort().values[3])  # some are met, some are out of reach, one is wrong
+    budget = float(far[1:].sort().values[3:5].mean())  # some are met, some are out of reach, one is wrong
     objective = ima(threat=f"l2:{budget}", delta=budget, beta=0.25)
     x_adv = crafted(objective, model, x, y)
     loss = objective.loss(model, x, x_adv, y, rng=RNG, progress=0.0)
