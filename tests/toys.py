@@ -169,6 +169,22 @@ def conv(shape: Sequence[int] = (1, 4, 4), classes: int = 3, seed: int = 0, widt
     return Classifier(net, shape=shape, num_classes=classes).eval()
 
 
+def two_layers() -> nn.Sequential:
+    """relu of the maps x and 1.5 - x of two pixels; relu of the sum of all four less 3, and of twice the first; z = 0.
+
+    By hand: (1, 2) has the maps (1, 2), (0.5, 0) and the dense outputs 0.5, 2; (0, 1) has (0, 1), (1.5, 0.5) and 0, 0.
+    """
+    first, second, last = nn.utils.skip_init(nn.Conv2d, 1, 2, 1), _layer(4, 2), _layer(2, 2)
+    with torch.no_grad():
+        first.weight.copy_(torch.tensor([1.0, -1.0]).view(2, 1, 1, 1))
+        first.bias.copy_(torch.tensor([0.0, 1.5]))  # pyright: ignore
+        second.weight.copy_(torch.tensor([[1.0, 1.0, 1.0, 1.0], [2.0, 0.0, 0.0, 0.0]]))
+        second.bias.copy_(torch.tensor([-3.0, 0.0]))
+        for parameter in last.parameters():
+            parameter.zero_()
+    return nn.Sequential(first, nn.ReLU(), nn.Flatten(), second, nn.ReLU(), last)
+
+
 def dropout(shape: Sequence[int] = (1, 4, 4), classes: int = 3, seed: int = 0) -> Classifier:
     """`linear` behind dropout with p = 0.5, left in training mode: deterministic, and `linear`, only when frozen."""
     net = nn.Sequential(nn.Dropout(0.5), *_affine(shape, classes, seed))

@@ -150,17 +150,6 @@ def test_names_are_the_same_under_a_wrapper():
 # ---- sensitivity
 
 
-def two_layers():
-    """relu of the maps x and 1.5 - x; relu of the sum of all entries less 3, and of twice the first; a last layer."""
-    net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 2))
-    with torch.no_grad():
-        net[0].weight.copy_(torch.tensor([1.0, -1.0]).view(2, 1, 1, 1))
-        net[0].bias.copy_(torch.tensor([0.0, 1.5]))
-        net[3].weight.copy_(torch.tensor([[1.0, 1.0, 1.0, 1.0], [2.0, 0.0, 0.0, 0.0]]))
-        net[3].bias.copy_(torch.tensor([-3.0, 0.0]))
-    return net
-
-
 X = torch.tensor([[1.0, 2.0], [0.0, 1.0]]).view(2, 1, 1, 2)
 X_ADV = torch.tensor([[2.0, 0.0], [0.5, 1.0]]).view(2, 1, 1, 2)
 # first image: maps (1, 2), (0.5, 0) -> (2, 0), (0, 1.5), means of the change 1.5 and 1
@@ -174,7 +163,7 @@ def as_lists(sigma):
 
 
 def test_sensitivity_is_that_worked_out_by_hand():
-    net = two_layers().train()
+    net = toys.two_layers().train()
     sigma = sensitivity(net, [(X, X_ADV)], blocks(net))
     assert as_lists(sigma) == SIGMA
     assert as_lists(sensitivity(net, [(X, X_ADV)] * 3, blocks(net))) == SIGMA

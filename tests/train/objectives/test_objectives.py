@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import toys
+from rempart.core.data import Data
 from rempart.core.repro import Draws
 from rempart.train.objectives import objectives, pgd_at, plain
 
@@ -79,7 +80,12 @@ def test_the_attack_leaves_no_trace_in_the_model(untouched_rng):
 def test_every_objective_gives_a_scalar_with_gradients_and_an_accuracy(entry):
     torch.manual_seed(0)
     model, x, y = network(), toys.images(SHAPE), torch.arange(8) % 3
-    loss = entry.function()(model, x, y, rng=RNG)
+    objective = entry.function()
+    if objective.before_epoch:
+        objective.before_epoch(
+            model, Data("x", "train", RNG.index, y, SHAPE, ("0", "1", "2"), lambda i: x[i]), rng=RNG, epoch=1
+        )
+    loss = objective(model, x, y, rng=RNG)
     loss.value.backward()
     assert loss.value.shape == () and not loss.parts["accuracy"].requires_grad
     assert 0 <= float(loss.parts["accuracy"]) <= 1

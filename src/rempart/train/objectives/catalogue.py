@@ -117,3 +117,8 @@ def budgeted(text: str) -> Threat:
 def hits(z: Logits, y: Labels) -> Tensor:
     """Share of the batch whose largest logit is the true class's."""
     return (z.detach().argmax(1) == y).float().mean()
+
+
+def ramp(progress: float, warmup: float) -> float:
+    """Rise linearly from 0 to 1 over the first `warmup` of the training; 1 from the start without one."""
+    return min(1.0, progress / warmup) if warmup > 0 else 1.0
