@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import l1_loss
 from torch.utils.hooks import RemovableHandle
 
 from rempart.core.errors import ModelError
@@ -110,7 +111,8 @@ def penultimate(model: nn.Module) -> str:
 
 def change(before: Tensor, after: Tensor) -> Tensor:
     """How much each neuron differs between two passes: the mean of |difference| over its map, shape (n, neurons)."""
-    return (before - after).abs().flatten(2).mean(2) if before.ndim > 2 else (before - after).abs()
+    moved = l1_loss(before, after, reduction="none")
+    return moved.flatten(2).mean(2) if moved.ndim > 2 else moved
 
 
 def sensitivity(model: nn.Module, pairs: Iterable[tuple[Images, Images]], layers: Sequence[str]) -> Neurons:

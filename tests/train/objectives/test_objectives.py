@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lightning_fabric import Fabric
 from torch import nn
 from torch.nn import functional as F
 
@@ -76,17 +77,37 @@ def test_the_attack_leaves_no_trace_in_the_model(untouched_rng):
     assert loss.value.requires_grad
 
 
+def begun(entry, model, x, y):
+    """The objective with its defaults, ready for the first epoch."""
+    objective = entry.function()
+    if objective.before_epoch:
+        data = Data("x", "train", RNG.index, y, SHAPE, ("0", "1", "2"), lambda numbers: x[numbers])
+        objective.before_epoch(model, data, rng=RNG, epoch=1)
+    return objective
+
+
 @pytest.mark.parametrize("entry", objectives, ids=lambda entry: entry.name)
 def test_every_objective_gives_a_scalar_with_gradients_and_an_accuracy(entry):
     torch.manual_seed(0)
     model, x, y = network(), toys.images(SHAPE), torch.arange(8) % 3
-    objective = entry.function()
-    if objective.before_epoch:
-        objective.before_epoch(
-            model, Data("x", "train", RNG.index, y, SHAPE, ("0", "1", "2"), lambda i: x[i]), rng=RNG, epoch=1
-        )
+    objective = begun(entry, model, x, y)
     loss = objective(model, x, y, rng=RNG)
     loss.value.backward()
     assert loss.value.shape == () and not loss.parts["accuracy"].requires_grad
     assert 0 <= float(loss.parts["accuracy"]) <= 1
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("entry", objectives, ids=lambda entry: entry.name)
+def test_a_wrapper_and_half_precision_change_nothing_but_rounding(entry):
+    torch.manual_seed(0)
+    bare, x, y = network(0.0), toys.images(SHAPE), torch.arange(8) % 3
+    values = []
+    for model in (bare, Fabric(accelerator="cpu", devices=1).setup_module(bare)):
+        bare[1].reset_running_stats()
+        values.append(begun(entry, model, x, y)(model, x, y, rng=RNG).value.detach())
+    assert torch.equal(values[0], values[1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        bare[1].reset_running_stats()
+        value = begun(entry, bare, x, y)(bare, x, y, rng=RNG).value.detach()
+    assert value.dtype == torch.float32 and float(value) == pytest.approx(float(values[0]), rel=0.03)

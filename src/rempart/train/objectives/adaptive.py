@@ -108,9 +108,9 @@ def adaptive(
         phi = penultimate(model)
         with features(model, [phi]) as seen:
             z, z_adv = model(torch.cat([x, x_adv])).chunk(2)
-        before, after = seen[phi].flatten(1).chunk(2)
         clean, adversarial = F.cross_entropy(z, y), F.cross_entropy(z_adv, y)
-        distance = (before - after).square().mean(1).mean()
+        before, after = seen[phi].chunk(2)
+        distance = F.mse_loss(before, after)
         value = w_clean * clean + w_adv * adversarial + w_feature * distance
         parts = {
             "accuracy": hits(z, y),

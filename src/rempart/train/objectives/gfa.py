@@ -75,7 +75,7 @@ def gfa(
         with features(model, [name for name in names if name != _IMAGE]) as seen:
             z = model(x)
         if task == "mse":
-            costs = climbed = (z - F.one_hot(y, z.shape[1])).square().sum(1)
+            costs = climbed = F.mse_loss(z, F.one_hot(y, z.shape[1]).to(z), reduction="none").sum(1)
         else:
             costs = F.cross_entropy(z, y, reduction="none")
             climbed = score("ce", targeted=False, num_classes=z.shape[1])(z, y)  # same direction, without underflow
@@ -96,9 +96,10 @@ def gfa(
 def cosines(a: Tensor, b: Tensor) -> tuple[Scores, Mask]:
     """The cosine between each row of two batches, and where it is defined: where neither vector is 0.
 
-    Both are scaled by their largest entry first, because the squares of a tiny gradient vanish in float32.
+    Both are scaled by their largest entry first, because the squares of a tiny gradient vanish in float32; numbers of
+    half precision are widened to that.
     """
-    a, b = a.flatten(1), b.flatten(1)
+    a, b = (v.flatten(1).to(torch.promote_types(v.dtype, torch.float32)) for v in (a, b))
     tops = [v.detach().abs().amax(1, keepdim=True) for v in (a, b)]
     a, b = (v / torch.where(top > 0, top, 1) for v, top in zip((a, b), tops, strict=True))
     size = torch.linalg.vector_norm(a, dim=1) * torch.linalg.vector_norm(b, dim=1)

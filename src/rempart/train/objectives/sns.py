@@ -43,7 +43,7 @@ def sns(
     Loss: (CE(x) + CE(x')) / 2 + weight * mean over layers and chosen neurons of |F(x) - F(x')|_1 / dim F, with x' from
     PGD, F the feature map or output of a neuron and dim its number of entries. Layers are the outputs of all blocks
     and what the last layer is fed with. Both halves go through the model in one pass, so that batch norm treats them
-    alike.
+    alike; dropout does not, and adds to the distance.
 
     Before an epoch the sensitivity of every neuron, the mean of that distance, is measured on fixed training images
     under the same attack with the model as it is, and the neurons are chosen. The distance shrinks with the
