@@ -4,6 +4,7 @@ from rempart.train.objectives.adaptive import adaptive
 from rempart.train.objectives.alp import alp
 from rempart.train.objectives.awp import awp
 from rempart.train.objectives.catalogue import Loss, Objective, objectives
+from rempart.train.objectives.deep_defense import deep_defense
 from rempart.train.objectives.fast import fast
 from rempart.train.objectives.free import free
 from rempart.train.objectives.gaussian import gaussian
@@ -24,6 +25,7 @@ __all__ = [
     "adaptive",
     "alp",
     "awp",
+    "deep_defense",
     "fast",
     "free",
     "gaussian",
