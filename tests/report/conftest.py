@@ -30,6 +30,7 @@ from rempart.report.schema import (
     Remedy,
     Report,
     Samples,
+    Training,
     TrainSpec,
     pack,
 )
@@ -219,13 +220,24 @@ def build_training(num_epochs: int = 30, **changes: Any) -> Report:
         for k in range(1, num_epochs + 1)
     )
     spec = TrainSpec(data="brain-mri", model="mri-cnn", recipe="trades", options={"epochs": 30}, out="runs/mri-cnn")
+    recipe = {"summary": "TRADES", "objective": "trades", "epochs": 30, "clip": None, "learning_rate": 0.05}
+    training = Training(
+        recipe={**recipe, "options": {"beta": 6.0, "threat": "linf:0.1"}},
+        objective="trades",
+        best_epoch=max(1, 4 * num_epochs // 5),
+        train_images=4500,
+        validation_images=500,
+        queries=1_620_000,
+        gradients=1_485_000,
+        seconds=96.3,
+    )
     values: dict[str, Any] = {
         "kind": "train",
         "spec": spec,
         "preflight": (),
-        "clean": None,
         "samples": None,
         "epochs": epochs,
+        "training": training,
     }
     return audit.model_copy(update={**values, **changes})
 
@@ -314,6 +326,7 @@ CASES: dict[str, Callable[[], Report]] = {
     "certificate without threat": lambda: build_certificate(None),
     "no certificate": lambda: build_certificate(complete=False, certificate=None, clean=None, curves=()),
     "one epoch": lambda: build_training(1),
+    "training without cost": lambda: build_training(training=None, clean=None),
 }
 
 

@@ -121,3 +121,17 @@ def test_hostile_names_stay_text(make_report: Callable[..., Report]):
     rates = {"clean": clean}
     svg = figures.grouped(["clean"], {"<b>$\\frac{$</b>\x00\x1b": rates, "日本": rates})
     assert {"<b>$\\frac{$</b>??", "日本"} <= set(texts(svg))
+
+
+def test_a_training_marks_the_epoch_whose_weights_were_kept(make_training: Callable[..., Report]):
+    """The dotted lines stand at the place of epoch 24 on an axis fixed by its ticks."""
+    root = ElementTree.fromstring(figures.training(make_training(30)))
+    told = ["".join(node.itertext()).strip() for node in root.iter(f"{SVG}text")]
+    assert {"validation accuracy", "training loss", "under a short attack", "weights kept: epoch 24"} <= set(told)
+    at = {"".join(node.itertext()): float(node.get("x", "nan")) for node in root.iter(f"{SVG}text")}
+    ticks = {int(text): x for text, x in at.items() if re.fullmatch(r"\d+", text) and int(text) >= 4}
+    first, last = min(ticks), max(ticks)
+    expected = ticks[first] + (24 - first) * (ticks[last] - ticks[first]) / (last - first)
+    dotted = [path.get("d", "") for path in root.iter(f"{SVG}path") if "stroke-dasharray: 1," in path.get("style", "")]
+    places = [[float(v) for v in re.findall(r"-?[\d.]+", d)[::2]] for d in dotted]
+    assert sum(place == pytest.approx([expected] * 2, abs=0.5) for place in places) == 2

@@ -6,7 +6,7 @@ import pytest
 from rempart.core.threat import Threat
 from rempart.report.compare import compare
 from rempart.report.schema import Check, Report
-from rempart.report.text import WIDTH, amount, compare_table, limits, stamp, table, verdict
+from rempart.report.text import WIDTH, amount, compare_table, judged_on, limits, stamp, table, verdict
 from report.conftest import report_of
 
 
@@ -66,8 +66,27 @@ def test_a_terminal_is_not_moved_by_a_name(make_report: Callable[..., Report]):
 def test_epochs_are_the_last_ones(make_training: Callable[..., Report]):
     report = make_training(40)
     rows = columns(table(report))
-    assert [int(row["epoch"]) for row in rows] == list(range(29, 41))
-    assert rows[-1]["accuracy"] == f"{report.epochs[-1].accuracy:.1%}"
+    assert [row["epoch"] for row in rows] == [*map(str, range(29, 32)), "* 32", *map(str, range(33, 41))]
+    assert rows[-1]["validation"] == f"{report.epochs[-1].accuracy:.1%}"
+
+
+def test_a_training_tells_what_its_accuracies_were_measured_on_and_what_it_cost(make_training: Callable[..., Report]):
+    report = make_training()
+    training = report.training
+    assert training is not None
+    text = " ".join(table(report).split())
+    for words in (
+        "objective: trades (beta=6, threat=linf:0.1)",
+        "recipe: epochs=30, learning_rate=0.05 kept:",
+        "the weights of epoch 24",
+        "4,500 to learn from, 500 to choose the epoch by",
+        "1,485,000 images sent backward, 1,620,000 forward, in 96.3 seconds",
+    ):
+        assert words in text
+    assert judged_on(report) == "validation"
+    without = training.model_copy(update={"validation_images": 0})
+    assert judged_on(report.model_copy(update={"training": without})) == "training"
+    assert judged_on(report.model_copy(update={"training": None})) == "test"
 
 
 def test_compare_table_holds_shares_and_differences(make_report: Callable[..., Report]):
@@ -113,7 +132,11 @@ def test_verdicts_of_attacks_and_trainings(make_attack: Callable[..., Report], m
     spec = report.spec.model_copy(update={"target": "nearest"})
     assert verdict(report).startswith("pgd at linf 8/255 (0.0314) broke 49.5% [45.0, 54.0] of the 469 images")
     assert "moved to the target" in verdict(report.model_copy(update={"spec": spec}))
-    assert verdict(make_training(1)).startswith("After 1 epoch, the accuracy is 32.3%.")
+    assert verdict(make_training(1, training=None)) == "After 1 epoch, the accuracy is 32.3%."
+    assert verdict(make_training(30)).startswith(
+        "The weights of epoch 24 of 30 were kept: 98.5% of the validation images are rightly classified and 51.2% "
+        "under a short attack. On the test images, 93.8% [91.3, 95.6] of 500 images are rightly classified."
+    )
     assert verdict(make_training(0)) == "No epoch was finished."
 
 

@@ -22,7 +22,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 from rempart.core.stats import Rate
 from rempart.report.compare import CLEAN, WORST
 from rempart.report.schema import Curve, Report
-from rempart.report.text import in_levels, threat_of
+from rempart.report.text import in_levels, judged_on, threat_of
 
 WIDTH = 4.6  # inches of 72 units: drawn at its own size on a phone, half as large again elsewhere
 INK = "#010203"  # replaced by currentColor
@@ -111,7 +111,7 @@ def training(report: Report) -> str:
         figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
         loss, right = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
         loss.plot(epochs, [e.loss for e in report.epochs], color=INK, **_mark(0, len(epochs)))
-        loss.set_ylabel("loss")
+        loss.set_ylabel("training loss")
         right.plot(
             epochs,
             [e.accuracy for e in report.epochs],
@@ -121,12 +121,15 @@ def training(report: Report) -> str:
         )
         if attacked:
             place, value = zip(*attacked, strict=True)
-            right.plot(
-                place, value, color=COLOURS[5], label="under the attack of the recipe", **_mark(1, len(attacked))
-            )
+            right.plot(place, value, color=COLOURS[5], label="under a short attack", **_mark(1, len(attacked)))
+        if report.training is not None:
+            kept = {"color": INK, "linewidth": 1, "linestyle": (0, (1, 2))}
+            loss.axvline(report.training.best_epoch, **kept)
+            right.axvline(report.training.best_epoch, **kept, label=f"weights kept: epoch {report.training.best_epoch}")
+        if attacked or report.training is not None:
             figure.legend(loc="outside upper left", handles=right.get_legend_handles_labels()[0])
         _share(right.yaxis, right.set_ylim)
-        right.set_ylabel("accuracy")
+        right.set_ylabel(f"{judged_on(report)} accuracy")
         right.set_xlabel("epoch")
         right.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
         for axes in (loss, right):

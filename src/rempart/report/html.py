@@ -12,7 +12,21 @@ from rempart.core.stats import Difference, Rate
 from rempart.report import figures
 from rempart.report.compare import CLEAN, WORST, Comparison
 from rempart.report.schema import Curve, Report
-from rempart.report.text import amount, count, in_levels, interval, limits, notes, points, stamp, threat_of, verdict
+from rempart.report.text import (
+    amount,
+    count,
+    in_levels,
+    interval,
+    judged_on,
+    limits,
+    notes,
+    options_of,
+    points,
+    stamp,
+    threat_of,
+    training_facts,
+    verdict,
+)
 
 _SYMBOLS = {"passed": "✓", "repaired": "↻", "warned": "!", "failed": "✗", "skipped": "-"}
 
@@ -43,6 +57,7 @@ def page(report: Report) -> str:
             created=_moment(report.created),
             budget=_budget(report),
             charts={chart.key: chart for chart in _charts(report)},
+            training=[] if report.training is None else list(training_facts(report.training)),
             replay="rempart run report.json",
             spec=report.spec.model_dump_json(indent=2),
             level=_level(report),
@@ -135,9 +150,10 @@ def _charts(report: Report) -> Iterator[Chart]:
         yield Chart(
             key="training",
             title="Course of the training",
-            caption="Mean loss of each epoch, and the accuracies at its end.",
+            caption=f"Mean loss of each epoch on the training images, and the accuracies on the {judged_on(report)} "
+            f"images at its end.{_kept(report)}",
             svg=Markup(figures.training(report)),
-            header=("epoch", "loss", "accuracy", "under attack", "learning rate", "seconds"),
+            header=("epoch", "loss", f"{judged_on(report)} accuracy", "under attack", "learning rate", "seconds"),
             rows=[
                 (
                     exact(e.epoch, f"{e.epoch}"),
@@ -150,6 +166,12 @@ def _charts(report: Report) -> Iterator[Chart]:
                 for e in report.epochs
             ],
         )
+
+
+def _kept(report: Report) -> str:
+    if report.training is None:
+        return ""
+    return f" Dotted: epoch {report.training.best_epoch}, whose weights were kept."
 
 
 def exact(value: float | None, told: str) -> Markup:
@@ -194,7 +216,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        gap=_gap, interval=interval, number=_number, options=_options, rate=_rate, share=_share, whole=_whole
+        gap=_gap, interval=interval, number=_number, options=options_of, rate=_rate, share=_share, whole=_whole
     )
     return environment
 
@@ -205,11 +227,6 @@ def _gap(gap: Difference) -> Markup:
 
 def _number(value: float | None, digits: int = 3) -> Markup:
     return exact(value, f"{value or 0:.{digits}g}")
-
-
-def _options(options: Mapping[str, object]) -> str:
-    told = {key: f"{value:g}" if isinstance(value, float) else str(value).lower() for key, value in options.items()}
-    return ", ".join(f"{key}={value}" for key, value in told.items())
 
 
 def _rate(rate: Rate) -> Markup:

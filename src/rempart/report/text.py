@@ -1,12 +1,12 @@
 """The report in words: the verdict, what limits it, and tables for a terminal."""
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rempart.core.stats import Difference, Rate
 from rempart.core.threat import Threat
 from rempart.report.compare import Comparison
-from rempart.report.schema import AttackSpec, Bracket, Certificate, Report, TrainSpec
+from rempart.report.schema import AttackSpec, Bracket, Certificate, Report, Training, TrainSpec
 
 WIDTH = 100
 LAST_EPOCHS = 12
@@ -22,10 +22,12 @@ def table(report: Report) -> str:
     blocks = ["\n".join(_wrap(line) for line in lines)]
     if report.certificate is not None:
         blocks.append(_grid(*_certified(report, report.certificate)))
-    elif report.clean is not None or report.attacks:
+    elif report.kind != "train" and (report.clean is not None or report.attacks):
         blocks.append(_grid(*_results(report)))
         if any(attack.survivors for attack in report.attacks[1:]):
             blocks.append(_wrap("> ran only on the images left standing; its accuracy is that after all before it too"))
+    if report.training is not None:
+        blocks.append("\n".join(_wrap(f"{name}: {value}") for name, value in training_facts(report.training)))
     if report.epochs:
         blocks.append(_grid(*_epochs(report)))
     return "\n\n".join(blocks) + "\n"
@@ -136,6 +138,31 @@ def limits(report: Report) -> Iterator[str]:
         )
 
 
+def training_facts(training: Training) -> Iterator[tuple[str, str]]:
+    """How a model was trained and at what cost, as names and values."""
+    settings = {key: value for key, value in training.recipe.items() if key not in ("summary", "objective", "options")}
+    options = options_of(training.recipe.get("options", {}))
+    yield "objective", f"{training.objective} ({options})" if options else training.objective
+    yield "recipe", options_of({key: value for key, value in settings.items() if value is not None})
+    yield "kept", f"the weights of epoch {training.best_epoch}"
+    yield "images", f"{training.train_images:,} to learn from, {training.validation_images:,} to choose the epoch by"
+    sent = f"{training.gradients:,} images sent backward, {training.queries:,} forward"
+    yield "cost", f"{sent}, in {training.seconds:.4g} seconds; validation sends others, which are not counted"
+
+
+def options_of(options: Mapping[str, object]) -> str:
+    """`beta=6, steps=10`."""
+    told = {key: f"{value:g}" if isinstance(value, float) else str(value).lower() for key, value in options.items()}
+    return ", ".join(f"{key}={value}" for key, value in told.items())
+
+
+def judged_on(report: Report) -> str:
+    """What the accuracies of the epochs were measured on: `validation`, `training` or `test` images."""
+    if report.training is None:  # a report of an earlier version
+        return "test"
+    return "validation" if report.training.validation_images else "training"
+
+
 def threat_of(report: Report) -> Threat | None:
     """The threat of an audit, an attack or a certification; None where there is none."""
     if isinstance(report.spec, TrainSpec) or report.spec.threat is None:
@@ -193,10 +220,19 @@ def count(number: int, noun: str) -> str:
 def _trained(report: Report) -> str:
     if not report.epochs:
         return "No epoch was finished."
-    last = report.epochs[-1]
-    under = "" if last.robust_accuracy is None else f" and {last.robust_accuracy:.1%} under the attack of the recipe"
+    training, kept = report.training, report.epochs[-1]
     state = "" if report.complete else "Training was interrupted. "
-    return f"{state}After {count(last.epoch, 'epoch')}, the accuracy is {last.accuracy:.1%}{under}."
+    if training is not None:
+        kept = next((epoch for epoch in report.epochs if epoch.epoch == training.best_epoch), kept)
+    under = "" if kept.robust_accuracy is None else f" and {kept.robust_accuracy:.1%} under a short attack"
+    if training is None:
+        return f"{state}After {count(kept.epoch, 'epoch')}, the accuracy is {kept.accuracy:.1%}{under}."
+    test = "" if report.clean is None else f" On the test images, {share(report.clean)} are rightly classified."
+    return (
+        f"{state}The weights of epoch {kept.epoch} of {len(report.epochs)} were kept: {kept.accuracy:.1%} of the "
+        f"{judged_on(report)} images are rightly classified{under}.{test} How it withstands attacks is for an audit "
+        "to say."
+    )
 
 
 def _bracket(bracket: Bracket) -> str:
@@ -337,10 +373,11 @@ def _results(report: Report) -> tuple[Sequence[str], list[Sequence[str]]]:
 
 
 def _epochs(report: Report) -> tuple[Sequence[str], list[Sequence[str]]]:
-    header = ("epoch", "loss", "accuracy", "under attack", "learning rate", "seconds")
+    best = None if report.training is None else report.training.best_epoch
+    header = ("epoch", "loss", judged_on(report), "under attack", "learning rate", "seconds")
     rows: list[Sequence[str]] = [
         (
-            str(e.epoch),
+            f"* {e.epoch}" if e.epoch == best else str(e.epoch),
             f"{e.loss:.4g}",
             f"{e.accuracy:.1%}",
             "-" if e.robust_accuracy is None else f"{e.robust_accuracy:.1%}",
