@@ -236,19 +236,29 @@ def run(spec: Annotated[Path, typer.Argument(help="A spec, or a report.json whos
 
 @app.command()
 def compare(
-    reports: Annotated[list[Path], typer.Argument(help="Audit reports on the same samples")],
+    reports: Annotated[
+        list[Path], typer.Argument(help="Audits on the same samples, or training runs on the same data")
+    ],
     out: Annotated[Path | None, typer.Option("--out", help="HTML file")] = None,
+    threat: Annotated[
+        str | None, typer.Option("--threat", help="Training runs: what to audit against, if not that of the recipes")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Training runs: audit on the first N test images")
+    ] = None,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option("--device", help="Training runs: where to audit")] = "cpu",
 ) -> None:
-    """Put audits side by side, with paired intervals of the differences to the first."""
-    from rempart.core.disk import replace
-    from rempart.report import compare as comparing
-    from rempart.report import store, text
+    """Put audits or training runs side by side, with paired intervals of the differences to the first.
 
-    named = comparing.named([store.read(path) for path in reports])
-    result = comparing.compare(named)
-    print(text.compare_table(result))
+    The model of each training run is audited first, in the folder of the run, unless it was already.
+    """
+    from rempart.runs import compare as compare_runs
+    from rempart.terminal import progress
+
+    with progress() as notify:
+        table = compare_runs(reports, threat=threat, limit=limit, device=device, out=out, notify=_heeding(notify))
+    print(table)
     if out is not None:
-        replace(out, comparing.compare_html(result, named).encode())
         print(f"\n{out}")
 
 

@@ -290,6 +290,7 @@ def _columns(outcome: Verdict) -> dict[str, np.ndarray]:
         "predicted": outcome.predicted.numpy(),
         "distance": outcome.distance.numpy(),
         "own_distance": outcome.own_distance.numpy(),
+        "relative": outcome.relative.numpy(),
         "margin": outcome.margin.numpy(),
     }
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import brentq
-from scipy.stats import binom, norm
+from scipy.stats import binom, norm, ttest_1samp
 
 from rempart.core.errors import SpecError
-from rempart.core.stats import clopper_pearson, median_interval, paired_bootstrap, wilson
+from rempart.core.stats import clopper_pearson, median_interval, paired_bootstrap, student, wilson
 
 CASES = [(k, n) for n in (1, 2, 7, 50, 1000) for k in {0, 1, n // 3, n - 1, n}]
 
@@ -150,3 +150,19 @@ def test_paired_bootstrap_refuses_sequences_that_do_not_pair(first, second):
 @pytest.mark.usefixtures("untouched_rng")
 def test_bootstrap_leaves_the_global_state_alone():
     paired_bootstrap([True, False], [False, False])
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.9, 0.99])
+def test_student_is_the_interval_of_the_t_test(confidence):
+    values = [4.9, 5.1, 5.3, 4.7]
+    expected = ttest_1samp(values, 0).confidence_interval(confidence)
+    mean = student(values, confidence)
+    assert (mean.value, mean.low, mean.high) == pytest.approx((5.0, expected.low, expected.high))
+    assert (mean.n, mean.confidence) == (4, confidence)
+
+
+def test_one_value_has_no_finite_interval_and_none_has_no_mean():
+    assert (student([3.0]).low, student([3.0]).value, student([3.0]).high) == (-math.inf, 3.0, math.inf)
+    for values in ([], [1.0, math.nan], [math.inf]):
+        with pytest.raises(SpecError, match="finite values"):
+            student(values)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from rempart.core.stats import Rate, wilson
 from rempart.report.html import page
+from rempart.report.methods import Trained
 from rempart.report.schema import (
     AttackChoice,
     AttackResult,
@@ -33,6 +34,7 @@ from rempart.report.schema import (
     Training,
     TrainSpec,
     pack,
+    unpack,
 )
 
 HOSTILE = "<script>alert('x')</script>"
@@ -242,6 +244,29 @@ def build_training(num_epochs: int = 30, **changes: Any) -> Report:
     return audit.model_copy(update={**values, **changes})
 
 
+def build_trained(
+    recipe: str, strength: float, *, seed: int = 0, gradients: int = 100_000, found: float = 1.0, **changes: Any
+) -> Trained:
+    """A training run with its audits: `found` is the share of images with a smallest perturbation."""
+    training = build_training()
+    name = f"{recipe}-{seed}"
+    card = training.model.model_copy(update={"source": f"runs/{name}"})
+    spec = training.spec.model_copy(update={"recipe": recipe, "options": {}, "seed": seed, "out": f"runs/{name}"})
+    cost = {"queries": gradients * 11 // 10, "gradients": gradients, "seconds": gradients / 12_345}
+    recipe_keys = {"objective": recipe, "epochs": 30, "options": {"threat": "linf:8/255"}}
+    assert training.training is not None
+    kept = training.training.model_copy(update={**cost, "objective": recipe, "recipe": recipe_keys})
+    training = training.model_copy(update={"spec": spec, "model": card, "training": kept, **changes})
+    audit = build(strength=strength, seed=seed, stamp="valid", preflight=(), model=card)
+    minimum = build(strength=strength, seed=seed, stamp="valid", preflight=(), model=card, minimum_found=found)
+    minimum = minimum.model_copy(update={"attacks": minimum.attacks[-1:]})
+    assert audit.samples is not None
+    rng = np.random.default_rng(seed + 100)
+    sizes = np.where(unpack(audit.samples.clean), rng.gamma(4, 0.1 / strength, size=audit.data.n), 0.0)
+    sizes[(rng.random(len(sizes)) > found) & (sizes > 0)] = np.inf
+    return Trained(training, audit, minimum, sizes)
+
+
 def build_certificate(threat: str | None = "linf:2/255", **changes: Any) -> Report:
     """The report of a certification, bracketed where there is a threat."""
     audit = build(attacks=False)
@@ -348,6 +373,11 @@ def make_report() -> Callable[..., Report]:
 @pytest.fixture
 def make_training() -> Callable[..., Report]:
     return build_training
+
+
+@pytest.fixture
+def make_trained() -> Callable[..., Trained]:
+    return build_trained
 
 
 @pytest.fixture

@@ -1,11 +1,11 @@
-"""Rates with confidence intervals, intervals for medians, and paired differences."""
+"""Rates and means with confidence intervals, intervals for medians, and paired differences."""
 
 from collections.abc import Sequence
 from math import sqrt
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
-from scipy.stats import beta, binom, norm
+from scipy.stats import beta, binom, norm, t
 
 from rempart.core.errors import SpecError
 
@@ -123,6 +123,34 @@ def paired_bootstrap(
     tail = _tail(confidence)
     low, high = np.quantile(means, [tail, 1 - tail])
     return Difference(value=float(gap.mean()), low=float(low), high=float(high), n=len(gap), confidence=confidence)
+
+
+class Mean(BaseModel):
+    """A mean of real values with its interval."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    value: float
+    low: float
+    high: float
+    n: int
+    confidence: float = 0.95
+
+
+def student(values: Sequence[float] | np.ndarray, confidence: float = 0.95) -> Mean:
+    """Student's interval for a mean (Student 1908): exact for normal values, close for many of any kind.
+
+    One value alone says nothing about its spread: its interval is infinite.
+
+    Raises:
+        SpecError: If there is no value, or one is not finite.
+    """
+    sample = np.asarray(values, dtype=float)
+    n = len(sample)
+    if n == 0 or not np.isfinite(sample).all():
+        raise SpecError("one or more finite values", got=sample.tolist() if n < 10 else f"{n} values")
+    tail, value = _tail(confidence), float(sample.mean())
+    reach = float(t.isf(tail, n - 1) * sample.std(ddof=1) / sqrt(n)) if n > 1 else np.inf
+    return Mean(value=value, low=value - reach, high=value + reach, n=n, confidence=confidence)
 
 
 def _tail(confidence: float) -> float:

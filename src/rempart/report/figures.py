@@ -16,11 +16,15 @@ import numpy as np
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator
+from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.transforms import Affine2D
 
 from rempart.core.stats import Rate
 from rempart.report.compare import CLEAN, WORST
+from rempart.report.labels import RINGS, Box, place
+from rempart.report.methods import Methods
 from rempart.report.schema import Curve, Report
 from rempart.report.text import in_levels, judged_on, threat_of
 
@@ -136,6 +140,120 @@ def training(report: Report) -> str:
             axes.grid(axis="y")
         figure.align_ylabels()
         return _svg(figure, "training", "Loss and accuracy per epoch")
+
+
+def tradeoff(methods: Methods) -> str:
+    """Clean accuracy against the worst case of each run, with intervals."""
+    runs = {row.name: (row.clean.value, row.clean, row.worst) for row in methods.rows}
+    return _scatter(methods, runs, "tradeoff", "Clean accuracy against worst case of each run, with intervals")
+
+
+def cost(methods: Methods) -> str:
+    """Worst case of each run against the images it sent backward in training, with intervals."""
+    runs = {
+        row.name: (float(row.cost.gradients), None, row.worst)
+        for row in methods.rows
+        if row.cost is not None and row.cost.gradients
+    }
+    return _scatter(methods, runs, "cost", "Worst case of each run against its cost, with intervals")
+
+
+def _scatter(methods: Methods, runs: Mapping[str, tuple[float, Rate | None, Rate]], key: str, title: str) -> str:
+    """Runs as points: one colour and marker per method, a label beside the first run of each."""
+    kinds = {row.name: (row.method, row.model) for row in methods.rows if row.name in runs}
+    order = list(dict.fromkeys((row.method, row.model) for row in methods.rows))
+    with style.context(["default", STYLE]):
+        figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
+        axes = figure.add_subplot()
+        for name, (x, across, rate) in runs.items():
+            i = order.index(kinds[name])
+            reach = None if across is None else [[x - across.low], [across.high - x]]
+            height = [[rate.value - rate.low], [rate.high - rate.value]]
+            axes.errorbar(
+                [x], [rate.value], yerr=height, xerr=reach, fmt="none", ecolor=INK, elinewidth=0.9, alpha=0.45
+            )
+            axes.plot(
+                [x],
+                [rate.value],
+                color=COLOURS[(i + i // len(MARKERS)) % len(COLOURS)],
+                marker=MARKERS[i % len(MARKERS)],
+                markersize=7,
+                markeredgecolor=INK,
+                markeredgewidth=0.7,
+                zorder=3,
+            )
+        axes.margins(0.12)
+        axes.grid()
+        axes.set_axisbelow(True)
+        axes.set_ylabel("worst case accuracy")
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        if all(across is None for _, across, _ in runs.values()):
+            _logarithmic(axes, [x for x, _, _ in runs.values()])
+            axes.set_xlabel("images sent backward in training (log)")
+        else:
+            axes.xaxis.set_major_formatter(PercentFormatter(1))
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+            axes.set_xlabel("clean accuracy")
+        first = {kind: name for name, kind in reversed(kinds.items())}
+        _label(figure, axes, {name: _cut(name, 24) for name in runs if name in first.values()}, runs)
+        return _svg(figure, key, title)
+
+
+def _logarithmic(axes: Axes, values: Sequence[float]) -> None:
+    low, high = min(values), max(values)
+    axes.set_xscale("log")
+    room = max(1.6, (high / low) ** 0.12)
+    axes.set_xlim(low / room, high * room)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _label(
+    figure: Figure,
+    axes: Axes,
+    labels: Mapping[str, str],
+    runs: Mapping[str, tuple[float, Rate | None, Rate]],
+) -> None:
+    """Write each label where it covers neither a label nor a point nor an interval, with a line to a point far off."""
+    canvas = FigureCanvasAgg(figure)
+    figure.draw_without_rendering()
+    scale = 72 / figure.dpi
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        across, up = axes.transData.transform((x, y)) * scale
+        return float(across), float(up)
+
+    obstacles: list[Box] = []
+    for x, across, rate in runs.values():
+        centre = at(x, rate.value)
+        obstacles.append((centre[0] - 4, centre[1] - 4, centre[0] + 4, centre[1] + 4))
+        obstacles.append((centre[0] - 2, at(x, rate.low)[1], centre[0] + 2, at(x, rate.high)[1]))
+        if across is not None:
+            obstacles.append(
+                (at(across.low, rate.value)[0], centre[1] - 2, at(across.high, rate.value)[0], centre[1] + 2)
+            )
+    left, bottom, right, top = axes.get_window_extent().transformed(Affine2D().scale(scale)).extents
+    points = {name: at(runs[name][0], runs[name][2].value) for name in labels}
+    texts = [axes.text(0, 0, label, fontsize=9.5) for label in labels.values()]
+    boxes = [text.get_window_extent(canvas.get_renderer()) for text in texts]
+    sizes = [(1.1 * box.width * scale, box.height * scale) for box in boxes]  # the reader's font may be wider
+    for text in texts:
+        text.remove()
+    places = place(list(points.values()), sizes, obstacles, (left, bottom, right, top))
+    for (name, label), (left, bottom, right, top) in zip(labels.items(), places, strict=True):
+        x, y = points[name]
+        far = max(left - x, x - right, bottom - y, y - top) > RINGS[1]
+        axes.annotate(
+            label,
+            (runs[name][0], runs[name][2].value),
+            ((left + right) / 2 - x, (bottom + top) / 2 - y),
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=9.5,
+            arrowprops={"arrowstyle": "-", "linewidth": 0.6, "color": INK, "shrinkA": 1, "shrinkB": 5} if far else None,
+        ).set_in_layout(False)
 
 
 def _curves(shown: Sequence[tuple[str, Curve]], report: Report, key: str) -> str:

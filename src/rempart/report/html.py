@@ -8,12 +8,14 @@ from functools import cache
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from rempart.core.stats import Difference, Rate
+from rempart.core.stats import Difference, Mean, Rate
 from rempart.report import figures
 from rempart.report.compare import CLEAN, WORST, Comparison
+from rempart.report.methods import Methods, Row
 from rempart.report.schema import Curve, Report
 from rempart.report.text import (
     amount,
+    budget_of,
     count,
     in_levels,
     interval,
@@ -22,6 +24,7 @@ from rempart.report.text import (
     notes,
     options_of,
     points,
+    span,
     stamp,
     threat_of,
     training_facts,
@@ -81,6 +84,46 @@ def compare_page(comparison: Comparison, reports: Mapping[str, Report]) -> str:
             level=level,
         )
     )
+
+
+def methods_page(methods: Methods) -> str:
+    """Training runs side by side as one self-contained HTML document."""
+    return (
+        _environment()
+        .get_template("methods.html")
+        .render(
+            methods=methods,
+            budget=budget_of(methods),
+            charts=list(_method_charts(methods)),
+            level=f"{100 * methods.confidence:g}%",
+        )
+    )
+
+
+def _method_charts(methods: Methods) -> Iterator[Chart]:
+    reading = f"Bars: {100 * methods.confidence:g}% intervals. One colour and marker per method."
+    yield Chart(
+        key="tradeoff",
+        title="Clean accuracy against worst case",
+        caption=f"Up and to the right is better. {reading}",
+        svg=Markup(figures.tradeoff(methods)),
+        header=("run", *_rate_header("clean"), *_rate_header("worst case")),
+        rows=[(row.name, *_exact_rate(row.clean), *_exact_rate(row.worst)) for row in methods.rows],
+    )
+    counted = [(row, row.cost) for row in methods.rows if row.cost is not None and row.cost.gradients]
+    if counted:
+        yield Chart(
+            key="cost",
+            title="Worst case against the cost of training",
+            caption=f"Up and to the left is better. Each step to the right multiplies the cost. {reading}",
+            svg=Markup(figures.cost(methods)),
+            header=("run", "gradients", *_rate_header("worst case")),
+            rows=[(row.name, _whole(cost.gradients), *_exact_rate(row.worst)) for row, cost in counted],
+        )
+
+
+def _rate_header(measure: str) -> Sequence[str]:
+    return (f"{measure}: right", "images", "share", "low", "high")
 
 
 def _shared_charts(comparison: Comparison, reports: Mapping[str, Report]) -> Iterator[Chart]:
@@ -216,24 +259,41 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        gap=_gap, interval=interval, number=_number, options=options_of, rate=_rate, share=_share, whole=_whole
+        checked=_checked,
+        gap=_gap,
+        interval=interval,
+        mean=_mean,
+        number=_number,
+        options=options_of,
+        rate=_rate,
+        share=_share,
+        whole=_whole,
     )
     return environment
+
+
+def _checked(row: Row) -> str:
+    return {"valid": "passed", "suspicious": "warned", "invalid": "failed"}.get(row.checked, "skipped")
 
 
 def _gap(gap: Difference) -> Markup:
     return Markup('{} <span class="interval">{}</span>').format(exact(gap.value, points(gap.value)), interval(gap))
 
 
+def _mean(mean: Mean, sign: str = "") -> Markup:
+    told = exact(mean.value, f"{mean.value:{sign}.3g}")
+    return Markup('{} <span class="interval">{}</span>').format(told, span(mean, sign))
+
+
 def _number(value: float | None, digits: int = 3) -> Markup:
     return exact(value, f"{value or 0:.{digits}g}")
 
 
-def _rate(rate: Rate) -> Markup:
+def _rate(rate: Rate | Mean) -> Markup:
     return Markup('{} <span class="interval">{}</span>').format(_share(rate), interval(rate))
 
 
-def _share(rate: Rate) -> Markup:
+def _share(rate: Rate | Mean) -> Markup:
     return exact(rate.value, f"{rate.value:.1%}")
 
 

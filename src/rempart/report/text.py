@@ -3,9 +3,10 @@
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 
-from rempart.core.stats import Difference, Rate
+from rempart.core.stats import Difference, Mean, Rate
 from rempart.core.threat import Threat
-from rempart.report.compare import Comparison
+from rempart.report.compare import CLEAN, WORST, Comparison
+from rempart.report.methods import Group, Methods
 from rempart.report.schema import AttackSpec, Bracket, Certificate, Report, Training, TrainSpec
 
 WIDTH = 100
@@ -51,6 +52,65 @@ def compare_table(comparison: Comparison) -> str:
         *comparison.notes,
     ]
     return "\n".join(_wrap(line) for line in lines) + "\n\n" + _grid(header, rows, left=2) + "\n"
+
+
+def methods_table(methods: Methods) -> str:
+    """Training runs side by side as plain text for a terminal, at most 100 columns wide."""
+    level, first = f"{100 * methods.confidence:g}% interval", methods.rows[0].name
+    lines = [
+        f"{count(methods.n, 'test image')}; suite {methods.suite} at {budget_of(methods)}; differences to {first}, "
+        "paired by image",
+        *methods.notes,
+    ]
+    rows: list[Sequence[str]] = []
+    for measure in (CLEAN, WORST):
+        for row in methods.rows:
+            rate, gap = row.clean if measure == CLEAN else row.worst, row.to_first.get(measure)
+            difference = ("", "") if gap is None else (points(gap.value), interval(gap))
+            rows.append((measure, row.name, f"{rate.value:.1%}", interval(rate), *difference))
+    for row in methods.rows:
+        size, gap = row.rho2, row.rho2_to_first
+        told = ("-", "") if size is None else (f"{size.value:.3g}", span(size))
+        rows.append(("rho_2", row.name, *told, *(("", "") if gap is None else (f"{gap.value:+.3g}", span(gap, "+")))))
+    blocks = [_grid(("measure", "run", "value", level, "to first", level), rows, left=2)]
+    header = ("run", "method", "seed", "gradients", "queries", "seconds", "found", "checks")
+    costs = [
+        (
+            row.name,
+            f"{row.method}, {row.model}",
+            str(row.seed),
+            *(
+                ("-", "-", "-")
+                if row.cost is None
+                else (f"{row.cost.gradients:,}", f"{row.cost.queries:,}", f"{row.cost.seconds:.4g}")
+            ),
+            f"{row.found}/{row.attacked}",
+            row.checked,
+        )
+        for row in methods.rows
+    ]
+    blocks.append(_grid(header, costs, left=2))
+    if methods.groups:
+        header = ("method", "runs", "clean", level, "worst case", level, "rho_2")
+        blocks.append(_grid(header, [_group(group) for group in methods.groups]))
+    blocks.insert(0, "\n".join(_wrap(line) for line in lines))
+    return "\n\n".join(blocks) + "\n"
+
+
+def budget_of(methods: Methods) -> str:
+    """What the models were audited against: `linf 8/255 (0.0314)`."""
+    threat = Threat.parse(methods.threat)
+    return f"{threat.norm} {amount(threat)}"
+
+
+def span(mean: Mean, sign: str = "") -> str:
+    """The interval of a mean in its own unit: `[0.0121, 0.0125]`."""
+    return f"[{mean.low:{sign}.3g}, {mean.high:{sign}.3g}]"
+
+
+def _group(group: Group) -> Sequence[str]:
+    shares = [part for mean in (group.clean, group.worst) for part in (f"{mean.value:.1%}", interval(mean))]
+    return f"{group.method}, {group.model}", str(group.runs), *shares, f"{group.rho2.value:.3g}" if group.rho2 else "-"
 
 
 def stamp(report: Report) -> str:
@@ -201,7 +261,7 @@ def share(rate: Rate) -> str:
     return f"{rate.value:.1%} {interval(rate)} of {count(rate.n, 'image')}"
 
 
-def interval(rate: Rate | Difference) -> str:
+def interval(rate: Rate | Difference | Mean) -> str:
     """`[42.1, 50.3]`, in percent (of a difference: percentage points)."""
     sign = "+" if isinstance(rate, Difference) else ""
     return f"[{100 * rate.low:{sign}.1f}, {100 * rate.high:{sign}.1f}]"

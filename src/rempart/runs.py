@@ -1,0 +1,182 @@
+"""Reports side by side: audits as they are, training runs once each of their models is audited alike."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from rempart.core.data import open_data
+from rempart.core.disk import replace as write_whole
+from rempart.core.errors import Cancelled, SpecError
+from rempart.core.events import Event, Notify, silent
+from rempart.core.repro import environment
+from rempart.core.threat import Threat
+from rempart.models.load import card, load
+from rempart.report import compare as comparing
+from rempart.report import text
+from rempart.report.html import methods_page
+from rempart.report.methods import Trained, compare_methods, hardened_against
+from rempart.report.schema import AttackChoice, AuditSpec, Report, TrainSpec
+from rempart.report.store import JSON, read
+from rempart.tasks import run
+
+_SUITE, _MINIMUM = "fast", "deepfool"
+_VERSIONS = ("rempart", "torch")
+
+
+def compare(
+    paths: Sequence[Path],
+    *,
+    threat: str | None = None,
+    limit: int | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
+    out: Path | None = None,
+    notify: Notify = silent,
+) -> str:
+    """Compare audits, or training runs, and write the page.
+
+    Of a training run, the model is audited first (see `audited`), unless that was done before.
+
+    Args:
+        paths: Reports or the folders of runs, two or more of one kind.
+        threat: For training runs, what to audit against. Default: the threat all their recipes measure themselves by.
+        limit: For training runs, audit on the first so many test images.
+        device: For training runs, where to audit.
+        out: The page.
+        notify: Receives progress.
+
+    Returns:
+        The comparison as text for a terminal.
+
+    Raises:
+        SpecError: If audits and training runs are mixed, or an argument does not belong to the kind.
+        DataError: If the reports are not about the same samples.
+    """
+    reports = {path: read(path) for path in paths}
+    trained = [path for path, report in reports.items() if report.kind == "train"]
+    if trained and len(trained) < len(reports):
+        other = next(path for path in reports if path not in trained)
+        raise SpecError(
+            "training runs alone, or audits alone",
+            got=f"{trained[0]}, a training run, beside {other}",
+            hint="leave out the one kind; training runs are audited by this command itself",
+        )
+    if trained:
+        methods = compare_methods(audited(reports, threat=threat, limit=limit, device=device, notify=notify))
+        table, page = text.methods_table(methods), methods_page(methods)
+    else:
+        if threat is not None or limit is not None:
+            raise SpecError("--threat and --limit with training runs", got="audits", hint="an audit has its own")
+        named = comparing.named(list(reports.values()))
+        result = comparing.compare(named)
+        table, page = text.compare_table(result), comparing.compare_html(result, named)
+    if out is not None:
+        write_whole(out, page.encode())
+    return table
+
+
+def audited(
+    reports: Mapping[Path, Report],
+    *,
+    threat: str | None,
+    limit: int | None,
+    device: Literal["cpu", "cuda"] = "cpu",
+    notify: Notify = silent,
+) -> dict[str, Trained]:
+    """Audit the model of each training run on its test images: with suite fast in the threat, with deepfool in l2.
+
+    The audits lie in `audits/` in the folder of the run. One that is complete is used again if request, weights,
+    images and versions agree; one that was stopped is taken up where it was.
+
+    Raises:
+        SpecError: If no threat is given and the recipes do not agree on one.
+        Cancelled: If the work was stopped.
+    """
+    if len(reports) < 2:
+        raise SpecError("two or more reports to compare", got=len(reports))
+    asked = Threat.parse(threat) if threat else _agreed(reports)
+    runs: list[Trained] = []
+    for path, report in reports.items():
+        folder = path if path.is_dir() else path.parent
+        told = _prefixed(folder.name, notify)
+        audit = _audit(folder, report, asked, _SUITE, (), limit, device, told)
+        minimum = _audit(folder, report, Threat(norm="l2"), None, (AttackChoice(name=_MINIMUM),), limit, device, told)
+        runs.append(Trained(report, audit, minimum, _sizes(minimum)))
+    names = comparing.named([run.audit for run in runs])
+    return dict(zip(names, runs, strict=True))
+
+
+def _agreed(reports: Mapping[Path, Report]) -> Threat:
+    """The one threat of all recipes that have one."""
+    found = {path: known for path, report in reports.items() if (known := hardened_against(report)) is not None}
+    if len(set(found.values())) != 1:
+        told = ", ".join(f"{known} of {path}" for path, known in found.items()) or "none in any recipe"
+        raise SpecError("--threat, or recipes that agree on one", got=told, hint="add for example --threat linf:0.1")
+    return next(iter(found.values()))
+
+
+def _audit(
+    folder: Path,
+    training: Report,
+    threat: Threat,
+    suite: str | None,
+    attacks: tuple[AttackChoice, ...],
+    limit: int | None,
+    device: Literal["cpu", "cuda"],
+    notify: Notify,
+) -> Report:
+    assert isinstance(training.spec, TrainSpec)
+    out = folder / "audits" / f"{str(threat).replace(':', '-')}-{limit or 'all'}"
+    spec = AuditSpec(
+        model=str(folder),
+        data=training.spec.data,
+        threat=threat.norm if threat.eps is None else f"{threat.norm}:{threat.eps!r}",
+        suite=suite,
+        attacks=attacks,
+        limit=limit,
+        sweep=False,
+        device=device,
+        out=str(out),
+    )
+    report = _kept(out, spec)
+    if report is None:
+        report = run(spec, notify)
+    if report is None or not report.complete:
+        raise Cancelled
+    return report
+
+
+def _kept(out: Path, spec: AuditSpec) -> Report | None:
+    """The report of the same audit of the same weights on the same images by the same versions, if there is one."""
+    if not (out / JSON).exists():
+        return None
+    report = read(out)
+    model = load(spec.model)
+    data = open_data(spec.data).head(spec.limit).scaled(model.low, model.high)
+    place = {"model": spec.model, "out": spec.out}  # the folder may have been moved
+    record = environment()
+    same = (
+        report.complete
+        and report.spec.model_copy(update=place) == spec
+        and report.model.digest == card(model, spec.model).digest
+        and report.data.digest == data.digest
+        and all(report.environment[name] == record[name] for name in _VERSIONS)
+    )
+    return report.model_copy(update={"spec": spec}) if same else None
+
+
+def _sizes(minimum: Report) -> np.ndarray:
+    """Per image, the l2 norm of the smallest perturbation found over that of the image."""
+    assert isinstance(minimum.spec, AuditSpec) and minimum.spec.out is not None
+    with np.load(Path(minimum.spec.out) / "samples.npz", allow_pickle=False) as table:
+        sizes = np.where(table[f"{_MINIMUM}/success"], table[f"{_MINIMUM}/relative"], np.inf)
+        return np.where(table[f"{_MINIMUM}/correct"], sizes, 0.0)
+
+
+def _prefixed(name: str, notify: Notify) -> Notify:
+    def told(event: Event) -> None:
+        notify(replace(event, stage=f"{name}: {event.stage}"))
+
+    return told
