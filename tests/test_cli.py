@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,6 +107,18 @@ def test_compare_needs_the_same_samples(trained: Path, tmp_path: Path, capsys: p
     assert status == 0 and "worst case" in out and (tmp_path / "c.html").exists()
     status, _, err = rempart("compare", tmp_path / "a", tmp_path / "c", capsys=capsys)
     assert status == 2 and "same samples" in err
+
+
+def test_compare_audits_training_runs(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [Path(shutil.copytree(trained, tmp_path / name)) for name in ("a", "b")]
+    arguments = ["--threat", "linf:0.1", "--limit", "10", "--out", tmp_path / "methods.html"]
+    status, out, _ = rempart("compare", *folders, *arguments, capsys=capsys)
+    assert status == 0 and "rho_2" in out and str(tmp_path / "methods.html") in out
+    audit = store.read(folders[0] / "audits" / "linf-0.1-10")
+    assert audit.worst_case is not None
+    assert re.search(rf"^worst case +a +{audit.worst_case.value:.1%} ", out, flags=re.MULTILINE)
+    status, _, err = rempart("compare", folders[0], folders[1] / "audits" / "l2-10", capsys=capsys)
+    assert status == 2 and "training runs alone, or audits alone" in err
 
 
 @pytest.mark.parametrize("what", ["attacks", "suites", "models", "recipes", "data"])

@@ -300,7 +300,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "name",
     [
         "tutorial",
-        *(f"how-to/{page}" for page in ("certify", "from-python", "one-attack", "own-model", "replay", "threat")),
+        *(
+            f"how-to/{page}"
+            for page in ("certify", "compare-training", "from-python", "one-attack", "own-model", "replay", "threat")
+        ),
     ],
 )
 def test_the_commands_and_programs_of_a_page_run(name: str, trained: Path, tmp_path: Path) -> None:

@@ -54,22 +54,23 @@ def compare(
         SpecError: If audits and training runs are mixed, or an argument does not belong to the kind.
         DataError: If the reports are not about the same samples.
     """
-    reports = {path: read(path) for path in paths}
-    trained = [path for path, report in reports.items() if report.kind == "train"]
+    reports = [read(path) for path in paths]
+    trained = [path for path, report in zip(paths, reports, strict=True) if report.kind == "train"]
     if trained and len(trained) < len(reports):
-        other = next(path for path in reports if path not in trained)
+        other = next(path for path in paths if path not in trained)
         raise SpecError(
             "training runs alone, or audits alone",
             got=f"{trained[0]}, a training run, beside {other}",
             hint="leave out the one kind; training runs are audited by this command itself",
         )
     if trained:
-        methods = compare_methods(audited(reports, threat=threat, limit=limit, device=device, notify=notify))
+        found = dict(zip(paths, reports, strict=True))
+        methods = compare_methods(audited(found, threat=threat, limit=limit, device=device, notify=notify))
         table, page = text.methods_table(methods), methods_page(methods)
     else:
         if threat is not None or limit is not None:
             raise SpecError("--threat and --limit with training runs", got="audits", hint="an audit has its own")
-        named = comparing.named(list(reports.values()))
+        named = comparing.named(reports)
         result = comparing.compare(named)
         table, page = text.compare_table(result), comparing.compare_html(result, named)
     if out is not None:
@@ -164,7 +165,9 @@ def _kept(out: Path, spec: AuditSpec) -> Report | None:
         and report.data.digest == data.digest
         and all(report.environment[name] == record[name] for name in _VERSIONS)
     )
-    return report.model_copy(update={"spec": spec}) if same else None
+    if not same:
+        return None
+    return report.model_copy(update={"spec": spec, "model": report.model.model_copy(update={"source": spec.model})})
 
 
 def _sizes(minimum: Report) -> np.ndarray:

@@ -1,0 +1,162 @@
+"""Comparing training runs: which audits are made, which are used again, and what is refused."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rempart import runs, tasks
+from rempart.attacks import attack_data
+from rempart.core.data import open_data
+from rempart.core.errors import Cancelled, SpecError
+from rempart.core.events import Event
+from rempart.core.threat import Threat
+from rempart.models import load
+from rempart.report import store
+from rempart.report.schema import AuditSpec, Report, Training, TrainSpec
+
+LIMIT = 16
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two small networks trained on the embedded digits, whose recipes measure themselves by one threat; audited."""
+    folders = tmp_path_factory.mktemp("runs") / "a", tmp_path_factory.mktemp("runs") / "b"
+    for seed, folder in enumerate(folders):
+        spec = TrainSpec(
+            data="digits",
+            model="mlp",
+            recipe="plain:digits",
+            options={"epochs": 1 + seed},
+            seed=seed,
+            out=str(folder),
+        )
+        report = tasks.run(spec)
+        assert report is not None
+        store.write(hardened(report, "linf:0.1"), folder)
+    runs.audited(reports(folders), threat=None, limit=LIMIT)
+    return folders
+
+
+def hardened(report: Report, threat: str | None) -> Report:
+    recipe: dict[str, Any] = {"options": {} if threat is None else {"threat": threat}}
+    training = Training(
+        recipe=recipe,
+        objective="plain",
+        best_epoch=1,
+        train_images=1000,
+        validation_images=100,
+        queries=2000,
+        gradients=1000,
+        seconds=1.0,
+    )
+    return report.model_copy(update={"training": training})
+
+
+@pytest.fixture
+def fresh(trained: tuple[Path, Path], tmp_path: Path) -> list[Path]:
+    """Copies of both runs, with their audits."""
+    return [Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in trained]
+
+
+def reports(paths: Sequence[Path]) -> dict[Path, Report]:
+    return {path: store.read(path) for path in paths}
+
+
+def test_each_model_is_audited_on_its_test_images_within_the_threat_of_the_recipes(trained: tuple[Path, Path]):
+    found = runs.audited(reports(trained), threat=None, limit=LIMIT)
+    assert list(found) == ["a", "b"]
+    for folder, run in zip(trained, found.values(), strict=True):
+        assert isinstance(run.audit.spec, AuditSpec)
+        assert (run.audit.spec.suite, run.audit.spec.threat, run.audit.data.split) == ("fast", "linf:0.1", "test")
+        assert run.audit.samples is not None and run.audit.samples.index == tuple(range(LIMIT))
+        assert run.audit == store.read(folder / "audits" / f"linf-0.1-{LIMIT}")
+        assert [attack.name for attack in run.minimum.attacks if attack.name != "checks"] == ["deepfool"]
+        assert run.minimum.attacks[0].norm == "l2"
+
+
+def test_sizes_are_those_of_the_images_deepfool_returns(fresh: list[Path]):
+    run = runs.audited(reports(fresh), threat="linf:0.1", limit=LIMIT)["b"]
+    model, data = load(str(fresh[1])), open_data("digits:test").head(LIMIT)
+    outcome = attack_data(model, data, Threat(norm="l2"), "deepfool")
+    x = data.batch(torch.arange(LIMIT)).x.double()
+    right = model(x.float()).argmax(1) == data.labels
+    fooled = model(outcome.x_adv).argmax(1) != data.labels
+    relative = (outcome.x_adv.double() - x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1)
+    expected = torch.where(right, torch.where(fooled, relative, torch.inf), 0.0)
+    assert 0 < int(right.sum()) < LIMIT, "both kinds of image are there"
+    assert run.sizes == pytest.approx(expected.numpy(), rel=1e-4)
+
+
+def test_audits_are_used_again_until_something_they_depend_on_changes(
+    fresh: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    made: list[str] = []
+
+    def counted(spec: AuditSpec, notify: Any) -> Report | None:
+        made.append(Path(str(spec.out)).relative_to(tmp_path).as_posix())
+        return tasks.run(spec, notify)
+
+    monkeypatch.setattr(runs, "run", counted)
+    fresh = [fresh[0].rename(tmp_path / "c"), fresh[1]]
+    assert set(runs.audited(reports(fresh), threat="linf:0.1", limit=LIMIT)) == {"c", "b"}
+    assert made == [], "the same runs, in another place"
+    runs.compare(fresh, threat="linf:0.05", limit=LIMIT)
+    assert made == [f"{run}/audits/linf-0.05-{LIMIT}" for run in ("c", "b")], "the sizes have no threat"
+    made.clear()
+    shutil.copy(fresh[1] / "weights.safetensors", fresh[0] / "weights.safetensors")
+    runs.compare(fresh, threat="linf:0.1", limit=LIMIT)
+    assert made == [f"c/audits/{kind}-{LIMIT}" for kind in ("linf-0.1", "l2")], "other weights"
+    made.clear()
+    report = store.read(fresh[1] / "audits" / f"l2-{LIMIT}")
+    older = report.model_copy(update={"environment": {**report.environment, "torch": "0"}})
+    store.write(older, fresh[1] / "audits" / f"l2-{LIMIT}")
+    runs.compare(fresh, threat="linf:0.1", limit=LIMIT)
+    assert made == [f"b/audits/l2-{LIMIT}"], "another version"
+
+
+def test_a_stopped_comparison_goes_on(fresh: list[Path], tmp_path: Path):
+    def stop(event: Event) -> None:
+        if event.stage.startswith("b: ") and event.done:
+            raise Cancelled
+
+    shutil.rmtree(fresh[1] / "audits")
+    with pytest.raises(Cancelled):
+        runs.compare(fresh, threat="linf:0.1", limit=LIMIT, out=tmp_path / "page.html", notify=stop)
+    assert not (tmp_path / "page.html").exists()
+    before = store.read(fresh[0] / "audits" / f"linf-0.1-{LIMIT}")
+    assert before.complete
+    table = runs.compare(fresh, threat="linf:0.1", limit=LIMIT, out=tmp_path / "page.html")
+    assert store.read(fresh[0] / "audits" / f"linf-0.1-{LIMIT}") == before
+    assert "worst case" in table and "rho_2" in table
+    assert "2 training runs on digits" in (tmp_path / "page.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize(("threats", "told"), [(("linf:0.1", "linf:0.05"), "linf:0.1 of"), ((None, None), "none in")])
+def test_recipes_that_agree_on_no_threat_need_one(fresh: list[Path], threats: tuple[str | None, ...], told: str):
+    for folder, threat in zip(fresh, threats, strict=True):
+        store.write(hardened(store.read(folder), threat), folder)
+    with pytest.raises(SpecError, match=f"--threat.*{told}"):
+        runs.compare(fresh, limit=LIMIT + 1)
+    assert not list(fresh[0].glob(f"audits/*-{LIMIT + 1}"))
+
+
+def test_a_recipe_without_threat_has_no_say(fresh: list[Path]):
+    store.write(hardened(store.read(fresh[0]), None), fresh[0])
+    found = runs.audited(reports(fresh), threat=None, limit=LIMIT)
+    assert {run.audit.spec.threat for run in found.values() if isinstance(run.audit.spec, AuditSpec)} == {"linf:0.1"}
+
+
+def test_kinds_do_not_mix_and_audits_have_their_own_threat(fresh: list[Path], tmp_path: Path):
+    audits = [folder / "audits" / f"linf-0.1-{LIMIT}" for folder in fresh]
+    with pytest.raises(SpecError, match="training runs alone, or audits alone"):
+        runs.compare([fresh[0], audits[1]], threat="linf:0.1")
+    with pytest.raises(SpecError, match="an audit has its own"):
+        runs.compare(audits, threat="linf:0.1")
+    with pytest.raises(SpecError, match="two or more"):
+        runs.compare(fresh[:1], threat="linf:0.1")
+    assert "worst case" in runs.compare(audits, out=tmp_path / "audits.html")
+    assert (tmp_path / "audits.html").exists()
