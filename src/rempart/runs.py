@@ -131,7 +131,7 @@ def _audit(
     assert isinstance(training.spec, TrainSpec)
     out = folder / "audits" / f"{str(threat).replace(':', '-')}-{limit or 'all'}"
     spec = AuditSpec(
-        model=str(folder),
+        model=_model(training.spec, folder),
         data=training.spec.data,
         threat=threat.norm if threat.eps is None else f"{threat.norm}:{threat.eps!r}",
         suite=suite,
@@ -147,6 +147,12 @@ def _audit(
     if report is None or not report.complete:
         raise Cancelled
     return report
+
+
+def _model(spec: TrainSpec, folder: Path) -> str:
+    """The model that a training left, as `load` takes it: one that began as Python code needs the code as well."""
+    code = spec.start is not None and spec.start.startswith("python:")
+    return f"{str(spec.start).partition('@')[0]}@{folder}" if code else str(folder)
 
 
 def _kept(out: Path, spec: AuditSpec) -> Report | None:

@@ -97,6 +97,13 @@ def test_options_on_top_of_a_recipe_make_another_method(runs: dict[str, Trained]
     assert methods.groups == ()
 
 
+def test_a_fine_tuned_model_is_named_by_what_it_began_as(runs: dict[str, Trained]):
+    run = runs["trades"]
+    spec = run.training.spec.model_copy(update={"model": None, "start": "runs/plain"})
+    other = Trained(run.training.model_copy(update={"spec": spec}), run.audit, run.minimum, run.sizes)
+    assert compare_methods({"a": run, "b": other}).rows[1].model == "plain, fine-tuned"
+
+
 def test_what_does_not_compare_is_refused_or_told(runs: dict[str, Trained]):
     first, second, _ = runs.values()
     data = second.training.data.model_copy(update={"digest": "another"})
@@ -120,7 +127,7 @@ def test_what_does_not_compare_is_refused_or_told(runs: dict[str, Trained]):
     for words in (
         "The figures of b are invalid (zero gradients)",
         "The sizes behind ρ₂ of b are suspicious (zero gradients).",
-        "The training of b was interrupted",
+        "The training of b did not finish",
         "b was hardened against l2:0.5 and audited at linf:0.0313725.",
         "differ in the model, too (a: mri-cnn, b: resnet18)",
         "different numbers of images (a: 4,500, b: 900)",

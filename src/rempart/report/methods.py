@@ -38,7 +38,7 @@ class Row(Strict):
     Attributes:
         name: What the caller calls it.
         method: Recipe, with the options given on top.
-        model: Architecture.
+        model: Architecture, or what was fine-tuned.
         seed: Of the training.
         clean: Share of the test images rightly classified.
         worst: Share still right after every attack of the audit.
@@ -176,6 +176,8 @@ def _method(spec: TrainSpec) -> str:
 
 
 def _model(spec: TrainSpec) -> str:
+    if spec.model is None:
+        return f"{PurePath(str(spec.start)).name}, fine-tuned"
     return _called(spec.model, spec.model_options)
 
 
@@ -231,7 +233,7 @@ def _share(mean: Mean) -> Mean:
 def _notes(runs: Mapping[str, Trained]) -> Iterator[str]:
     for name, run in runs.items():
         if not run.training.complete:
-            yield f"The training of {name} was interrupted: it might have gone further."
+            yield f"The training of {name} did not finish: it might have gone further."
         if run.minimum.stamp in ("suspicious", "invalid"):
             yield f"The sizes behind ρ₂ of {name} are {run.minimum.stamp} ({', '.join(run.minimum.fired)})."
         norms = _minimum(run).norms
