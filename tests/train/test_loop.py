@@ -217,7 +217,9 @@ def test_data_of_another_shape_are_refused(digits):
     [
         ("plain", "lenet", {"optimiser": "sgd", "ema": 0.9}),
         ("pgd-at", "nin", {"threat": "linf:0.02", "steps": 2}),  # dropout
-        ("plain", "mri-cnn", {"precision": "bf16", "schedule": "step"}),  # batch norm
+        ("pgd-at", "mri-cnn", {"precision": "bf16", "schedule": "step", "threat": "linf:0.02"}),  # batch norm
+        ("free", "lenet", {"threat": "linf:0.02", "replays": 2}),
+        ("adaptive", "lenet", {"threat": "linf:0.05", "steps": 2}),
     ],
 )
 def test_a_resumed_training_repeats_the_losses_and_ends_with_the_same_weights(digits, recipe, model, options):

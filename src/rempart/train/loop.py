@@ -94,6 +94,7 @@ def train(
         run = setup(classifier, recipe, seed=seed, samples=len(learn), device=device, ranks=ranks, notify=notify)
         if resume:
             restore(run, resume[1])
+        stack.enter_context(_whole_logits(run))
         while len(epochs) < recipe.epochs and not collapsed(recipe, epochs):
             number, begun = len(epochs) + 1, time.perf_counter()
             epoch = fit(run, learn, number, epochs[-1] if epochs else None)
@@ -119,10 +120,11 @@ def fit(run: Run, data: Data, epoch: int, last: Epoch | None = None) -> Epoch:
     batches = order.tensor_split(math.ceil(run.samples / recipe.batch_size))
     before, seen, heard = (epoch - 1) * run.samples, 0, time.monotonic()
     total: dict[str, Tensor] = {}
-    run.model.train()
-    with metered(run.model) as meter:
+    run.classifier.train()
+    with metered(run.classifier) as meter:
         if objective.before_epoch is not None:
-            objective.before_epoch(run.model, data, rng=draws.at("before"), epoch=epoch)
+            with run.fabric.autocast():
+                objective.before_epoch(run.classifier, data, rng=draws.at("before"), epoch=epoch)
         for number, positions in enumerate(batches):
             progress = (epoch - 1 + number / len(batches)) / recipe.epochs
             for group in run.optimiser.param_groups:
@@ -165,7 +167,8 @@ def _step(run: Run, data: Data, positions: Tensor, draws: Draws, progress: float
     for chunk in own.tensor_split(min(recipe.accumulate, max(1, len(own)))):
         batch, rng = data.batch(chunk), draws.select(chunk)
         x = augment(batch.x.to(device), flip=recipe.flip, shift=recipe.shift, rng=rng)
-        loss: Loss = objective(run.model, x, batch.y.to(device), rng=rng, progress=progress)
+        with run.fabric.autocast():
+            loss: Loss = objective(run.classifier, x, batch.y.to(device), rng=rng, progress=progress)
         share = len(chunk) / len(positions)
         run.fabric.backward(loss.value if share == 1 else loss.value * share)
         for name, part in {"loss": loss.value, **loss.parts}.items():
@@ -173,10 +176,10 @@ def _step(run: Run, data: Data, positions: Tensor, draws: Draws, progress: float
     if run.ranks.world > 1:
         parts = together(run, parts)
     if recipe.clip is not None:
-        run.fabric.clip_gradients(run.model, run.optimiser, max_norm=recipe.clip, error_if_nonfinite=False)
+        run.fabric.clip_gradients(run.classifier, run.optimiser, max_norm=recipe.clip, error_if_nonfinite=False)
     run.optimiser.step()
     if objective.after_step is not None:
-        objective.after_step(run.model, parts)
+        objective.after_step(run.classifier, parts)
     return parts
 
 
@@ -189,11 +192,11 @@ def validate(run: Run, data: Data, epoch: Epoch) -> Epoch:
     threat = recipe.measured(run.objective)
     right: list[Tensor] = []
     standing: list[Tensor] = []
-    with frozen(run.classifier):
+    with frozen(run.classifier), run.fabric.autocast():
         for batch in data.batches(recipe.batch_size):
             x, y = batch.x.to(run.fabric.device), batch.y.to(run.fabric.device)
             with torch.no_grad():
-                correct = run.model(x).argmax(1) == y
+                correct = run.classifier(x).argmax(1) == y
             if threat is not None:
                 standing.append((correct & _withstands(run, x, y, threat, Draws(run.seed, batch.index))).cpu())
             right.append(correct.cpu())
@@ -217,9 +220,9 @@ def _measured(right: Sequence[Tensor], standing: Sequence[Tensor], labels: Tenso
 
 
 def _withstands(run: Run, x: Tensor, y: Tensor, threat: Threat, rng: Draws) -> Tensor:
-    x_adv = pgd(run.model, x, y, boxed(threat, run.classifier), steps=_STEPS, rng=rng.at("validate"))
+    x_adv = pgd(run.classifier, x, y, boxed(threat, run.classifier), steps=_STEPS, rng=rng.at("validate"))
     with torch.no_grad():
-        return run.model(x_adv).argmax(1) == y
+        return run.classifier(x_adv).argmax(1) == y
 
 
 def best(epochs: Sequence[Epoch]) -> Epoch:
@@ -307,6 +310,16 @@ def _check_learned(epochs: Sequence[Epoch], labels: Tensor, *, last: bool) -> No
             got=f"{came}, where it was {max(recalls):.3f} before" if learnt else came,
             hint="try a smaller learning_rate, a smaller threat or more epochs",
         )
+
+
+@contextmanager
+def _whole_logits(run: Run) -> Generator[None]:
+    """Logits in 32 bit, whatever the layers compute in: losses and attacks are taken from them."""
+    hook = run.classifier.register_forward_hook(lambda *call: call[-1].float())
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager

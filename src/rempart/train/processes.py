@@ -31,13 +31,9 @@ def connected(ranks: Ranks, device: str | None) -> Generator[None]:
 @torch.no_grad()
 def together(run: Run, parts: dict[str, Tensor]) -> dict[str, Tensor]:
     """Add up gradients and parts over all processes, in one message."""
-    parameters = [parameter for _, parameter in run.learnt()]
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    flat = torch.cat(
-        [p.grad.flatten() for p in parameters if p.grad is not None] + [p.reshape(1) for p in parts.values()]
-    )
+    parameters = [parameter for _, parameter in run.learnt() if parameter.grad is not None]
+    gradients = [parameter.grad.flatten() for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([*gradients, *(part.reshape(1) for part in parts.values())])
     distributed.all_reduce(flat)
     summed = flat.split([parameter.numel() for parameter in parameters] + [1] * len(parts))
     for parameter, gradient in zip(parameters, summed, strict=False):

@@ -28,11 +28,10 @@ _PRECISION: dict[str, Literal["32-true", "bf16-mixed", "16-mixed"]] = {
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What the parts of the loop share. `model` is the classifier as Fabric wraps it."""
+    """What the parts of the loop share."""
 
     fabric: Fabric
     classifier: Classifier
-    model: nn.Module
     optimiser: Optimizer
     objective: Objective
     averaged: dict[str, Tensor]
@@ -69,7 +68,11 @@ def setup(
     ranks: Ranks = ALONE,
     notify: Notify = silent,
 ) -> Run:
-    """Choose the device, make objective and optimiser, and wrap the model for it."""
+    """Choose the device, and make objective and optimiser.
+
+    Fabric chooses the device, scales losses in half precision and steps. The model is not wrapped by it: attacks and
+    regularisers take gradients of their own, which its wrapper takes for backward passes that went astray.
+    """
     objective = recipe.build_objective()
     if objective.alone and ranks.world > 1:
         raise SpecError(
@@ -92,6 +95,7 @@ def setup(
         devices=[gpu] if on_gpu else 1,
         precision=_PRECISION[recipe.precision],
     )
+    fabric.to_device(classifier)
     if len(classifier.shape) == 3:
         classifier.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (1.6 times faster on a CPU)
     learnt = {name: parameter for name, parameter in classifier.named_parameters() if parameter.requires_grad}
@@ -100,7 +104,6 @@ def setup(
         plain = SGD(learnt.values(), rate, momentum=_MOMENTUM, nesterov=True, weight_decay=decay)
     else:
         plain = AdamW(learnt.values(), rate, weight_decay=decay)
-    model, optimiser = fabric.setup(classifier, plain)
     averaged = {name: parameter.detach().clone() for name, parameter in learnt.items()} if recipe.ema else {}
-    optimiser = cast(Optimizer, optimiser)
-    return Run(fabric, classifier, model, optimiser, objective, averaged, recipe, seed, samples, ranks, notify)
+    optimiser = cast(Optimizer, fabric.setup_optimizers(plain))
+    return Run(fabric, classifier, optimiser, objective, averaged, recipe, seed, samples, ranks, notify)
