@@ -218,8 +218,9 @@ def test_data_of_another_shape_are_refused(digits):
         ("plain", "lenet", {"optimiser": "sgd", "ema": 0.9}),
         ("pgd-at", "nin", {"threat": "linf:0.02", "steps": 2}),  # dropout
         ("pgd-at", "mri-cnn", {"precision": "bf16", "schedule": "step", "threat": "linf:0.02"}),  # batch norm
-        ("free", "lenet", {"threat": "linf:0.02", "replays": 2}),
-        ("adaptive", "lenet", {"threat": "linf:0.05", "steps": 2}),
+        ("free", "lenet", {"replays": 2, "batch_size": 50}),  # perturbations are kept
+        ("ima", "lenet", {"threat": "l2:0.5", "delta": 0.1, "steps": 3}),  # margins are kept
+        ("adaptive", "lenet", {"threat": "linf:0.05", "steps": 2}),  # the budget is kept
     ],
 )
 def test_a_resumed_training_repeats_the_losses_and_ends_with_the_same_weights(digits, recipe, model, options):

@@ -46,7 +46,7 @@ def test_points_lie_on_the_boundary_at_the_known_distance(norm):
 
 
 class Ridge(nn.Module):
-    """Logits (0, 0.1 - 8 (first pixel - 0.7)^2): class 1 around 0.7, where a climb with long steps goes to and fro."""
+    """Logits (0, 0.1 - 8 (first pixel - 0.7)^2): class 1 around 0.7, where a climb with long steps swings around it."""
 
     def forward(self, x):
         value = 0.1 - 8 * (x.flatten(1)[:, :1] - 0.7).square()

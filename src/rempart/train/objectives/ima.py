@@ -114,4 +114,4 @@ def _moved(x: Images, x_adv: Images) -> Mask:
 def _grown(margins: Tensor | None, n: int, first: float) -> Tensor:
     """The margins of samples 0 to n - 1 at least."""
     margins = torch.empty(0) if margins is None else margins
-    return torch.cat([margins, torch.full((n - len(margins),), first)]) if n > len(margins) else margins
+    return torch.cat([margins, margins.new_full((n - len(margins),), first)]) if n > len(margins) else margins
