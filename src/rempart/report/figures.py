@@ -186,17 +186,23 @@ def _scatter(methods: Methods, runs: Mapping[str, tuple[float, Rate | None, Rate
         axes.grid()
         axes.set_axisbelow(True)
         axes.set_ylabel("worst case accuracy")
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        _percent(axes.yaxis)
         if all(across is None for _, across, _ in runs.values()):
             _logarithmic(axes, [x for x, _, _ in runs.values()])
             axes.set_xlabel("images sent backward in training (log)")
         else:
-            axes.xaxis.set_major_formatter(PercentFormatter(1))
-            axes.xaxis.set_major_locator(MaxNLocator(5))
+            _percent(axes.xaxis)
             axes.set_xlabel("clean accuracy")
         first = {kind: name for name, kind in reversed(kinds.items())}
         _label(figure, axes, {name: _cut(name, 24) for name in runs if name in first.values()}, runs)
         return _svg(figure, key, title)
+
+
+def _percent(axis: Axis) -> None:
+    """Ticks over the part of [0, 1] that is shown, without decimals where they are whole percents."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
+    axis.set_major_formatter(PercentFormatter(1, decimals=0 if high - low > 0.07 else None))
 
 
 def _logarithmic(axes: Axes, values: Sequence[float]) -> None:

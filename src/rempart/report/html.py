@@ -101,7 +101,8 @@ def methods_page(methods: Methods) -> str:
 
 
 def _method_charts(methods: Methods) -> Iterator[Chart]:
-    reading = f"Bars: {100 * methods.confidence:g}% intervals. One colour and marker per method."
+    reading = f"Bars: {100 * methods.confidence:g}% intervals. One colour and marker per method, a label "
+    reading += "beside its first run."
     yield Chart(
         key="tradeoff",
         title="Clean accuracy against worst case",
