@@ -1,0 +1,334 @@
+"""Which training methods leave a network harder to break, at equal cost, under attacks that do not depend on them?
+
+Every objective begins with the same plainly trained network and gets the same number of gradient evaluations, the same
+optimiser and the same images set aside to choose the epoch by. Each result is judged by `rempart audit` with the suite
+`fast`, whose checks look for hidden gradients, on the same test images. MNIST LeNet at linf 0.1, linf 0.3 and l2 1.5,
+three seeds; brain MRI at linf 4/255, one seed.
+
+    python benchmarks/defences.py [--data ../shared/data] [--runs runs/defences] [--share 0/2] [mnist] [mri]
+    python benchmarks/defences.py --collect
+
+Work already done is not repeated; several shares can run at the same time. `--collect` writes the results JSON.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import t as student
+
+from rempart.core.data import open_data
+from rempart.core.errors import TrainError
+from rempart.core.repro import environment
+from rempart.models import load
+from rempart.report import store
+from rempart.report.schema import AuditSpec, Report, TrainSpec
+from rempart.tasks import run
+from rempart.train import load_recipe, objectives, train
+
+RESULTS = Path(__file__).parent / "results" / "defences.json"
+EPOCHS = 3
+CALIBRATION = 128  # images of the short run that counts a method's gradient evaluations per image
+COMMON = {"batch_size": 64, "optimiser": "adam", "learning_rate": 1e-3, "schedule": "onecycle", "weight_decay": 1e-3}
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "mnist": {
+        "data": "mnist:{}/mnist",
+        "model": "lenet",
+        "family": "mnist",
+        "start": {"recipe": "plain", "options": {"epochs": 3}},
+        "threats": ("linf:0.1", "linf:0.3", "l2:1.5"),
+        "seeds": (0, 1, 2),
+        "budget": 150_000,
+        "test": 300,
+        "common": {"flip": False, "shift": 0, "validation_images": 500},
+    },
+    "mri": {
+        "data": "{}/brain-mri.zip",
+        "model": "mri-cnn",
+        "family": "medical",
+        "start": {"recipe": "plain:medical", "options": {"epochs": 10}},
+        "threats": ("linf:4/255",),
+        "seeds": (0,),
+        "budget": 60_000,
+        "test": 200,
+        "common": {"flip": True, "shift": 4, "validation_images": 200},
+    },
+}
+
+# name in the table: recipe, options that differ from it; {eps} is the budget of the threat
+AGAINST_A_THREAT: dict[str, tuple[str, dict[str, Any]]] = {
+    "pgd-at": ("pgd-at", {"steps": 7}),
+    "mixed": ("mixed", {"steps": 7}),
+    "fast": ("fast", {"collapse": "none"}),
+    "free": ("free", {"replays": 4}),
+    "trades": ("trades", {"steps": 7, "beta": 6.0}),
+    "mart": ("mart", {"steps": 7}),
+    "alp": ("alp", {"steps": 7}),
+    "pgd-at + awp": ("awp", {"steps": 7}),
+    "ima": ("ima", {"steps": 10, "delta": "{eps}/2"}),
+    "adaptive": ("adaptive", {"steps": 7, "eps_0": "{eps}/2", "alpha": "{alpha}"}),
+    "sns": ("sns", {"steps": 7}),
+    "sns, random neurons": ("sns", {"steps": 7, "choose": "random"}),
+}
+WITHOUT: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("plain", {}),
+    "gaussian": ("gaussian", {}),
+    "parseval": ("parseval", {}),
+    "input-gradient": ("input-gradient", {}),
+    "gfa FIRST": ("gfa", {}),
+    "gfa DEEP": ("gfa", {"layers": "deep", "task": "ce", "penalty": "neg", "weight": 0.3}),
+    "deep-defense": ("deep-defense", {}),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("which", nargs="*", default=list(SETTINGS), help=", ".join(SETTINGS))
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/defences"))
+    parser.add_argument("--share", default="0/1", help="i/n: the i-th of n parts of the work")
+    parser.add_argument("--quick", action="store_true", help="a twentieth of the budget on 40 images, to see it run")
+    parser.add_argument("--collect", action="store_true")
+    given = parser.parse_args()
+    if given.collect:
+        collect(given.runs)
+        return
+    part, parts = map(int, given.share.split("/"))
+    for number, (place, method, threat, seed) in enumerate(work(given.which)):
+        if number % parts == part:
+            judge(place, method, threat, seed, given.data, given.runs, quick=given.quick)
+
+
+def work(places: list[str]) -> Iterator[tuple[str, str, str | None, int]]:
+    """All trainings: setting, method, threat (None where the method knows none), seed."""
+    for place in places:
+        setting = SETTINGS[place]
+        for seed in setting["seeds"]:
+            for threat, method in itertools.product(setting["threats"], AGAINST_A_THREAT):
+                yield place, method, threat, seed
+            for method in WITHOUT:
+                yield place, method, None, seed
+
+
+def judge(place: str, method: str, threat: str | None, seed: int, data: Path, runs: Path, *, quick: bool) -> None:
+    """Train one model and audit it within each threat it is to be judged by."""
+    setting = SETTINGS[place]
+    folder = runs / place / f"{method} {threat or ''} {seed}".replace("/", "_").replace(":", "-").strip()
+    source = setting["data"].format(data)
+    if not (folder / "failed.txt").exists() and not complete(folder):
+        start = beginning(place, seed, data, runs)
+        against = threat or setting["threats"][0]
+        recipe, options = chosen(place, method, against, start, source, setting["budget"] // (20 if quick else 1))
+        limit = options.pop("images")
+        spec = TrainSpec(
+            data=f"{source}[{limit}]",
+            start=str(start),
+            recipe=recipe,
+            options=options,
+            seed=seed,
+            overwrite=True,
+            out=str(folder),
+        )
+        print(f"{folder.name}: {limit} images", flush=True)
+        try:
+            run(spec)
+        except TrainError as error:
+            if not (folder / "config.json").exists():
+                (folder / "failed.txt").write_text(str(error))
+                return
+    for within in (threat,) if threat else setting["threats"]:
+        audit = folder / f"audit {within.replace('/', '_').replace(':', '-')}"
+        if complete(folder) and not complete(audit):
+            test = 40 if quick else setting["test"]
+            spec = AuditSpec(
+                model=str(folder),
+                data=f"{source}:test[{slice_of(source, test)}]",
+                threat=within,
+                suite="fast",
+                batch_size=256,
+                sweep=False,
+                out=str(audit),
+            )
+            report = run(spec)
+            assert report is not None and report.worst_case is not None and report.clean is not None
+            print(
+                f"  {within}: clean {report.clean.value:.1%}, worst {report.worst_case.value:.1%}, {report.stamp}",
+                flush=True,
+            )
+
+
+def slice_of(source: str, n: int) -> str:
+    """Every k-th test image, so that classes sorted by folder all occur."""
+    return f"::{len(open_data(source, split='test')) // n}"
+
+
+def complete(folder: Path) -> bool:
+    return (folder / "report.json").exists()
+
+
+def beginning(place: str, seed: int, data: Path, runs: Path) -> Path:
+    """The plainly trained network that all methods of a seed begin with."""
+    setting = SETTINGS[place]
+    folder = runs / place / f"start {seed}"
+    if not complete(folder):
+        run(
+            TrainSpec(
+                data=setting["data"].format(data),
+                model=setting["model"],
+                seed=seed,
+                overwrite=True,
+                out=str(folder),
+                **setting["start"],
+            )
+        )
+    return folder
+
+
+def chosen(place: str, method: str, threat: str, start: Path, source: str, budget: int) -> tuple[str, dict[str, Any]]:
+    """Recipe and options of a method, with as many images as its gradient evaluations leave room for."""
+    setting = SETTINGS[place]
+    recipe, own = {**AGAINST_A_THREAT, **WITHOUT}[method]
+    eps = read_eps(threat)
+    options: dict[str, Any] = {**COMMON, **setting["common"], "epochs": EPOCHS, "validation_threat": threat}
+    if method in AGAINST_A_THREAT:
+        options["threat"] = threat
+    for key, value in own.items():
+        options[key] = value
+        if value == "{eps}/2":
+            options[key] = eps / 2
+        elif value == "{alpha}":
+            options[key] = 1.0  # set below, when the number of steps is known
+    learn = open_data(source, split="train")
+    part = learn.take(part_of(len(learn), CALIBRATION)).load()
+    once = {key: value for key, value in options.items() if key != "alpha"}
+    name = f"{recipe}:{setting['family']}"
+    counted = load_recipe(name, {**once, "epochs": 1, "validation_images": 0})
+    epochs = train(part, None, load(str(start)), counted)
+    each = epochs[-1].gradients / len(part)
+    images = min(len(learn), round(budget / EPOCHS / each))
+    images += setting["common"]["validation_images"]  # set aside from these
+    step = max(1, len(learn) // images)
+    options["images"] = f"0:{images * step}:{step}"
+    if "alpha" in options:
+        options["alpha"] = eps / max(1, EPOCHS * images // options["batch_size"])
+    return name, options
+
+
+def part_of(n: int, images: int) -> Any:
+    import torch
+
+    return torch.arange(0, n, max(1, n // images))[:images]
+
+
+def read_eps(threat: str) -> float:
+    amount = threat.partition(":")[2]
+    top, slash, bottom = amount.partition("/")
+    return float(top) / float(bottom) if slash else float(top)
+
+
+# ---- the results
+
+
+def collect(runs: Path) -> None:
+    table: list[dict[str, Any]] = []
+    for place, setting in SETTINGS.items():
+        for threat in setting["threats"]:
+            for method in (*WITHOUT, *AGAINST_A_THREAT):
+                rows = list(measured(runs / place, method, threat, setting["seeds"]))
+                if rows:
+                    table.append(summary(place, threat, method, rows))
+    record = environment()
+    body = {
+        "question": "Which training methods leave a network harder to break, at equal cost, under strong attacks?",
+        "command": "python benchmarks/defences.py; python benchmarks/defences.py --collect",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hardware": {key: record[key] for key in ("processor", "cores", "accelerator")},
+        "versions": {key: record[key] for key in ("python", "torch", "numpy", "rempart")},
+        "settings": {
+            name: {key: value for key, value in setting.items() if key not in ("data",)}
+            for name, setting in SETTINGS.items()
+        },
+        "common": {**COMMON, "epochs": EPOCHS},
+        "methods": {
+            name: {"recipe": recipe, "options": own} for name, (recipe, own) in {**WITHOUT, **AGAINST_A_THREAT}.items()
+        },
+        "objectives": sorted(entry.name for entry in objectives),
+        "note": "Fine-tuning from one plain network per seed, a small budget: what a method is worth when trained for "
+        "longer may differ. Hyper-parameters are those of the packaged recipes and not tuned. Intervals over seeds are "
+        "Student's t with two degrees of freedom; those of one network are Wilson's. Seconds were taken with two "
+        "trainings running at a time.",
+        "table": table,
+    }
+    RESULTS.write_text(json.dumps(body, indent=1) + "\n")
+    for row in table:
+        print(
+            f"{row['setting']:6}{row['threat']:12}{row['method']:22}",
+            *(f"{row[k]['mean']:7.1%}" for k in ("clean", "worst")),
+            row["stamps"],
+        )
+
+
+def measured(folder: Path, method: str, threat: str, seeds: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+    name = threat.replace("/", "_").replace(":", "-")
+    for seed in seeds:
+        own = name if method in AGAINST_A_THREAT else ""
+        place = folder / f"{method} {own} {seed}".replace("/", "_").replace(":", "-").strip()
+        audit = place / f"audit {name}"
+        if not complete(audit):
+            continue
+        trained, report = store.read(place), store.read(audit)
+        assert trained.training is not None and report.clean is not None and report.worst_case is not None
+        yield {
+            "seed": seed,
+            "complete": trained.complete,
+            "clean": rate(report, "clean"),
+            "worst": rate(report, "worst_case"),
+            "stamp": report.stamp,
+            "fired": list(report.fired),
+            "images": trained.training.train_images,
+            "best_epoch": trained.training.best_epoch,
+            "gradients": trained.training.gradients,
+            "queries": trained.training.queries,
+            "seconds": trained.training.seconds,
+        }
+
+
+def rate(report: Report, name: str) -> dict[str, float]:
+    value = getattr(report, name)
+    return {"k": value.k, "n": value.n, "low": value.low, "high": value.high}
+
+
+def summary(place: str, threat: str, method: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    stamps = [row["stamp"] for row in rows]
+    return {
+        "setting": place,
+        "threat": threat,
+        "method": method,
+        "clean": over_seeds([row["clean"] for row in rows]),
+        "worst": over_seeds([row["worst"] for row in rows]),
+        "gradients": round(statistics.mean(row["gradients"] for row in rows)),
+        "seconds": round(statistics.mean(row["seconds"] for row in rows), 1),
+        "stamps": {stamp: stamps.count(stamp) for stamp in dict.fromkeys(stamps)},
+        "seeds": rows,
+    }
+
+
+def over_seeds(rates: list[dict[str, float]]) -> dict[str, float]:
+    """Mean over seeds with its t interval, cut to [0, 1]; of one seed, Wilson's interval."""
+    values = [r["k"] / r["n"] for r in rates]
+    mean = statistics.mean(values)
+    if len(values) == 1:
+        return {"mean": mean, "low": rates[0]["low"], "high": rates[0]["high"], "seeds": 1}
+    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return {"mean": mean, "low": max(0.0, mean - half), "high": min(1.0, mean + half), "seeds": len(values)}
+
+
+if __name__ == "__main__":
+    main()
