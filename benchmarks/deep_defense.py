@@ -1,6 +1,6 @@
 """Does Deep Defense gain on MNIST what its authors published?
 
-Regenerates the MNIST half of the table of Yan, Guo, Zhang 2018 (arXiv:1803.00404) as seed 002 quotes it: an MLP and a
+Regenerates the MNIST half of the table of Yan, Guo, Zhang 2018 (arXiv:1803.00404) as a secondary source quotes it: an MLP and a
 LeNet, fine-tuned from the same reference by each method; clean accuracy, rho_2 (mean length of the perturbation of
 DeepFool with 5 steps over the length of the image) and accuracy under FGS at 0.2, 0.5 and 1.0 of eps_ref, which is the
 smallest eps of FGS that fools Deep Defense on half of the test images. FGS and DeepFool are not cut to the pixel box.

@@ -113,4 +113,4 @@ def test_a_wrapper_and_half_precision_change_nothing_but_rounding(entry):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         bare[1].reset_running_stats()
         value = begun(entry, bare, x, y)(bare, x, y, rng=RNG).value.detach()
-    assert value.dtype == torch.float32 and float(value) == pytest.approx(float(values[0]), rel=0.03)
+    assert value.dtype == torch.float32 and float(value) == pytest.approx(float(values[0]), rel=0.06)
