@@ -65,7 +65,7 @@ PUBLISHED = {  # accuracy in %, rho_2, accuracy under FGS in %
 NEEDED = {"mlp": 1.8, "lenet": 0.284 / 0.205}
 NOTE = (
     "FGS and DeepFool with 5 steps are weak attacks, and rho_2 is an upper bound of the mean smallest perturbation "
-    "where they succeed: nothing here says what a stronger attack would leave. Published figures after seed 002; "
+    "where they succeed: nothing here says what a stronger attack would leave. Published figures after a secondary source; "
     "88.93 stands there twice. The 50 % of Deep Defense at eps_ref hold by construction. The last 5,000 training "
     "images are held out to choose the eps of adversarial-fgs."
 )
