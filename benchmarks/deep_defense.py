@@ -1,9 +1,10 @@
 """Does Deep Defense gain on MNIST what its authors published?
 
-Regenerates the MNIST half of the table of Yan, Guo, Zhang 2018 (arXiv:1803.00404) as a secondary source quotes it: an MLP and a
-LeNet, fine-tuned from the same reference by each method; clean accuracy, rho_2 (mean length of the perturbation of
-DeepFool with 5 steps over the length of the image) and accuracy under FGS at 0.2, 0.5 and 1.0 of eps_ref, which is the
-smallest eps of FGS that fools Deep Defense on half of the test images. FGS and DeepFool are not cut to the pixel box.
+Regenerates the MNIST half of the table of Yan, Guo, Zhang 2018 (arXiv:1803.00404) as a secondary source quotes it: an
+MLP and a LeNet, fine-tuned from the same reference by each method; clean accuracy, rho_2 (mean length of the
+perturbation of DeepFool with 5 steps over the length of the image) and accuracy under FGS at 0.2, 0.5 and 1.0 of
+eps_ref, which is the smallest eps of FGS that fools Deep Defense on half of the test images. FGS and DeepFool are not
+cut to the pixel box.
 
     python benchmarks/deep_defense.py [--data ../shared/data/mnist] [--quick]
 
@@ -65,9 +66,9 @@ PUBLISHED = {  # accuracy in %, rho_2, accuracy under FGS in %
 NEEDED = {"mlp": 1.8, "lenet": 0.284 / 0.205}
 NOTE = (
     "FGS and DeepFool with 5 steps are weak attacks, and rho_2 is an upper bound of the mean smallest perturbation "
-    "where they succeed: nothing here says what a stronger attack would leave. Published figures after a secondary source; "
-    "88.93 stands there twice. The 50 % of Deep Defense at eps_ref hold by construction. The last 5,000 training "
-    "images are held out to choose the eps of adversarial-fgs."
+    "where they succeed: nothing here says what a stronger attack would leave. Published figures after a secondary "
+    "source; 88.93 stands there twice. The 50 % of Deep Defense at eps_ref hold by construction. The last 5,000 "
+    "training images are held out to choose the eps of adversarial-fgs."
 )
 EPS_GRID = (0.01, 0.02, 0.04, 0.08, 0.12)
 BETA = 3e-4  # of Parseval training
