@@ -15,20 +15,18 @@ Work already done is not repeated; several shares can run at the same time. `--c
 import argparse
 import itertools
 import json
-import math
 import statistics
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import t as student
-
 from rempart.core.data import open_data
 from rempart.core.errors import TrainError
 from rempart.core.repro import environment
+from rempart.core.stats import student
 from rempart.models import load
 from rempart.report import store
+from rempart.report.compare import WORST, compare
 from rempart.report.schema import AuditSpec, Report, TrainSpec
 from rempart.tasks import run
 from rempart.train import load_recipe, objectives, train
@@ -89,6 +87,8 @@ WITHOUT: dict[str, tuple[str, dict[str, Any]]] = {
     "gfa DEEP": ("gfa", {"layers": "deep", "task": "ce", "penalty": "neg", "weight": 0.3}),
     "deep-defense": ("deep-defense", {}),
 }
+
+AGAINST = ("plain", "pgd-at", "sns, random neurons")  # what each method is set against
 
 
 def main() -> None:
@@ -254,10 +254,12 @@ def collect(runs: Path) -> None:
     table: list[dict[str, Any]] = []
     for place, setting in SETTINGS.items():
         for threat in setting["threats"]:
-            for method in (*WITHOUT, *AGAINST_A_THREAT):
-                rows = list(measured(runs, place, method, threat))
-                if rows:
-                    table.append(summary(place, threat, method, rows))
+            audits = {name: audited(runs, place, name, threat) for name in (*WITHOUT, *AGAINST_A_THREAT)}
+            for method, reports in audits.items():
+                if reports:
+                    rows = [measured(runs, place, method, threat, seed, report) for seed, report in reports.items()]
+                    gaps = {f"to {other}": gap(reports, audits[other]) for other in AGAINST if other != method}
+                    table.append(summary(place, threat, method, rows) | gaps)
     record = environment()
     body = {
         "question": "Which training methods leave a network harder to break, at equal cost, under strong attacks?",
@@ -274,9 +276,9 @@ def collect(runs: Path) -> None:
         },
         "objectives": sorted(entry.name for entry in objectives),
         "note": "Fine-tuning from one plain network per seed, a small budget: what a method is worth when trained for "
-        "longer may differ. Hyper-parameters are those of the packaged recipes and not tuned. Intervals over seeds are "
-        "Student's t with two degrees of freedom; those of one network are Wilson's. Seconds were taken with two "
-        "trainings running at a time.",
+        "longer may differ. Hyper-parameters are those of the packaged recipes and not tuned. Intervals over three "
+        "seeds are Student's; those of one network are Wilson's, and of differences paired bootstrap over the images. "
+        "Seconds were taken with two trainings running at a time.",
         "table": table,
     }
     RESULTS.write_text(json.dumps(body, indent=1) + "\n")
@@ -288,27 +290,44 @@ def collect(runs: Path) -> None:
         )
 
 
-def measured(runs: Path, place: str, method: str, threat: str) -> Iterator[dict[str, Any]]:
-    for seed in SETTINGS[place]["seeds"]:
-        folder = home(runs, place, method, threat, seed)
-        audit = folder / f"audit {named(threat)}"
-        if not complete(audit):
-            continue
-        trained, report = store.read(folder), store.read(audit)
-        assert trained.training is not None and report.clean is not None and report.worst_case is not None
-        yield {
-            "seed": seed,
-            "complete": trained.complete,
-            "clean": rate(report, "clean"),
-            "worst": rate(report, "worst_case"),
-            "stamp": report.stamp,
-            "fired": list(report.fired),
-            "images": trained.training.train_images,
-            "best_epoch": trained.training.best_epoch,
-            "gradients": trained.training.gradients,
-            "queries": trained.training.queries,
-            "seconds": trained.training.seconds,
-        }
+def audited(runs: Path, place: str, method: str, threat: str) -> dict[int, Report]:
+    """The audits of a method within a threat, by seed."""
+    folders = {
+        seed: home(runs, place, method, threat, seed) / f"audit {named(threat)}" for seed in SETTINGS[place]["seeds"]
+    }
+    return {seed: store.read(folder) for seed, folder in folders.items() if complete(folder)}
+
+
+def measured(runs: Path, place: str, method: str, threat: str, seed: int, report: Report) -> dict[str, Any]:
+    trained = store.read(home(runs, place, method, threat, seed))
+    assert trained.training is not None
+    return {
+        "seed": seed,
+        "complete": trained.complete,
+        "clean": rate(report, "clean"),
+        "worst": rate(report, "worst_case"),
+        "stamp": report.stamp,
+        "fired": list(report.fired),
+        "images": trained.training.train_images,
+        "best_epoch": trained.training.best_epoch,
+        "gradients": trained.training.gradients,
+        "queries": trained.training.queries,
+        "seconds": trained.training.seconds,
+    }
+
+
+def gap(ours: dict[int, Report], theirs: dict[int, Report]) -> dict[str, Any] | None:
+    """Worst case of a method minus that of another from the same networks.
+
+    Over several seeds Student's interval of the differences; of one seed, paired bootstrap over the test images.
+    """
+    both = [seed for seed in ours if seed in theirs]
+    if not both:
+        return None
+    found = [compare({"theirs": theirs[seed], "ours": ours[seed]}).contrast("ours", WORST) for seed in both]
+    gaps = [one for one in found if one is not None]
+    told = student([one.value for one in gaps]) if len(gaps) > 1 else gaps[0]
+    return {"value": told.value, "low": told.low, "high": told.high, "seeds": len(gaps)}
 
 
 def rate(report: Report, name: str) -> dict[str, float]:
@@ -333,12 +352,10 @@ def summary(place: str, threat: str, method: str, rows: list[dict[str, Any]]) ->
 
 def over_seeds(rates: list[dict[str, float]]) -> dict[str, float]:
     """Mean over seeds with its t interval, cut to [0, 1]; of one seed, Wilson's interval."""
-    values = [r["k"] / r["n"] for r in rates]
-    mean = statistics.mean(values)
-    if len(values) == 1:
-        return {"mean": mean, "low": rates[0]["low"], "high": rates[0]["high"], "seeds": 1}
-    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return {"mean": mean, "low": max(0.0, mean - half), "high": min(1.0, mean + half), "seeds": len(values)}
+    if len(rates) == 1:
+        return {"mean": rates[0]["k"] / rates[0]["n"], "low": rates[0]["low"], "high": rates[0]["high"], "seeds": 1}
+    told = student([r["k"] / r["n"] for r in rates])
+    return {"mean": told.value, "low": max(0.0, told.low), "high": min(1.0, told.high), "seeds": len(rates)}
 
 
 if __name__ == "__main__":
