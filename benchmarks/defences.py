@@ -45,7 +45,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "threats": ("linf:0.1", "linf:0.3", "l2:1.5"),
         "before": {"linf:0.3": "linf:0.1"},  # whose network a training goes on with
         "seeds": (0, 1, 2),
-        "budget": {"linf:0.1": 80_000, "linf:0.3": 200_000, "l2:1.5": 80_000},
+        "budget": {"linf:0.1": 80_000, "linf:0.3": 178_500, "l2:1.5": 80_000},
         "test": 250,
         "common": {"learning_rate": 2e-3, "flip": False, "shift": 0, "validation_images": 500},
     },

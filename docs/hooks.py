@@ -29,6 +29,7 @@ from rempart.train.objectives import objectives
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 MARK = "<!-- results -->"
+TOLD_ELSEWHERE = ("defences", "deep_defense_mlp", "deep_defense_lenet")
 
 
 def on_files(files: Any, *, config: Any) -> Any:
@@ -287,7 +288,9 @@ def _result(path: Path) -> str:
     parts += ["\n".join(f"- {name}: {value}" for name, value in facts if value not in (None, ""))]
     if "report" in body:
         parts += [_report(Report.model_validate(body["report"]))]
-    if "results" in body:
+    if path.stem.startswith(TOLD_ELSEWHERE):
+        parts += ["Its tables are on a page of their own: [Do the defences hold?](defences.md)"]
+    elif "results" in body:
         parts += [_grid(body["results"])]
     return "\n\n".join(part for part in [*parts, f"[The whole of it](results/{path.name})"] if part)
 
