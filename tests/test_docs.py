@@ -19,9 +19,11 @@ import typer
 from torch import nn
 
 import rempart
+from contracts.test_objectives import CHECKS, Case, Make
 from rempart import cli
 from rempart.attacks import SUITES, attack_batch, attacks
 from rempart.core.model import Classifier
+from rempart.core.repro import Draws
 from rempart.core.threat import Threat
 from rempart.models import load
 from rempart.models.zoo import models
@@ -158,6 +160,15 @@ def test_every_attack_has_a_section_in_methods_with_formula_source_and_mark(name
     assert re.search(r"\[(SRC|2ND|KNOWN|INF)", own)
 
 
+@pytest.mark.parametrize("name", [*(entry.name for entry in objectives), "awp"])
+def test_every_training_method_has_a_section_in_methods_with_formula_and_mark(name: str) -> None:
+    told = (DOCS / "methods.md").read_text("utf-8").split(f"\n### {name}\n")
+    assert len(told) == 2, f"one section '### {name}' in docs/methods.md"
+    own = re.split(r"^##+ ", told[1], flags=re.MULTILINE)[0]
+    assert "```text" in own and re.search(r"\[(SRC|2ND|KNOWN|INF)", own)
+    assert ("arxiv.org/abs/" in own) == (name not in ("plain", "mart")), "what has a preprint names it"
+
+
 # ---- commands and code
 
 
@@ -208,7 +219,7 @@ def check_command(name: str, *arguments: str) -> None:
     if name == "audit":
         assert given["suite"] in (None, *SUITES)
     if name == "train":
-        models[given["model"]]
+        assert given["model"] is None or models[given["model"]]
         load_recipe(given["recipe"], dict(pair.split("=") for pair in given["option"] or []))
     if name == "list":
         from rempart.listing import describe
@@ -275,6 +286,36 @@ def test_the_example_of_an_own_attack_joins_and_works() -> None:
     assert not bool(short.success.any()), "below the radius of 0.1 no corner does"
 
 
+def test_the_example_of_an_own_objective_joins_and_keeps_the_contract(tmp_path: Path) -> None:
+    page = DOCS / "how-to" / "add-an-objective.md"
+    ((title, program),) = blocks(page, "python")
+    recipes = {name: content for name, content in blocks(page, "toml") if name}
+    try:
+        exec(compile(program, title, "exec"), {})
+        for name, content in recipes.items():
+            (tmp_path / name).write_text(content, "utf-8")
+        objective = load_recipe(str(tmp_path / "corners.toml"), {"threat": "linf:0.25"}).build_objective()
+        entry = objectives["corner-training"]
+        for check in CHECKS:
+            check(Make(entry.function, Case(), frozenset(entry.params.model_fields)))
+    finally:
+        objectives._entries.pop("corner-training", None)
+    x, y, rng = torch.linspace(0, 1, 40).view(20, 1, 1, 2), torch.arange(20) % 2, Draws(0, torch.arange(20))
+    x_adv = objective.craft(two_pixels(), x, y, rng=rng, progress=0.0)
+    below, above = x_adv == (x - 0.25).clamp(0, 1), x_adv == (x + 0.25).clamp(0, 1)
+    assert bool((below ^ above).all()) and 10 < int(above.sum()) < 30, "the whole budget, or the edge of the box"
+    z = two_pixels()(x_adv)
+    expected = (z.logsumexp(1) - z[torch.arange(20), y]).mean()
+    torch.testing.assert_close(objective(two_pixels(), x, y, rng=rng).value, expected)
+
+
+def test_recipes_in_the_documentation_load(tmp_path: Path) -> None:
+    (title, content), *_ = [found for found in blocks(DOCS / "how-to" / "harden.md", "toml") if found[0]]
+    (tmp_path / title).write_text(content, "utf-8")
+    recipe = load_recipe(str(tmp_path / title))
+    assert recipe.objective == "trades" and recipe.options["beta"] == 3.0
+
+
 def two_pixels() -> Classifier:
     """Logits (0.2, a - b): an image of a = b is class 0, and flips where a - b > 0.2, at the corner (+0.1, -0.1)."""
     linear = nn.Linear(2, 2)
@@ -302,7 +343,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "tutorial",
         *(
             f"how-to/{page}"
-            for page in ("certify", "compare-training", "from-python", "one-attack", "own-model", "replay", "threat")
+            for page in (
+                "add-an-objective",
+                "certify",
+                "compare-training",
+                "from-python",
+                "harden",
+                "one-attack",
+                "own-model",
+                "replay",
+                "threat",
+            )
         ),
     ],
 )
