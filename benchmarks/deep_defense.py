@@ -70,7 +70,6 @@ NOTE = (
     "source; 88.93 stands there twice. The 50 % of Deep Defense at eps_ref hold by construction. The last 5,000 "
     "training images are held out to choose the eps of adversarial-fgs."
 )
-EPS_GRID = (0.01, 0.02, 0.04, 0.08, 0.12)
 BETA = 3e-4  # of Parseval training
 
 
@@ -90,6 +89,9 @@ SPACES = {
 }
 
 
+EPS_GRID = (0.01, 0.02, 0.04, 0.08, 0.12)
+
+
 @dataclass(frozen=True)
 class Settings:
     """What a stored result depends on besides its space, network, seed and method."""
@@ -98,6 +100,7 @@ class Settings:
     epochs: int
     reference_epochs: int
     test_images: int
+    eps: tuple[float, ...] = EPS_GRID
 
 
 class Centred(nn.Module):
@@ -141,6 +144,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5, help="of fine-tuning")
     parser.add_argument("--reference-epochs", type=int, default=20, help="of the reference, over all training images")
     parser.add_argument("--test-images", type=int, default=10_000)
+    parser.add_argument("--eps", type=float, nargs="+", default=EPS_GRID, help="tried for adversarial-fgs")
     parser.add_argument("--quick", action="store_true", help="a trial in minutes: one seed, MLP, few images")
     args = parser.parse_args()
     if args.quick:
@@ -148,7 +152,7 @@ def main() -> None:
         args.seeds, args.nets, args.out = 1, ["mlp"], args.runs / "quick.json"
         args.train_images, args.epochs, args.reference_epochs, args.test_images = 3000, 3, 3, 1000
     methods = [name for name in METHODS if name in {*args.methods, "reference", "deep-defense"}]
-    settings = Settings(args.train_images, args.epochs, args.reference_epochs, args.test_images)
+    settings = Settings(args.train_images, args.epochs, args.reference_epochs, args.test_images, tuple(args.eps))
     args.runs.mkdir(parents=True, exist_ok=True)
     images = read(args.data, settings)
     results: dict[str, Any] = {}
@@ -197,7 +201,7 @@ class Bench:
         path = self.path(name).with_suffix(".json")
         if path.exists():
             stored = json.loads(path.read_text("utf-8"))
-            if stored["settings"] == asdict(self.settings):
+            if stored["settings"] == json.loads(json.dumps(asdict(self.settings))):
                 return stored["figures"]
         started = time.perf_counter()
         figures = {**make(), "seconds": round(time.perf_counter() - started, 1)}
@@ -229,14 +233,14 @@ def trained(bench: Bench, images: Images, method: str) -> dict[str, Any]:
         space, count = SPACES[bench.space], len(images.x)
         fit(bench, model, images, plain, bench.settings.reference_epochs, space.reference_rate, count, halve=False)
     elif method == "adversarial-fgs":
-        trials = {eps: tuned(bench, images, method, eps) for eps in EPS_GRID}
+        trials = {eps: tuned(bench, images, method, eps) for eps in bench.settings.eps}
         held = {
             eps: {"rho_2": rho_2(bench, trial, images, images.held_x)["rho_2"], "right": hits(trial, images)}
             for eps, trial in trials.items()
         }
         enough = hits(load(bench, images, "reference"), images)
         fine = [eps for eps in held if held[eps]["right"] >= enough]
-        eps = max(fine, key=lambda eps: held[eps]["rho_2"], default=EPS_GRID[0])
+        eps = max(fine, key=lambda eps: held[eps]["rho_2"], default=bench.settings.eps[0])
         model, extra = trials[eps], {"eps": eps, "held_out": {str(key): value for key, value in held.items()}}
     else:
         model = tuned(bench, images, method)
