@@ -1,0 +1,1 @@
+"""Detectors: how an attack is noticed."""

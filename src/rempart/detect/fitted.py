@@ -1,0 +1,188 @@
+"""A detector that has learnt: fit it, set its threshold on clean images, keep it, take it up again."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from rempart.core import disk
+from rempart.core.errors import DataError, ModelError
+from rempart.core.model import Classifier, frozen
+from rempart.core.repro import Draws, digest_state
+from rempart.core.types import Images, Mask, Scores
+from rempart.detect.catalogue import Detector, Learning, State, detectors
+from rempart.report.schema import Strict
+
+CARD = "detector.json"
+STATE = "detector.safetensors"
+
+
+class Threshold(Strict):
+    """From which score on an image is flagged.
+
+    Attributes:
+        value: Flagged is what scores above it.
+        fpr: Share of clean images it was set for.
+        n: Clean images it was set on.
+    """
+
+    value: float
+    fpr: float
+    n: int
+
+
+class Card(Strict):
+    """What a fitted detector is, beside its tensors.
+
+    Attributes:
+        detector: Its name in the registry.
+        options: All its options.
+        seed: Of the fit and of its scores.
+        model: Digest of the classifier it was fitted on.
+        shape: Shape of one image.
+        fitted_on: Number of clean images.
+        attacks: Attacks it learnt from.
+        threshold: None until it is calibrated.
+    """
+
+    detector: str
+    options: dict[str, Any]
+    seed: int
+    model: str
+    shape: tuple[int, ...]
+    fitted_on: int
+    attacks: tuple[str, ...] = ()
+    threshold: Threshold | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A detector with what it learnt, and the classifier it belongs to."""
+
+    card: Card
+    state: State
+    detector: Detector
+    model: Classifier
+
+    def score(self, x: Images, index: Tensor) -> Scores:
+        """How suspicious images are; larger = more. The graph is kept where gradients are on.
+
+        Args:
+            x: Images, shape (n, *shape).
+            index: Their sample numbers, for detectors that draw random numbers.
+
+        Raises:
+            DataError: If the images have another shape.
+        """
+        if tuple(x.shape[1:]) != self.card.shape:
+            expected = f"images of shape {self.card.shape}, which the detector was fitted on"
+            raise DataError(expected, got=tuple(x.shape[1:]))
+        with frozen(self.model):
+            return self.detector.score(self.model, x, self.state, rng=Draws(self.card.seed, index, ("detect",)))
+
+    def flags(self, scores: Scores) -> Mask:
+        """Which scores are above the threshold.
+
+        Raises:
+            DataError: If it has none.
+        """
+        if self.card.threshold is None:
+            raise DataError("a calibrated detector", got="one without threshold", hint="calibrate it on clean images")
+        return scores > self.card.threshold.value
+
+
+def fit(name: str, options: Mapping[str, Any], model: Classifier, learning: Learning, *, seed: int = 0) -> Fitted:
+    """Fit a detector on a classifier.
+
+    Raises:
+        SpecError: If there is no such detector, or an option is wrong.
+        DataError: If it needs attacks and there are none, or images do not fit the model.
+        ModelError: If what it learnt is not finite.
+    """
+    entry = detectors[name]
+    given = entry.parse(options)
+    detector = entry.function(**given)
+    if detector.learns_attacks and not any(len(at) for at, _ in learning.attacked.values()):
+        raise DataError(f"images that an attack broke, which {name} learns from", got="none", hint="name --attack")
+    if tuple(learning.x.shape[1:]) != model.shape:
+        raise DataError(f"images of shape {model.shape}", got=tuple(learning.x.shape[1:]))
+    with frozen(model):
+        state = detector.fit(model, learning, rng=Draws(seed, learning.index, ("detect", "fit")))
+    for key, tensor in state.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ModelError(f"finite values of {key} in {name}", got="NaN or infinity", hint="fit it on more images")
+    card = Card(
+        detector=name,
+        options=given,
+        seed=seed,
+        model=digest_state(model.state_dict()),
+        shape=model.shape,
+        fitted_on=len(learning.x),
+        attacks=tuple(learning.attacked) if detector.learns_attacks else (),
+    )
+    return Fitted(card, {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}, detector, model)
+
+
+def calibrate(fitted: Fitted, scores: Scores, fpr: float = 0.05) -> Fitted:
+    """Set the threshold so that a fresh clean image is flagged with a chance of at most `fpr`.
+
+    It is the k-th smallest of n scores with k = ceil((n + 1)(1 - fpr)): the split conformal quantile, valid for images
+    from the same source whatever the scores look like (Vovk et al. 2005; Lei et al. 2018, arXiv:1604.04173).
+
+    Args:
+        fitted: The detector.
+        scores: Its scores of clean images that it was not fitted on.
+        fpr: In (0, 1).
+
+    Raises:
+        DataError: If there are too few scores for so small a rate, or one is not finite.
+    """
+    n = len(scores)
+    if not 0 < fpr < 1:
+        raise DataError("a false-positive rate in (0, 1)", got=fpr, hint="write 0.05 for 5 %")
+    k = math.ceil((n + 1) * (1 - fpr))
+    if k > n:
+        needed = math.ceil(1 / fpr) - 1
+        raise DataError(
+            f"{needed} or more clean images to calibrate at {fpr:g}", got=n, hint="give more images or a larger rate"
+        )
+    if not bool(scores.isfinite().all()):
+        raise DataError("finite scores", got="NaN or infinity")
+    value = float(scores.double().sort().values[k - 1])
+    return replace(fitted, card=fitted.card.model_copy(update={"threshold": Threshold(value=value, fpr=fpr, n=n)}))
+
+
+def save(fitted: Fitted, folder: Path) -> None:
+    """Write the card and the tensors, each whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    disk.replace(folder / STATE, to_bytes(fitted.state))
+    disk.replace(folder / CARD, fitted.card.model_dump_json(indent=1).encode())
+
+
+def load(folder: Path, model: Classifier) -> Fitted:
+    """Read what `save` wrote; nothing in it is executed.
+
+    Raises:
+        ModelError: If it is not there or damaged, or was fitted on another model.
+    """
+    try:
+        card = Card.model_validate_json((folder / CARD).read_bytes())
+        state = from_bytes((folder / STATE).read_bytes())
+    except FileNotFoundError as error:
+        missing = Path(error.filename).name
+        raise ModelError(f"a folder with {CARD} and {STATE}", got=f"{folder} without {missing}") from None
+    except (ValidationError, SafetensorError, json.JSONDecodeError) as error:
+        raise ModelError("a detector that `rempart detect fit` wrote", got=f"{folder}, damaged ({error})") from None
+    if (digest := digest_state(model.state_dict())) != card.model:
+        expected = f"the classifier {card.model}, which the detector in {folder} was fitted on"
+        raise ModelError(expected, got=f"one with digest {digest}", hint="fit the detector on this model")
+    entry = detectors[card.detector]
+    return Fitted(card, state, entry.function(**entry.parse(card.options)), model)

@@ -1,0 +1,1 @@
+"""Input transformations in front of a model."""
