@@ -5,7 +5,8 @@ from math import sqrt
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
-from scipy.stats import beta, binom, norm, t
+from scipy.optimize import brentq
+from scipy.stats import beta, binom, norm, rankdata, t
 
 from rempart.core.errors import SpecError
 
@@ -151,6 +152,50 @@ def student(values: Sequence[float] | np.ndarray, confidence: float = 0.95) -> M
     tail, value = _tail(confidence), float(sample.mean())
     reach = float(t.isf(tail, n - 1) * sample.std(ddof=1) / sqrt(n)) if n > 1 else np.inf
     return Mean(value=value, low=value - reach, high=value + reach, n=n, confidence=confidence)
+
+
+class Auroc(BaseModel):
+    """The chance that a positive scores above a negative, ties counting half, with its interval."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    value: float
+    low: float
+    high: float
+    negatives: int
+    positives: int
+    confidence: float = 0.95
+
+
+def auroc(
+    negatives: Sequence[float] | np.ndarray, positives: Sequence[float] | np.ndarray, confidence: float = 0.95
+) -> Auroc:
+    """Area under the ROC curve (Mann, Whitney 1947), with an interval that is sound near 0 and 1.
+
+    The interval holds the areas a whose distance to the one seen is at most z standard errors *at a*, as Wilson's does
+    for shares (Newcombe 2006, Statistics in Medicine 25:559, method 5, with Hanley and McNeil's variance). It takes
+    negatives and positives as independent; images and what an attack made of them are not quite.
+
+    Raises:
+        SpecError: If either is empty or not finite.
+    """
+    low, high = (np.asarray(values, dtype=float) for values in (negatives, positives))
+    if not len(low) or not len(high) or not (np.isfinite(low).all() and np.isfinite(high).all()):
+        raise SpecError("finite scores of both kinds", got=f"{len(low)} negatives, {len(high)} positives")
+    m, n = len(low), len(high)
+    ranks = rankdata(np.concatenate([high, low]))
+    area = float((ranks[:n].sum() - n * (n + 1) / 2) / (m * n))
+    z = float(norm.isf(_tail(confidence)))
+
+    def error(a: float) -> float:
+        half = (m + n) / 2 - 1
+        return sqrt(a * (1 - a) * (1 + half * (1 - a) / (2 - a) + half * a / (1 + a)) / (m * n))
+
+    def beyond(a: float) -> float:
+        return abs(a - area) - z * error(a)
+
+    bottom = 0.0 if area == 0 else float(brentq(beyond, 0.0, area - 1e-9))  # pyright: ignore[reportArgumentType]
+    top = 1.0 if area == 1 else float(brentq(beyond, area + 1e-9, 1.0))  # pyright: ignore[reportArgumentType]
+    return Auroc(value=area, low=bottom, high=top, negatives=m, positives=n, confidence=confidence)
 
 
 def _tail(confidence: float) -> float:

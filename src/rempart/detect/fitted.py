@@ -145,19 +145,22 @@ def calibrate(fitted: Fitted, scores: Scores, fpr: float = 0.05) -> Fitted:
     Raises:
         DataError: If there are too few scores for so small a rate, or one is not finite.
     """
-    n = len(scores)
     if not 0 < fpr < 1:
         raise DataError("a false-positive rate in (0, 1)", got=fpr, hint="write 0.05 for 5 %")
-    k = math.ceil((n + 1) * (1 - fpr))
-    if k > n:
-        needed = math.ceil(1 / fpr) - 1
-        raise DataError(
-            f"{needed} or more clean images to calibrate at {fpr:g}", got=n, hint="give more images or a larger rate"
-        )
     if not bool(scores.isfinite().all()):
         raise DataError("finite scores", got="NaN or infinity")
-    value = float(scores.double().sort().values[k - 1])
-    return replace(fitted, card=fitted.card.model_copy(update={"threshold": Threshold(value=value, fpr=fpr, n=n)}))
+    if (value := threshold(scores, fpr)) is None:
+        needed = math.ceil(1 / fpr) - 1
+        hint = "give more images or a larger rate"
+        raise DataError(f"{needed} or more clean images to calibrate at {fpr:g}", got=len(scores), hint=hint)
+    card = fitted.card.model_copy(update={"threshold": Threshold(value=value, fpr=fpr, n=len(scores))})
+    return replace(fitted, card=card)
+
+
+def threshold(scores: Scores, fpr: float) -> float | None:
+    """The conformal quantile of clean scores; None where there are too few for so small a rate."""
+    k = math.ceil((len(scores) + 1) * (1 - fpr) - 1e-9)
+    return None if k > len(scores) else float(scores.double().sort().values[k - 1])
 
 
 def save(fitted: Fitted, folder: Path) -> None:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from rempart.core.data import Data
 from rempart.core.errors import DataError
-from rempart.core.stats import Rate
+from rempart.core.stats import Auroc, Rate
 from rempart.core.types import Pixels
 
 SCHEMA_VERSION = 1
@@ -24,6 +24,13 @@ class Strict(BaseModel):
 
 class AttackChoice(Strict):
     """An attack by name, with the options that differ from its defaults."""
+
+    name: str
+    options: Options = Field(default_factory=dict)
+
+
+class DetectorChoice(Strict):
+    """A detector by name, with the options that differ from its defaults."""
 
     name: str
     options: Options = Field(default_factory=dict)
@@ -123,7 +130,38 @@ class CertifySpec(Strict):
     out: str | None = None
 
 
-Spec = Annotated[AuditSpec | AttackSpec | TrainSpec | CertifySpec, Field(discriminator="kind")]
+class DetectSpec(Strict):
+    """Detectors fitted on the train split, and judged on the test split.
+
+    Attributes:
+        detectors: Names with options.
+        attacks: What the detectors that learn from attacks learn, and what all are judged by.
+        threat: What the attacks may do; those for the smallest perturbation search on their own.
+        budgets: Further budgets of the threat to judge by.
+        fpr: False-positive rate the threshold is set for.
+        fit_limit: Training images used, for fitting and for calibration.
+        limit: Test images used.
+        adaptive: Also attack each detector by an attacker who knows it.
+    """
+
+    kind: Literal["detect"] = "detect"
+    model: str
+    data: str
+    detectors: tuple[DetectorChoice, ...]
+    attacks: tuple[AttackChoice, ...]
+    threat: str
+    budgets: tuple[float, ...] = ()
+    fpr: float = 0.05
+    fit_limit: Annotated[int, Ge(1)] | None = None
+    limit: Annotated[int, Ge(1)] | None = None
+    adaptive: bool = True
+    steps: Annotated[int, Ge(1)] = 100
+    batch_size: Annotated[int, Ge(1)] = 64
+    seed: int = 0
+    out: str
+
+
+Spec = Annotated[AuditSpec | AttackSpec | TrainSpec | CertifySpec | DetectSpec, Field(discriminator="kind")]
 
 
 class Remedy(Strict):
@@ -442,6 +480,75 @@ class Training(Strict):
     seconds: float
 
 
+class Separation(Strict):
+    """How well the scores of a detector tell one attack's images from clean ones.
+
+    Attributes:
+        attack: The attack, with its threat.
+        n: Images of it that broke the model.
+        learnt: Whether the detector learnt from this attack.
+        auroc: Against clean and noisy images.
+        caught: Share of them that is flagged, by the false-positive rate the threshold was set for.
+    """
+
+    attack: str
+    n: int
+    learnt: bool
+    auroc: Auroc
+    caught: dict[str, Rate]
+
+
+class Held(Strict):
+    """Share of all test images that model and detector hold together under an attack.
+
+    Held is what the model gets right and the detector accepts, and what the attack either leaves right or turns into
+    an image that is flagged.
+    """
+
+    attack: str
+    held: Rate
+
+
+class Detection(Strict):
+    """What one detector is worth.
+
+    Attributes:
+        label: Unique within the report.
+        detector: Its name.
+        options: All its options.
+        learnt: Attacks it learnt from.
+        fitted_on: Clean images it was fitted on.
+        calibrated_on: Clean images its threshold was set on.
+        threshold: From which score on an image is flagged.
+        fpr: The false-positive rate it was set for.
+        false_alarms: Share of clean test images that is flagged, by the rate aimed at.
+        separations: By attack.
+        left_out: The same for a detector that learnt from all attacks but the one in question.
+        held: With rejection, by attack; the last one knows the detector.
+        evaded: Share of the attacked images that got through: wrong and accepted.
+        kinds: What the detector tells apart, if it names attacks.
+        confusion: For each attack (rows) how often each kind was named.
+        seconds: Wall-clock time.
+    """
+
+    label: str
+    detector: str
+    options: Options
+    learnt: tuple[str, ...]
+    fitted_on: int
+    calibrated_on: int
+    threshold: float
+    fpr: float
+    false_alarms: dict[str, Rate]
+    separations: tuple[Separation, ...]
+    left_out: tuple[Separation, ...] = ()
+    held: tuple[Held, ...]
+    evaded: Rate | None = None
+    kinds: tuple[str, ...] = ()
+    confusion: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+    seconds: float
+
+
 class Report(Strict):
     """The result of an audit, an attack, a training run or a certification.
 
@@ -457,7 +564,7 @@ class Report(Strict):
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
-    kind: Literal["audit", "attack", "train", "certify"]
+    kind: Literal["audit", "attack", "train", "certify", "detect"]
     complete: bool
     spec: Spec
     created: str
@@ -479,6 +586,7 @@ class Report(Strict):
     samples: Samples | None = None
     epochs: tuple[Epoch, ...] = ()
     training: Training | None = None
+    detection: tuple[Detection, ...] = ()
 
     @property
     def fired(self) -> tuple[str, ...]:

@@ -1,0 +1,139 @@
+"""The attack on a classifier and its detector together: wrong, and not flagged."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rempart.attacks.apgd import apgd
+from rempart.core.errors import DataError
+from rempart.core.events import Event, Notify, silent
+from rempart.core.model import frozen
+from rempart.core.repro import Draws
+from rempart.core.threat import Threat
+from rempart.core.types import Images, Labels, Logits, Mask, Scores
+from rempart.detect.fitted import Fitted
+
+
+class Rejecting(nn.Module):
+    """A classifier and its detector as one network with a class more: `rejected`.
+
+    Its logit is max_k z_k + m (s - t) / sigma, with s the score, t the threshold, sigma the spread of clean scores and
+    m the mean distance of the image's logits to their greatest (a constant for gradients). It leads just where the
+    detector flags the image. To be given a wrong class by this network is to fool both, so that every targeted attack
+    on classifiers is an adaptive attack on detectors.
+
+    Source:
+        Carlini & Wagner 2017, arXiv:1705.07263, section 3.2, whose logit is (1 + s) max_k z_k. Ours does not depend on
+        the scales of logits and scores.
+    """
+
+    def __init__(self, fitted: Fitted, spread: float, surrogate: Fitted | None = None) -> None:
+        super().__init__()
+        if fitted.card.threshold is None:
+            raise DataError("a calibrated detector", got="one without threshold", hint="calibrate it on clean images")
+        self.fitted, self.surrogate = fitted, surrogate
+        self.model, self.threshold, self.spread = fitted.model, fitted.card.threshold.value, spread
+        self.num_classes = fitted.model.num_classes + 1
+        self.low, self.high = fitted.model.low, fitted.model.high
+        self.noise = torch.Generator().manual_seed(0)
+
+    def forward(self, x: Images) -> Logits:
+        """Logits of the classes and of `rejected`, shape (n, classes + 1)."""
+        z = self.model(x)
+        top = z.amax(1)
+        size = (top[:, None] - z).mean(1).detach().clamp_min(1e-6)
+        rejected = top + size * (self._score(x) - self.threshold) / self.spread
+        return torch.cat([z, rejected[:, None]], 1)
+
+    def _score(self, x: Images) -> Scores:
+        """The score, with the gradient of the surrogate where it has none of its own."""
+        index = torch.arange(len(x))
+        score = self.fitted.detector.score
+        draw = int(torch.randint(2**31, (), generator=self.noise))
+        rng = Draws(draw, index, ("evade",))  # not the noise of the defender
+        value = score(self.model, x, self.fitted.state, rng=rng)
+        if self.surrogate is None:
+            return value.to(x.dtype)
+        smooth = self.surrogate.detector.score(self.model, x, self.surrogate.state, rng=rng)
+        return (value.detach() + smooth - smooth.detach()).to(x.dtype)
+
+
+def evade(
+    fitted: Fitted,
+    x: Images,
+    y: Labels,
+    threat: Threat,
+    *,
+    spread: float,
+    surrogate: Fitted | None = None,
+    targets: int = 3,
+    steps: int = 100,
+    rng: Draws,
+    notify: Notify = silent,
+) -> Images:
+    """Look for images that the model gets wrong and the detector accepts.
+
+    APGD on the network of `Rejecting`, aimed at each of the most likely wrong classes in turn, on two losses. A sample
+    leaves once it is found. Noise of a random detector is averaged over 8 passes, and is not the noise it is judged by.
+
+    Args:
+        fitted: A calibrated detector with its classifier.
+        x: Images in the box.
+        y: True classes.
+        threat: Needs a budget.
+        spread: Standard deviation of the detector's scores of clean images.
+        surrogate: A fitted detector whose gradient stands in for one that has none.
+        targets: Wrong classes to aim at, at most all.
+        steps: Steps of each ascent.
+        rng: Draws of the samples.
+        notify: Receives progress.
+
+    Returns:
+        Images like `x`, feasible for `threat`. Where none was found, an image that fools the classifier, if one was.
+
+    Source:
+        After Carlini & Wagner 2017, arXiv:1705.07263, and Tramer et al. 2020, arXiv:2002.08347.
+    """
+    joint = Rejecting(fitted, spread, surrogate)
+    best, order = x.clone(), _wrong_first(fitted, x, y)[:, :targets]
+    todo = torch.arange(len(x))
+    plans: Sequence[tuple[int, str]] = [(k, loss) for loss in ("margin", "ce") for k in range(order.shape[1])]
+    with frozen(fitted.model):
+        for done, (k, loss) in enumerate(plans):
+            notify(Event(stage="evade", done=done, total=len(plans), values={"left": len(todo) / max(1, len(x))}))
+            if len(todo) == 0:
+                break
+            found = apgd(
+                joint,
+                x[todo],
+                order[todo, k],
+                threat,
+                steps=steps,
+                loss=loss,  # pyright: ignore[reportArgumentType]
+                eot=8 if fitted.detector.random else 1,
+                targeted=True,
+                rng=rng.select(todo).at("evade", k, loss),
+            )
+            wrong, accepted = _verdict(fitted, found, y[todo], rng.index[todo])
+            first = wrong & ~_wrong(fitted, best[todo], y[todo])
+            best[todo[(wrong & accepted) | first]] = found[(wrong & accepted) | first]
+            todo = todo[~(wrong & accepted)]
+    return best
+
+
+def _verdict(fitted: Fitted, x: Images, y: Labels, index: Tensor) -> tuple[Mask, Mask]:
+    with torch.no_grad():
+        return _wrong(fitted, x, y), ~fitted.flags(fitted.score(x, index))
+
+
+def _wrong(fitted: Fitted, x: Images, y: Labels) -> Mask:
+    with torch.no_grad():
+        return fitted.model(x).argmax(1) != y
+
+
+def _wrong_first(fitted: Fitted, x: Images, y: Labels) -> Tensor:
+    """The wrong classes of each image, the most likely first."""
+    with frozen(fitted.model), torch.no_grad():
+        z = fitted.model(x).scatter(1, y[:, None], -torch.inf)
+    return z.argsort(1, descending=True)[:, :-1]

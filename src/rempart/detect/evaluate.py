@@ -1,0 +1,148 @@
+"""What a detector is worth: how well it tells attacked images from clean ones, and what an attacker leaves of it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rempart.core.events import Notify, silent
+from rempart.core.repro import Draws
+from rempart.core.stats import Rate, auroc, wilson
+from rempart.core.threat import Threat
+from rempart.core.types import Mask, Scores
+from rempart.detect.adaptive import evade
+from rempart.detect.catalogue import Learning
+from rempart.detect.fitted import Fitted, threshold
+from rempart.report.schema import Held, Separation
+
+RATES = (0.01, 0.05)
+"""False-positive rates that true-positive rates are given at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Scores of a detector on the three sets, all made from the same source images.
+
+    Attributes:
+        calibration: Of clean images that neither the fit nor the test saw.
+        clean: Of the clean test images that the model gets right.
+        noisy: Of the same under random noise.
+        attacked: By attack, the positions in `clean` of what it broke, and the scores of the images it made.
+    """
+
+    calibration: Scores
+    clean: Scores
+    noisy: Scores
+    attacked: Mapping[str, tuple[Tensor, Scores]]
+
+
+def scored(fitted: Fitted, calibration: Learning, test: Learning, *, batch_size: int = 256) -> Scored:
+    """Score the three sets."""
+
+    def of(x: Tensor, index: Tensor) -> Scores:
+        with torch.no_grad():
+            parts = [fitted.score(a, b) for a, b in zip(x.split(batch_size), index.split(batch_size), strict=True)]
+        return torch.cat(parts).double() if parts else torch.empty(0, dtype=torch.float64)
+
+    noisy = test.x[:0] if test.noisy is None else test.noisy
+    return Scored(
+        calibration=of(calibration.x, calibration.index),
+        clean=of(test.x, test.index),
+        noisy=of(noisy, test.index[: len(noisy)]),
+        attacked={name: (at, of(x, test.index[at])) for name, (at, x) in test.attacked.items()},
+    )
+
+
+def separations(found: Scored, learnt: Sequence[str] = ()) -> tuple[Separation, ...]:
+    """How well the scores tell each attack's images from clean and noisy ones. Attacks that broke nothing are left out.
+
+    Negatives are clean and noisy images; positives, images that broke the model. Thresholds come from the calibration
+    images alone.
+    """
+    negatives = torch.cat([found.clean, found.noisy]).numpy()
+    rows: list[Separation] = []
+    for name, (_, scores) in found.attacked.items():
+        if not len(scores):
+            continue
+        caught = {
+            f"{rate:g}": wilson(int((scores > limit).sum()), len(scores))
+            for rate, limit in _thresholds(found.calibration).items()
+        }
+        rows.append(
+            Separation(
+                attack=name,
+                n=len(scores),
+                learnt=name in learnt,
+                auroc=auroc(negatives, scores.numpy()),
+                caught=caught,
+            )
+        )
+    return tuple(rows)
+
+
+def false_alarms(found: Scored) -> dict[str, Rate]:
+    """Share of the clean test images that are flagged, by the rate the threshold was set for."""
+    limits = _thresholds(found.calibration)
+    return {f"{rate:g}": wilson(int((found.clean > limit).sum()), len(found.clean)) for rate, limit in limits.items()}
+
+
+def with_rejection(fitted: Fitted, found: Scored, n: int) -> tuple[Held, ...]:
+    """Share of all n test images that model and detector hold together, under each attack and under all.
+
+    An image is held if the model gets it right, it is not flagged as it is, and the attack either leaves it right or
+    makes an image that is flagged. Images that the model gets wrong from the first are not held.
+    """
+    accepted = ~fitted.flags(found.clean)
+    rows = [Held(attack="none", held=wilson(int(accepted.sum()), n))]
+    worst = accepted.clone()
+    for name, (at, scores) in found.attacked.items():
+        through = at[~fitted.flags(scores)]
+        worst[through] = False
+        held = accepted.clone()
+        held[through] = False
+        rows.append(Held(attack=name, held=wilson(int(held.sum()), n)))
+    return (*rows, Held(attack="all of these", held=wilson(int(worst.sum()), n)))
+
+
+def under_evasion(
+    fitted: Fitted,
+    found: Scored,
+    test: Learning,
+    n: int,
+    threat: Threat,
+    *,
+    surrogate: Fitted | None = None,
+    steps: int = 100,
+    batch_size: int = 64,
+    notify: Notify = silent,
+) -> tuple[Held, Mask]:
+    """The same under an attacker who knows the detector and its threshold; and which images got through."""
+    rng = Draws(fitted.card.seed, test.index, ("evade",))
+    through = torch.zeros(len(test.x), dtype=torch.bool)
+    spread = float(found.calibration.std().clamp_min(1e-9))
+    with torch.no_grad():
+        for part in torch.arange(len(test.x)).split(batch_size):
+            x, y = test.x[part], test.y[part]
+            found_x = evade(
+                fitted,
+                x,
+                y,
+                threat,
+                spread=spread,
+                surrogate=surrogate,
+                steps=steps,
+                rng=rng.select(part),
+                notify=notify,
+            )
+            assert bool(threat.holds(x, found_x).all())
+            wrong = fitted.model(found_x).argmax(1) != y
+            through[part] = wrong & ~fitted.flags(fitted.score(found_x, test.index[part]))
+    held = ~fitted.flags(found.clean) & ~through
+    return Held(attack="knows the detector", held=wilson(int(held.sum()), n)), through
+
+
+def _thresholds(calibration: Scores) -> dict[float, float]:
+    """For each rate, where there are images enough."""
+    limits = {rate: threshold(calibration, rate) for rate in RATES}
+    return {rate: limit for rate, limit in limits.items() if limit is not None}
