@@ -1,12 +1,12 @@
 """A detector that has learnt: fit it, set its threshold on clean images, keep it, take it up again."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as from_bytes
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rempart.core import disk
 from rempart.core.errors import DataError, ModelError
-from rempart.core.model import Classifier, frozen
+from rempart.core.model import Classifier, frozen, placed
 from rempart.core.repro import Draws, digest_state
 from rempart.core.types import Images, Mask, Scores
 from rempart.detect.catalogue import Detector, Learning, State, detectors
@@ -50,6 +50,7 @@ class Card(Strict):
         shape: Shape of one image.
         fitted_on: Number of clean images.
         attacks: Attacks it learnt from.
+        state: Digest of what it learnt.
         threshold: None until it is calibrated.
     """
 
@@ -60,6 +61,7 @@ class Card(Strict):
     shape: tuple[int, ...]
     fitted_on: int
     attacks: tuple[str, ...] = ()
+    state: str
     threshold: Threshold | None = None
 
 
@@ -86,17 +88,18 @@ class Fitted:
             expected = f"images of shape {self.card.shape}, which the detector was fitted on"
             raise DataError(expected, got=tuple(x.shape[1:]))
         with frozen(self.model):
-            return self.detector.score(self.model, x, self.state, rng=Draws(self.card.seed, index, ("detect",)))
+            rng = Draws(self.card.seed, index, ("detect",))
+            return self.detector.score(self.model, placed(self.model, x), self.state, rng=rng)
 
     def flags(self, scores: Scores) -> Mask:
-        """Which scores are above the threshold.
+        """Which scores are above the threshold, or are no numbers.
 
         Raises:
             DataError: If it has none.
         """
         if self.card.threshold is None:
             raise DataError("a calibrated detector", got="one without threshold", hint="calibrate it on clean images")
-        return scores > self.card.threshold.value
+        return ~(scores <= self.card.threshold.value)
 
 
 def fit(name: str, options: Mapping[str, Any], model: Classifier, learning: Learning, *, seed: int = 0) -> Fitted:
@@ -104,7 +107,7 @@ def fit(name: str, options: Mapping[str, Any], model: Classifier, learning: Lear
 
     Raises:
         SpecError: If there is no such detector, or an option is wrong.
-        DataError: If it needs attacks and there are none, or images do not fit the model.
+        DataError: If it needs attacks and there are none, images are too few, or do not fit the model.
         ModelError: If what it learnt is not finite.
     """
     entry = detectors[name]
@@ -116,6 +119,7 @@ def fit(name: str, options: Mapping[str, Any], model: Classifier, learning: Lear
         raise DataError(f"images of shape {model.shape}", got=tuple(learning.x.shape[1:]))
     with frozen(model):
         state = detector.fit(model, learning, rng=Draws(seed, learning.index, ("detect", "fit")))
+    state = _kept(state, model)
     for key, tensor in state.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise ModelError(f"finite values of {key} in {name}", got="NaN or infinity", hint="fit it on more images")
@@ -126,9 +130,10 @@ def fit(name: str, options: Mapping[str, Any], model: Classifier, learning: Lear
         model=digest_state(model.state_dict()),
         shape=model.shape,
         fitted_on=len(learning.x),
-        attacks=tuple(learning.attacked) if detector.learns_attacks else (),
+        attacks=tuple(name for name, (at, _) in learning.attacked.items() if detector.learns_attacks and len(at)),
+        state=digest_state(state),
     )
-    return Fitted(card, {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}, detector, model)
+    return Fitted(card, state, detector, model)
 
 
 def calibrate(fitted: Fitted, scores: Scores, fpr: float = 0.05) -> Fitted:
@@ -179,13 +184,20 @@ def load(folder: Path, model: Classifier) -> Fitted:
     try:
         card = Card.model_validate_json((folder / CARD).read_bytes())
         state = from_bytes((folder / STATE).read_bytes())
-    except FileNotFoundError as error:
-        missing = Path(error.filename).name
-        raise ModelError(f"a folder with {CARD} and {STATE}", got=f"{folder} without {missing}") from None
-    except (ValidationError, SafetensorError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise ModelError(f"a folder with {CARD} and {STATE}", got=f"{folder} ({error})") from None
+    except (ValidationError, SafetensorError) as error:
         raise ModelError("a detector that `rempart detect fit` wrote", got=f"{folder}, damaged ({error})") from None
+    if digest_state(state) != card.state:
+        raise ModelError(f"the {STATE} that belongs to {CARD}", got=f"another one in {folder}", hint="fit it again")
     if (digest := digest_state(model.state_dict())) != card.model:
         expected = f"the classifier {card.model}, which the detector in {folder} was fitted on"
         raise ModelError(expected, got=f"one with digest {digest}", hint="fit the detector on this model")
     entry = detectors[card.detector]
-    return Fitted(card, state, entry.function(**entry.parse(card.options)), model)
+    return Fitted(card, _kept(state, model), entry.function(**entry.parse(card.options)), model)
+
+
+def _kept(state: State, model: Classifier) -> State:
+    """Tensors of their own without graph, where the model is."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    return {key: tensor.detach().to(device).clone().contiguous() for key, tensor in state.items()}
