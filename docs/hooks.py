@@ -21,6 +21,7 @@ from rempart.core import data, errors, files
 from rempart.core.registry import Entry, bounds_of
 from rempart.core.stats import Rate
 from rempart.core.threat import Threat
+from rempart.detect import detectors
 from rempart.models.zoo import models
 from rempart.report import text
 from rempart.report.schema import AttackResult, Report
@@ -57,6 +58,7 @@ def pages() -> dict[str, str]:
         "reference/cli.md": _cli(),
         "reference/attacks.md": _attacks(),
         "reference/suites.md": _suites(),
+        "reference/detectors.md": _detectors(),
         "reference/models.md": _models(),
         "reference/recipes.md": _recipes(),
         "reference/data.md": _data(),
@@ -136,6 +138,19 @@ def _suites() -> str:
         how = "Each attack runs on the samples that all before it left standing." if chosen.cascade else ""
         told = " ".join([*(inspect.getdoc(make) or "").split("\n"), how])
         parts += [f"## {name} {{ #{name} }}", told[:1].upper() + told[1:], _table(("attack", "options"), rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _detectors() -> str:
+    parts = [
+        "# Detectors",
+        "How suspicious an image is: larger scores are more so. The threshold is set on clean images that a detector "
+        "was not fitted on, for a false-positive rate. Facts hold for the default options. Formulas, sources and "
+        "differences are in [Methods](../methods.md#detectors).",
+    ]
+    for entry in detectors:
+        facts = listing.detector_traits(entry.function())
+        parts += _entry(entry, f"{facts[:1].upper()}{facts[1:]}.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -226,6 +241,10 @@ _FURTHER = {
         *(f"core.registry.{name}" for name in ("Registry", "Entry")),
         "models.zoo.build",
         *(f"train.objectives.catalogue.{name}" for name in ("Objective", "Loss")),
+    ],
+    "Detectors": [
+        *(f"detect.fitted.{name}" for name in ("fit", "calibrate", "save", "load", "Fitted", "Card", "Threshold")),
+        *(f"detect.catalogue.{name}" for name in ("Detector", "Learning", "Fit", "Score", "Name", "detectors")),
     ],
     "Progress": ["core.events.Event", "core.events.Notify"],
     "Errors": [f"core.errors.{name}" for name, kind in vars(errors).items() if inspect.isclass(kind) and name != "Any"],

@@ -124,7 +124,7 @@ def test_compare_audits_training_runs(trained: Path, tmp_path: Path, capsys: pyt
     assert status == 2 and "training runs alone, or audits alone" in err
 
 
-@pytest.mark.parametrize("what", ["attacks", "suites", "models", "recipes", "data"])
+@pytest.mark.parametrize("what", ["attacks", "suites", "detectors", "models", "recipes", "data"])
 def test_lists(what: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = rempart("list", what, capsys=capsys)
     expected = {
@@ -132,6 +132,7 @@ def test_lists(what: str, capsys: pytest.CaptureFixture[str]) -> None:
         "suites": "fgsm, bim(steps=10)",
         "models": "lenet",
         "recipes": "plain",
+        "detectors": "mahalanobis",
         "data": "digits",
     }
     assert status == 0 and expected[what] in out

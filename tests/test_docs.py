@@ -25,6 +25,7 @@ from rempart.attacks import SUITES, attack_batch, attacks
 from rempart.core.model import Classifier
 from rempart.core.repro import Draws
 from rempart.core.threat import Threat
+from rempart.detect import detectors
 from rempart.models import load
 from rempart.models.zoo import models
 from rempart.report import store
@@ -66,6 +67,7 @@ def ident(path: Path) -> str:
         ("models", [entry.name for entry in models]),
         ("recipes", [*recipe_names(), *(f"objective-{entry.name}" for entry in objectives)]),
         ("suites", list(SUITES)),
+        ("detectors", [entry.name for entry in detectors]),
         ("cli", list(COMMANDS)),
     ],
 )
@@ -80,6 +82,7 @@ def test_everything_registered_has_its_own_heading(reference: dict[str, str], pa
     [
         *(("attacks", e.name, list(e.params.model_fields)) for e in attacks),
         *(("models", e.name, list(e.params.model_fields)) for e in models),
+        *(("detectors", e.name, list(e.params.model_fields)) for e in detectors),
         *(("recipes", f"objective-{e.name}", list(e.params.model_fields)) for e in objectives),
         *(("recipes", name, list(load_recipe(name).options)) for name in recipe_names()),
     ],
@@ -89,8 +92,9 @@ def test_every_option_has_a_row(reference: dict[str, str], page: str, anchor: st
     assert set(options) <= set(rows)
 
 
-def test_options_of_attacks_are_explained(reference: dict[str, str]) -> None:
-    rows = re.findall(r"^\| `(\w+)` \|.*\| ([^|]*) \|$", reference["attacks"].replace("\\|", "/"), flags=re.MULTILINE)
+@pytest.mark.parametrize("page", ["attacks", "detectors"])
+def test_options_are_explained(reference: dict[str, str], page: str) -> None:
+    rows = re.findall(r"^\| `(\w+)` \|.*\| ([^|]*) \|$", reference[page].replace("\\|", "/"), flags=re.MULTILINE)
     assert rows
     assert [name for name, meaning in rows if len(meaning) < 5] == []
 
@@ -167,6 +171,14 @@ def test_every_training_method_has_a_section_in_methods_with_formula_and_mark(na
     own = re.split(r"^##+ ", told[1], flags=re.MULTILINE)[0]
     assert "```text" in own and re.search(r"\[(SRC|2ND|KNOWN|INF)", own)
     assert ("arxiv.org/abs/" in own) == (name not in ("plain", "mart")), "what has a preprint names it"
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in detectors])
+def test_every_detector_has_a_section_in_methods_with_formula_and_mark(name: str) -> None:
+    told = (DOCS / "methods.md").read_text("utf-8").split(f"\n### {name}\n")
+    assert len(told) == 2, f"one section '### {name}' in docs/methods.md"
+    own = re.split(r"^##+ ", told[1], flags=re.MULTILINE)[0]
+    assert "```text" in own and re.search(r"\[(SRC|2ND|KNOWN|INF)", own)
 
 
 # ---- commands and code

@@ -279,7 +279,7 @@ def gate(
 
 
 @app.command(name="list")
-def list_(what: Annotated[str, typer.Argument(help="attacks, suites, models, recipes or data")]) -> None:
+def list_(what: Annotated[str, typer.Argument(help="attacks, suites, detectors, models, recipes or data")]) -> None:
     """List what can be named on the command line, with options, defaults and bounds."""
     from rempart import listing
 

@@ -9,6 +9,7 @@ from rempart.attacks.suites import suite
 from rempart.core.errors import SpecError
 from rempart.core.registry import Entry, bounds_of, suggestion
 from rempart.core.threat import Threat
+from rempart.detect import Detector, detectors
 from rempart.models.zoo import models
 from rempart.train.config import load_recipe, recipe_names
 
@@ -33,6 +34,7 @@ def describe(what: str) -> str:
     """
     lists = {
         "attacks": lambda: _entries(attacks, lambda e: f"{', '.join(e.traits.norms)}" + _traits(e)),
+        "detectors": lambda: _entries(detectors, lambda e: detector_traits(e.function())),
         "models": lambda: _entries(models, lambda _: ""),
         "suites": lambda: "\n".join(_suite(name) for name in SUITES),
         "recipes": lambda: "\n".join(f"{name:<24} {load_recipe(name).summary}" for name in recipe_names()),
@@ -59,6 +61,15 @@ def _traits(entry: Entry[Any, Any]) -> str:
         for word, flag in (("targeted", entry.traits.targeted), ("minimum norm", entry.traits.minimum))
         if flag
     )
+
+
+def detector_traits(detector: Detector) -> str:
+    """What an attacker must know of a detector, with its default options."""
+    words = ["with a gradient" if detector.differentiable else "without a gradient"]
+    words += ["random"] * detector.random
+    words += ["learns from attacks" if detector.learns_attacks else "learns from clean images"]
+    words += [f"names {', '.join(detector.kinds)}"] * bool(detector.kinds)
+    return "; ".join(words)
 
 
 def _suite(name: str) -> str:

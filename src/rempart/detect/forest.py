@@ -69,7 +69,7 @@ def _grown(f: Tensor, trees: int, samples: int, seed: int) -> dict[str, Tensor]:
     """The trees as arrays (trees, nodes), padded; their height; the depth expected."""
     from sklearn.ensemble import IsolationForest
 
-    forest = IsolationForest(n_estimators=trees, max_samples=samples, random_state=seed)
+    forest = IsolationForest(n_estimators=trees, max_samples=samples, random_state=seed)  # pyright: ignore[reportArgumentType]
     forest.fit(f.cpu().numpy().astype(np.float32))
     grown = [_arrays(estimator.tree_) for estimator in forest.estimators_]
     nodes, height = max(len(tree["left"]) for tree in grown), max(e.tree_.max_depth for e in forest.estimators_)
