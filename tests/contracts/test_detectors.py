@@ -257,14 +257,15 @@ def check_randomness_is_as_declared(make: Make) -> None:
 
 
 def check_larger_is_more_suspicious(make: Make) -> None:
-    model, detector = toys.rescaled(toys.linear((1, 4, 4), 3), 10.0), make()
+    """Images of one colour each: squeezing and noise leave them what they are, but for those between two classes."""
+    model, detector = toys.rescaled(toys.linear((3, 4, 4), 3), 10.0), make()
     known = learning(model)
     if make.case.planted == "far":
         clean = toys.images(model.shape, 24, 9)
         odd = torch.rand((24, *model.shape), generator=torch.Generator().manual_seed(0))
         attacked = {"one": (torch.arange(60), known.x.flip(2) + odd.repeat(3, 1, 1, 1)[:60] - 0.5)}
     else:
-        x = torch.rand((240, *model.shape), generator=torch.Generator().manual_seed(0))
+        x = torch.rand((240, 3, 1, 1), generator=torch.Generator().manual_seed(0)).expand(-1, -1, 4, 4)
         top = model(x).detach().topk(2, dim=1).values
         order = (top[:, 0] - top[:, 1]).argsort()
         odd, clean, attacked = x[order[:24]], x[order[-24:]], known.attacked

@@ -76,7 +76,7 @@ def _gaussians(f: Tensor, y: Labels, classes: int) -> tuple[Tensor, Tensor]:
     covariance = centred.T @ centred / len(f)
     ridge = (1e-6 * covariance.trace() / len(covariance)).clamp_min(1e-12)
     root = torch.linalg.cholesky(covariance + ridge * torch.eye(len(covariance)).to(f))
-    whiten = torch.linalg.inv(root)
+    whiten = torch.linalg.inv(root).contiguous()  # products round by how a matrix lies in memory
     return whiten, means @ whiten.T
 
 
