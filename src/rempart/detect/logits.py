@@ -53,7 +53,7 @@ def energy(*, temperature: Annotated[float, Gt(0)] = 1.0) -> Detector:
     already, and the energy at T = 1 is 0 for every image.
 
     Args:
-        temperature: T.
+        temperature: T, by which the logits are divided.
 
     Source:
         Liu, Wang, Owens, Li 2020, arXiv:2010.03759, section 3.1, for images of another distribution; that it is used
