@@ -35,8 +35,11 @@ from rempart.core.errors import Cancelled, SpecError
 from rempart.core.events import Notify, silent
 from rempart.core.ranks import ALONE, Ranks, launched, ranks
 from rempart.core.repro import environment
-from rempart.core.stats import wilson
+from rempart.core.stats import Rate, wilson
 from rempart.core.threat import Norm, Threat
+from rempart.detect import detectors
+from rempart.detect import save as save_detector
+from rempart.detect.run import crafts, judged, sets
 from rempart.models.load import card, load
 from rempart.report.html import page
 from rempart.report.schema import (
@@ -45,6 +48,8 @@ from rempart.report.schema import (
     Bracket,
     CertifySpec,
     DataCard,
+    Detection,
+    DetectSpec,
     Report,
     Samples,
     TrainSpec,
@@ -55,7 +60,7 @@ from rempart.report.store import claim, write
 SPEC = "spec.json"
 
 
-def run(spec: AuditSpec | AttackSpec | TrainSpec | CertifySpec, notify: Notify = silent) -> Report | None:
+def run(spec: AuditSpec | AttackSpec | TrainSpec | CertifySpec | DetectSpec, notify: Notify = silent) -> Report | None:
     """Do what a spec asks for, write its files to `spec.out`, and return the report.
 
     Where several processes share an audit or a training, all but the first return None.
@@ -67,6 +72,8 @@ def run(spec: AuditSpec | AttackSpec | TrainSpec | CertifySpec, notify: Notify =
         return _train(spec, notify)
     if isinstance(spec, CertifySpec):
         return _certify(spec, notify)
+    if isinstance(spec, DetectSpec):
+        return _detect(spec, notify)
     return _audit(spec, notify) if isinstance(spec, AuditSpec) else _attack(spec, notify)
 
 
@@ -258,6 +265,57 @@ def _certify(spec: CertifySpec, notify: Notify) -> Report:
             save_arrays(Path(spec.out) / "samples.npz", {name: column.numpy() for name, column in columns.items()})
     if error is not None:
         raise error
+    return report
+
+
+def _detect(spec: DetectSpec, notify: Notify) -> Report:
+    """Fit, calibrate and judge detectors; what was finished stays, also where the work is stopped."""
+    started, out = perf_counter(), Path(spec.out)
+    model = load(spec.model)
+    threat = Threat.parse(spec.threat, low=model.low, high=model.high)
+    for choice in spec.detectors:
+        detectors[choice.name].parse(choice.options)
+    crafts(spec, threat)
+    claim(out)
+    train = open_data(spec.data, split="train").head(spec.fit_limit).scaled(model.low, model.high)
+    test = open_data(spec.data, split="test").head(spec.limit).scaled(model.low, model.high)
+    described = card(model, spec.model)
+    model, checks = preflight(model, test)
+    found: list[Detection] = []
+    table: dict[str, np.ndarray] = {}
+    clean: Rate | None = None
+    stopped = False
+    try:
+        on = sets(model, train, test, spec, threat, notify=notify)
+        clean = wilson(len(on.test.x), on.n)
+        table = {"index": on.test.index.numpy(), "label": on.test.y.numpy()}
+        for fitted, detection, scores in judged(model, on, spec, threat, notify=notify):
+            save_detector(fitted, out / "detectors" / detection.label.replace(" ", "-"))
+            found.append(detection)
+            table[f"{detection.label}/clean"] = scores.clean.numpy()
+            for attack, (at, values) in scores.attacked.items():
+                table |= {f"{detection.label}/{attack}/position": at.numpy()}
+                table |= {f"{detection.label}/{attack}/score": values.numpy()}
+    except (KeyboardInterrupt, Cancelled):
+        if not found:
+            raise
+        stopped = True
+    report = Report(
+        kind="detect",
+        complete=not stopped,
+        spec=spec,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        seconds=perf_counter() - started,
+        environment=environment(),
+        model=described,
+        data=DataCard.of(test),
+        preflight=checks,
+        clean=clean,
+        detection=tuple(found),
+        not_run=tuple(choice.name for choice in spec.detectors[len(found) :]),
+    )
+    save_arrays(out / "samples.npz", table)
+    write(report, out)
     return report
 
 

@@ -91,6 +91,12 @@ class Fitted:
             rng = Draws(self.card.seed, index, ("detect",))
             return self.detector.score(self.model, placed(self.model, x), self.state, rng=rng)
 
+    def named(self, x: Images, index: Tensor) -> Tensor:
+        """Probabilities of what it may be, shape (n, len(kinds)), for detectors that name attacks."""
+        assert self.detector.name is not None
+        with frozen(self.model), torch.no_grad():
+            return self.detector.name(self.model, x, self.state, rng=Draws(self.card.seed, index, ("detect",)))
+
     def flags(self, scores: Scores) -> Mask:
         """Which scores are above the threshold, or are no numbers.
 

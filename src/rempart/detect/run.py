@@ -1,0 +1,158 @@
+"""Fit detectors on one part of the data, set their thresholds on another, and judge them on a third."""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from rempart.attacks import attacks
+from rempart.attacks.run import native
+from rempart.core.data import Data
+from rempart.core.events import Notify, named, silent
+from rempart.core.model import Classifier
+from rempart.core.stats import wilson
+from rempart.core.threat import Threat
+from rempart.detect.catalogue import Learning, detectors
+from rempart.detect.evaluate import (
+    Scored,
+    false_alarms,
+    scored,
+    separations,
+    under_evasion,
+    with_rejection,
+)
+from rempart.detect.fitted import Fitted, calibrate, fit
+from rempart.detect.protocol import Crafting, gather, split
+from rempart.report.schema import AttackChoice, Detection, DetectorChoice, DetectSpec, Separation
+
+SHARES = (0.7, 0.3)
+"""Of the training images: what detectors are fitted on, and what thresholds are set on."""
+SURROGATE = "mahalanobis"
+"""Whose gradient stands in for that of a detector that has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sets:
+    """The images detectors are fitted, calibrated and judged on; `n` counts the test images, wrong ones included."""
+
+    learning: Learning
+    calibration: Learning
+    test: Learning
+    n: int
+
+
+def crafts(spec: DetectSpec, threat: Threat) -> dict[str, Crafting]:
+    """The attacks of a request by name; one that is asked for twice is numbered."""
+    found: dict[str, Crafting] = {}
+    for choice in spec.attacks:
+        name = _free(choice.name, found)
+        found[name] = _crafting(choice, threat)
+    return found
+
+
+def sets(model: Classifier, train: Data, test: Data, spec: DetectSpec, threat: Threat, *, notify: Notify) -> Sets:
+    """Attack what is needed; no source image is in two of the sets."""
+    learn, calibration = split(train, SHARES, seed=spec.seed)
+    made = crafts(spec, threat)
+    learnt = made if any(detectors[choice.name].function().learns_attacks for choice in spec.detectors) else {}
+    further = {
+        f"{name} at {budget:g}": replace(craft, threat=replace(craft.threat, eps=budget))
+        for budget in spec.budgets
+        for name, craft in made.items()
+        if craft.threat.eps is not None
+    }
+    given: Any = {"noise": threat, "seed": spec.seed, "batch_size": spec.batch_size}
+    return Sets(
+        learning=gather(model, learn, learnt, notify=named("to learn from", notify), **given),
+        calibration=gather(model, calibration, {}, notify=named("to calibrate", notify), **given),
+        test=gather(model, test, {**made, **further}, notify=named("to judge", notify), **given),
+        n=len(test),
+    )
+
+
+def judged(
+    model: Classifier, on: Sets, spec: DetectSpec, threat: Threat, *, notify: Notify = silent
+) -> Iterator[tuple[Fitted, Detection, Scored]]:
+    """Fit, calibrate and judge one detector after the other.
+
+    Raises:
+        SpecError: If there is no such detector, or an option is wrong.
+        DataError: If there are too few images.
+    """
+    taken: dict[str, DetectorChoice] = {}
+    for choice in spec.detectors:
+        label = _free(choice.name, taken)
+        taken[label] = choice
+        yield _judged(label, choice, model, on, spec, threat, named(label, notify))
+
+
+def _judged(
+    label: str, choice: DetectorChoice, model: Classifier, on: Sets, spec: DetectSpec, threat: Threat, notify: Notify
+) -> tuple[Fitted, Detection, Scored]:
+    started = time.perf_counter()
+    fitted = fit(choice.name, choice.options, model, on.learning, seed=spec.seed)
+    found = scored(fitted, on.calibration, on.test, batch_size=spec.batch_size)
+    fitted = calibrate(fitted, found.calibration, spec.fpr)
+    held = with_rejection(fitted, found, on.n)
+    evaded = None
+    if spec.adaptive:
+        surrogate = None if fitted.detector.differentiable else fit(SURROGATE, {}, model, on.learning, seed=spec.seed)
+        adaptive, through = under_evasion(
+            *(fitted, found, on.test, on.n, threat), surrogate=surrogate, steps=spec.steps, notify=notify
+        )
+        held, evaded = (*held, adaptive), through
+    assert fitted.card.threshold is not None
+    detection = Detection(
+        label=label,
+        detector=choice.name,
+        options=fitted.card.options,
+        learnt=fitted.card.attacks,
+        fitted_on=fitted.card.fitted_on,
+        calibrated_on=fitted.card.threshold.n,
+        threshold=fitted.card.threshold.value,
+        fpr=spec.fpr,
+        false_alarms=false_alarms(found),
+        separations=separations(found, fitted.card.attacks),
+        left_out=tuple(_left_out(choice, fitted, model, on, spec)),
+        held=held,
+        evaded=None if evaded is None else wilson(int(evaded.sum()), len(evaded)),
+        kinds=fitted.detector.kinds,
+        confusion=_confusion(fitted, on.test) if fitted.detector.name is not None else {},
+        seconds=time.perf_counter() - started,
+    )
+    return fitted, detection, found
+
+
+def _left_out(
+    choice: DetectorChoice, fitted: Fitted, model: Classifier, on: Sets, spec: DetectSpec
+) -> Iterator[Separation]:
+    """For each attack, how a detector tells it that learnt from the others alone."""
+    for name in fitted.card.attacks:
+        others = {key: made for key, made in on.learning.attacked.items() if key != name}
+        if not any(len(at) for at, _ in others.values()) or name not in on.test.attacked:
+            continue
+        again = fit(choice.name, choice.options, model, replace(on.learning, attacked=others), seed=spec.seed)
+        alone = replace(on.test, attacked={name: on.test.attacked[name]})
+        yield from separations(scored(again, on.calibration, alone, batch_size=spec.batch_size), tuple(others))
+
+
+def _confusion(fitted: Fitted, test: Learning) -> dict[str, tuple[int, ...]]:
+    """How often each kind is named, for clean images and for those of each attack."""
+    kinds = len(fitted.detector.kinds)
+    rows = {"clean": (torch.arange(len(test.x)), test.x), **test.attacked}
+    return {
+        name: tuple(torch.bincount(fitted.named(x, test.index[at]).argmax(1), minlength=kinds).tolist())
+        for name, (at, x) in rows.items()
+    }
+
+
+def _crafting(choice: AttackChoice, threat: Threat) -> Crafting:
+    entry = attacks[choice.name]
+    options = entry.parse(choice.options)
+    return Crafting(attack=choice.name, threat=native(entry, threat), options=options)
+
+
+def _free(name: str, taken: Mapping[str, Any]) -> str:
+    return name if name not in taken else f"{name} {sum(key.split()[0] == name for key in taken) + 1}"
