@@ -31,7 +31,7 @@ from rempart.certify import (
 )
 from rempart.core.data import open_data
 from rempart.core.disk import replace
-from rempart.core.errors import Cancelled, SpecError
+from rempart.core.errors import Cancelled, RempartError, SpecError
 from rempart.core.events import Notify, silent
 from rempart.core.ranks import ALONE, Ranks, launched, ranks
 from rempart.core.repro import environment
@@ -284,7 +284,7 @@ def _detect(spec: DetectSpec, notify: Notify) -> Report:
     found: list[Detection] = []
     table: dict[str, np.ndarray] = {}
     clean: Rate | None = None
-    stopped = False
+    stopped, error = False, None
     try:
         on = sets(model, train, test, spec, threat, notify=notify)
         clean = wilson(len(on.test.x), on.n)
@@ -300,6 +300,10 @@ def _detect(spec: DetectSpec, notify: Notify) -> Report:
         if not found:
             raise
         stopped = True
+    except RempartError as failure:  # raised again, once what was finished is safe
+        if not found:
+            raise
+        stopped, error = True, failure
     report = Report(
         kind="detect",
         complete=not stopped,
@@ -316,6 +320,8 @@ def _detect(spec: DetectSpec, notify: Notify) -> Report:
     )
     save_arrays(out / "samples.npz", table)
     write(report, out)
+    if error is not None:
+        raise error
     return report
 
 

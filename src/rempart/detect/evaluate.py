@@ -1,12 +1,12 @@
 """What a detector is worth: how well it tells attacked images from clean ones, and what an attacker leaves of it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from rempart.core.events import Notify, silent
+from rempart.core.events import Event, Notify, silent
 from rempart.core.repro import Draws
 from rempart.core.stats import Rate, auroc, wilson
 from rempart.core.threat import Threat
@@ -14,7 +14,7 @@ from rempart.core.types import Mask, Scores
 from rempart.detect.adaptive import evade
 from rempart.detect.catalogue import Learning
 from rempart.detect.fitted import Fitted, threshold
-from rempart.report.schema import Held, Separation
+from rempart.report.schema import ALL, KNOWS, Held, Separation
 
 RATES = (0.01, 0.05)
 """False-positive rates that true-positive rates are given at."""
@@ -87,22 +87,21 @@ def false_alarms(found: Scored) -> dict[str, Rate]:
     return {f"{rate:g}": wilson(int((found.clean > limit).sum()), len(found.clean)) for rate, limit in limits.items()}
 
 
-def with_rejection(fitted: Fitted, found: Scored, n: int) -> tuple[Held, ...]:
-    """Share of all n test images that model and detector hold together, under each attack and under all.
+def with_rejection(fitted: Fitted, found: Scored, test: Learning, n: int, threat: Threat) -> tuple[Held, ...]:
+    """Share of all n test images that model and detector hold together: under each attack, and under all.
 
     An image is held if the model gets it right, it is not flagged as it is, and the attack either leaves it right or
-    makes an image that is flagged. Images that the model gets wrong from the first are not held.
+    makes an image that is flagged. Images that the model gets wrong from the first are not held. Under all attacks
+    only images within the threat count; those of minimum-norm attacks and of larger budgets may be outside.
     """
     accepted = ~fitted.flags(found.clean)
     rows = [Held(attack="none", held=wilson(int(accepted.sum()), n))]
-    worst = accepted.clone()
     for name, (at, scores) in found.attacked.items():
-        through = at[~fitted.flags(scores)]
-        worst[through] = False
         held = accepted.clone()
-        held[through] = False
+        held[at[~fitted.flags(scores)]] = False
         rows.append(Held(attack=name, held=wilson(int(held.sum()), n)))
-    return (*rows, Held(attack="all of these", held=wilson(int(worst.sum()), n)))
+    held = accepted & ~_through(fitted, found, test, threat)
+    return (*rows, Held(attack=ALL, held=wilson(int(held.sum()), n)))
 
 
 def under_evasion(
@@ -116,30 +115,42 @@ def under_evasion(
     steps: int = 100,
     batch_size: int = 64,
     notify: Notify = silent,
-) -> tuple[Held, Mask]:
-    """The same under an attacker who knows the detector and its threshold; and which images got through."""
+) -> tuple[Held, Rate]:
+    """The same under an attacker who knows the detector and its threshold, and may use the other attacks too.
+
+    Returns:
+        The share held, and the share of the images that were right and accepted of which the attacker got one through.
+    """
     rng = Draws(fitted.card.seed, test.index, ("evade",))
-    through = torch.zeros(len(test.x), dtype=torch.bool)
+    accepted = ~fitted.flags(found.clean)
+    through = _through(fitted, found, test, threat)
     spread = float(found.calibration.std().clamp_min(1e-9))
-    with torch.no_grad():
-        for part in torch.arange(len(test.x)).split(batch_size):
-            x, y = test.x[part], test.y[part]
-            found_x = evade(
-                fitted,
-                x,
-                y,
-                threat,
-                spread=spread,
-                surrogate=surrogate,
-                steps=steps,
-                rng=rng.select(part),
-                notify=notify,
-            )
-            assert bool(threat.holds(x, found_x).all())
-            wrong = fitted.model(found_x).argmax(1) != y
-            through[part] = wrong & ~fitted.flags(fitted.score(found_x, test.index[part]))
-    held = ~fitted.flags(found.clean) & ~through
-    return Held(attack="knows the detector", held=wilson(int(held.sum()), n)), through
+    left = (accepted & ~through).nonzero()[:, 0]
+    for done, part in enumerate(left.split(batch_size)):
+        x, y = test.x[part], test.y[part]
+
+        def told(event: Event, done: int = done) -> None:
+            notify(replace(event, done=done * batch_size, total=len(left)))
+
+        x_adv = evade(
+            *(fitted, x, y, threat), spread=spread, surrogate=surrogate, steps=steps, rng=rng.select(part), notify=told
+        )
+        assert bool(threat.holds(x, x_adv).all())
+        with torch.no_grad():
+            wrong = fitted.model(x_adv).argmax(1) != y
+            through[part] = wrong & ~fitted.flags(fitted.score(x_adv, test.index[part]))
+    held, caught = accepted & ~through, accepted & through
+    evaded = wilson(int(caught.sum()), max(1, int(accepted.sum())))
+    return Held(attack=KNOWS, held=wilson(int(held.sum()), n)), evaded
+
+
+def _through(fitted: Fitted, found: Scored, test: Learning, threat: Threat) -> Mask:
+    """Images of which an attack that does not know the detector got one past it, within the threat."""
+    through = torch.zeros(len(test.x), dtype=torch.bool)
+    for name, (at, scores) in found.attacked.items():
+        within = threat.holds(test.x[at], test.attacked[name][1])
+        through[at[within & ~fitted.flags(scores)]] = True
+    return through
 
 
 def _thresholds(calibration: Scores) -> dict[float, float]:

@@ -12,7 +12,6 @@ from rempart.attacks.run import native
 from rempart.core.data import Data
 from rempart.core.events import Notify, named, silent
 from rempart.core.model import Classifier
-from rempart.core.stats import wilson
 from rempart.core.threat import Threat
 from rempart.detect.catalogue import Learning, detectors
 from rempart.detect.evaluate import (
@@ -95,14 +94,14 @@ def _judged(
     fitted = fit(choice.name, choice.options, model, on.learning, seed=spec.seed)
     found = scored(fitted, on.calibration, on.test, batch_size=spec.batch_size)
     fitted = calibrate(fitted, found.calibration, spec.fpr)
-    held = with_rejection(fitted, found, on.n)
+    held = with_rejection(fitted, found, on.test, on.n, threat)
     evaded = None
     if spec.adaptive:
         surrogate = None if fitted.detector.differentiable else fit(SURROGATE, {}, model, on.learning, seed=spec.seed)
-        adaptive, through = under_evasion(
+        adaptive, evaded = under_evasion(
             *(fitted, found, on.test, on.n, threat), surrogate=surrogate, steps=spec.steps, notify=notify
         )
-        held, evaded = (*held, adaptive), through
+        held = (*held, adaptive)
     assert fitted.card.threshold is not None
     detection = Detection(
         label=label,
@@ -117,7 +116,7 @@ def _judged(
         separations=separations(found, fitted.card.attacks),
         left_out=tuple(_left_out(choice, fitted, model, on, spec)),
         held=held,
-        evaded=None if evaded is None else wilson(int(evaded.sum()), len(evaded)),
+        evaded=evaded,
         kinds=fitted.detector.kinds,
         confusion=_confusion(fitted, on.test) if fitted.detector.name is not None else {},
         seconds=time.perf_counter() - started,

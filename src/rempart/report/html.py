@@ -8,7 +8,7 @@ from functools import cache
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from rempart.core.stats import Difference, Mean, Rate
+from rempart.core.stats import Auroc, Difference, Mean, Rate
 from rempart.report import figures
 from rempart.report.compare import CLEAN, WORST, Comparison
 from rempart.report.methods import Methods, Row
@@ -260,6 +260,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(
+        area=_area,
         checked=_checked,
         gap=_gap,
         interval=interval,
@@ -275,6 +276,11 @@ def _environment() -> Environment:
 
 def _checked(row: Row) -> str:
     return {"valid": "passed", "suspicious": "warned", "invalid": "failed"}.get(row.checked, "skipped")
+
+
+def _area(area: Auroc) -> Markup:
+    told = exact(area.value, f"{area.value:.3f}")
+    return Markup('{} <span class="interval">[{:.3f}, {:.3f}]</span>').format(told, area.low, area.high)
 
 
 def _gap(gap: Difference) -> Markup:

@@ -498,6 +498,10 @@ class Separation(Strict):
     caught: dict[str, Rate]
 
 
+ALL, KNOWS = "all of these", "knows the detector"
+"""Names of what is held under all attacks that do not know the detector, and under the one that does."""
+
+
 class Held(Strict):
     """Share of all test images that model and detector hold together under an attack.
 
@@ -525,7 +529,8 @@ class Detection(Strict):
         separations: By attack.
         left_out: The same for a detector that learnt from all attacks but the one in question.
         held: With rejection, by attack; the last one knows the detector.
-        evaded: Share of the attacked images that got through: wrong and accepted.
+        evaded: Of the images that are right and accepted, the share that an attacker who knows the detector turns into
+            one that is wrong and accepted.
         kinds: What the detector tells apart, if it names attacks.
         confusion: For each attack (rows) how often each kind was named.
         seconds: Wall-clock time.

@@ -7,7 +7,18 @@ from rempart.core.stats import Difference, Mean, Rate
 from rempart.core.threat import Threat
 from rempart.report.compare import CLEAN, WORST, Comparison
 from rempart.report.methods import Group, Methods
-from rempart.report.schema import AttackSpec, Bracket, Certificate, Report, Training, TrainSpec
+from rempart.report.schema import (
+    ALL,
+    KNOWS,
+    AttackSpec,
+    Bracket,
+    Certificate,
+    Detection,
+    Held,
+    Report,
+    Training,
+    TrainSpec,
+)
 
 WIDTH = 100
 LAST_EPOCHS = 12
@@ -23,6 +34,8 @@ def table(report: Report) -> str:
     blocks = ["\n".join(_wrap(line) for line in lines)]
     if report.certificate is not None:
         blocks.append(_grid(*_certified(report, report.certificate)))
+    elif report.kind == "detect":
+        blocks += [_grid(*_held(report)), _grid(*_separated(report), left=2)]
     elif report.kind != "train" and (report.clean is not None or report.attacks):
         blocks.append(_grid(*_results(report)))
         if any(attack.survivors for attack in report.attacks[1:]):
@@ -128,6 +141,8 @@ def verdict(report: Report) -> str:
         return _trained(report)
     if report.kind == "certify":
         return _smoothed(report)
+    if report.kind == "detect":
+        return _detected(report)
     failed = [check for check in report.preflight if check.status == "failed"]
     if failed and not report.attacks:
         return f"The audit stopped before any attack: {failed[0].message}"
@@ -166,6 +181,9 @@ def limits(report: Report) -> Iterator[str]:
         yield f"Asked for and not run: {', '.join(report.not_run)}."
     if report.kind == "certify":
         yield from _limits_of_certificate(report)
+        return
+    if report.kind == "detect":
+        yield from _limits_of_detection(report)
         return
     threat = threat_of(report)
     if threat is None:
@@ -293,6 +311,85 @@ def _trained(report: Report) -> str:
         f"{judged_on(report)} images are rightly classified{under}.{test} How it withstands attacks is for an audit "
         "to say."
     )
+
+
+def _detected(report: Report) -> str:
+    if not report.detection:
+        return "No detector was judged before the interruption."
+    blind = max(report.detection, key=lambda d: _blind(d).held.value)
+    told = (
+        f"{where(report)[:1].upper()}{where(report)[1:]}, under attacks that do not know the detector, the model with "
+        f"{blind.label} holds {share(_blind(blind).held)}: right and accepted as they are, and right or flagged after "
+        "the attack."
+    )
+    knowing = [d for d in report.detection if _knowing(d) is not None]
+    if not knowing:
+        return f"{told} No attacker who knows the detector was tried: this says little about its worth."
+    best = max(knowing, key=lambda d: _knowing(d).held.value)  # pyright: ignore[reportOptionalMemberAccess]
+    held = _knowing(best)
+    assert held is not None
+    return f"{told} Under an attacker who knows it, the best, {best.label}, holds {share(held.held)}: an upper bound."
+
+
+def _blind(detection: Detection) -> Held:
+    """Under all attacks that do not know the detector."""
+    return next(held for held in detection.held if held.attack == ALL)
+
+
+def _knowing(detection: Detection) -> Held | None:
+    return next((held for held in detection.held if held.attack == KNOWS), None)
+
+
+def _held(report: Report) -> tuple[Sequence[str], list[Sequence[str]]]:
+    """What model and detector hold together."""
+    rows: list[Sequence[str]] = []
+    for detection in report.detection:
+        alarm = detection.false_alarms.get(f"{detection.fpr:g}")
+        knowing = _knowing(detection)
+        rows.append(
+            (
+                detection.label,
+                "-" if alarm is None else f"{alarm.value:.1%} {interval(alarm)}",
+                *(f"{h.held.value:.1%} {interval(h.held)}" for h in (detection.held[0], _blind(detection))),
+                "-" if knowing is None else f"{knowing.held.value:.1%} {interval(knowing.held)}",
+            )
+        )
+    return ("detector", "false alarms", "held, no attack", "held, blind attacks", "held, knowing"), rows
+
+
+def _separated(report: Report) -> tuple[Sequence[str], list[Sequence[str]]]:
+    rows: list[Sequence[str]] = []
+    for detection in report.detection:
+        for row in detection.separations:
+            caught = [row.caught.get(rate) for rate in ("0.01", "0.05")]
+            rows.append(
+                (
+                    detection.label,
+                    row.attack + (" (learnt)" if row.learnt else ""),
+                    str(row.n),
+                    f"{row.auroc.value:.3f} [{row.auroc.low:.3f}, {row.auroc.high:.3f}]",
+                    *("-" if rate is None else f"{rate.value:.1%} {interval(rate)}" for rate in caught),
+                )
+            )
+    return ("detector", "attack", "n", "area under curve", "caught at 1%", "caught at 5%"), rows
+
+
+def _limits_of_detection(report: Report) -> Iterator[str]:
+    if report.not_run:
+        yield f"Asked for and not run: {', '.join(report.not_run)}."
+    yield (
+        "Areas and shares caught are about images of the attacks named, which do not know the detector. They are no "
+        "measure of safety: an attacker who knows the detector is another matter, and stands in its own column."
+    )
+    yield (
+        "That attacker is one program with a limited number of steps; a stronger one can only hold less. It works "
+        "within the threat; attacks for the smallest perturbation do not, and their images may be larger."
+    )
+    yield (
+        "Thresholds hold for images from the same source as the calibration images. On images from another source, "
+        "device or site, false alarms may be many more."
+    )
+    yield "Images that the model gets wrong without an attack count as not held, whether they are flagged or not."
 
 
 def _bracket(bracket: Bracket) -> str:
