@@ -50,6 +50,9 @@ CASES: dict[str, Case] = {
     "knn": Case(options={"k": 3}),
     "lof": Case(options={"k": 5}),
     "isolation-forest": Case(options={"trees": 20}),
+    "magnet": Case(options={"width": 2, "epochs": 3}),
+    "binary": Case(options={"epochs": 10}),
+    "attack-type": Case(options={"attacks": "one,two", "epochs": 10}),
 }
 FROM_ATTACKS = {
     name: replace(CASES[name], options={**CASES[name].options, "combine": "logistic"})

@@ -1,11 +1,14 @@
 """Detectors: how an attack is noticed."""
 
+from rempart.detect.attack_type import attack_type
+from rempart.detect.binary import binary
 from rempart.detect.catalogue import Detector, Learning, State, detectors
 from rempart.detect.density import kernel_density
 from rempart.detect.fitted import Fitted, Threshold, calibrate, fit, load, save
 from rempart.detect.forest import isolation_forest
 from rempart.detect.lid import lid
 from rempart.detect.logits import energy, margin, max_softmax
+from rempart.detect.magnet import magnet
 from rempart.detect.mahalanobis import mahalanobis
 from rempart.detect.neighbours import knn, lof
 from rempart.detect.noise import noise
@@ -17,6 +20,8 @@ __all__ = [
     "Learning",
     "State",
     "Threshold",
+    "attack_type",
+    "binary",
     "calibrate",
     "detectors",
     "energy",
@@ -27,6 +32,7 @@ __all__ = [
     "lid",
     "load",
     "lof",
+    "magnet",
     "mahalanobis",
     "margin",
     "max_softmax",

@@ -134,8 +134,17 @@ class _Judge:
     def __call__(
         self, data: Data, threat: Threat, attack: str | Attack, name: str, options: Mapping[str, Any] | None = None
     ) -> tuple[Images, Mask]:
-        given = {"batch_size": self.batch_size, "seed": self.seed, "eight_bit": self.eight_bit}
-        found = attack_data(self.model, data, threat, attack, options, notify=named(name, self.notify), **given)
+        found = attack_data(
+            self.model,
+            data,
+            threat,
+            attack,
+            options,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            eight_bit=self.eight_bit,
+            notify=named(name, self.notify),
+        )
         if found.eight_bit is None:
             return found.x_adv, found.broken
         return threat.quantise(data.read(data.index).to(found.x_adv), found.x_adv), found.eight_bit
