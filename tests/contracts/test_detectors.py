@@ -51,8 +51,8 @@ CASES: dict[str, Case] = {
     "lof": Case(options={"k": 5}),
     "isolation-forest": Case(options={"trees": 20}),
     "magnet": Case(options={"width": 2, "epochs": 3}),
-    "binary": Case(options={"epochs": 10}),
-    "attack-type": Case(options={"attacks": "one,two", "epochs": 10}),
+    "binary": Case(options={"epochs": 60}),
+    "attack-type": Case(options={"attacks": "one", "epochs": 60}),
 }
 FROM_ATTACKS = {
     name: replace(CASES[name], options={**CASES[name].options, "combine": "logistic"})
