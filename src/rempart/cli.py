@@ -17,7 +17,7 @@ from rempart.core.errors import RempartError, SpecError
 
 if TYPE_CHECKING:
     from rempart.core.events import Event, Notify
-    from rempart.report.schema import Report
+    from rempart.report.schema import AttackChoice, DetectorChoice, Report
 
 _STOPPED = threading.Event()
 
@@ -260,6 +260,98 @@ def compare(
     print(table)
     if out is not None:
         print(f"\n{out}")
+
+
+detect = typer.Typer(
+    name="detect",
+    help="Notice attacked images: fit detectors, set their thresholds, judge them, score images.",
+    no_args_is_help=True,
+)
+app.add_typer(detect)
+
+Detectors = Annotated[
+    list[str], typer.Option("--detector", help="NAME or NAME:key=value,key=value; see `rempart list detectors`")
+]
+Attacks = Annotated[
+    list[str] | None, typer.Option("--attack", help="NAME or NAME:key=value,key=value; default fgsm, pgd and deepfool")
+]
+Fpr = Annotated[float, typer.Option("--fpr", help="Share of clean images that may be flagged, in (0, 1)")]
+FitLimit = Annotated[int | None, typer.Option("--fit-limit", min=1, help="Use the first N training images")]
+
+
+@detect.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL")],
+    data: Data,
+    threat: ThreatText,
+    detector: Detectors,
+    out: Annotated[str, typer.Option("--out", help="Run folder: report, scores, and the detectors, calibrated")],
+    attack: Attacks = None,
+    budget: Annotated[list[float] | None, typer.Option("--budget", help="Further budgets of the threat")] = None,
+    fpr: Fpr = 0.05,
+    fit_limit: FitLimit = None,
+    limit: Limit = None,
+    adaptive: Annotated[bool, typer.Option(help="Also attack by an attacker who knows the detector")] = True,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of that attacker, for each class aimed at")] = 100,
+    batch_size: BatchSize = 64,
+    seed: Seed = 0,
+) -> None:
+    """Fit detectors on the train split, set thresholds on the rest of it, and judge them on the test split."""
+    from rempart.report.schema import DetectSpec
+
+    _run(
+        DetectSpec(
+            model=model,
+            data=data,
+            detectors=_detectors(detector),
+            attacks=_attacks(attack),
+            threat=threat,
+            budgets=tuple(budget or ()),
+            fpr=fpr,
+            fit_limit=fit_limit,
+            limit=limit,
+            adaptive=adaptive,
+            steps=steps,
+            batch_size=batch_size,
+            seed=seed,
+            out=out,
+        )
+    )
+
+
+@detect.command()
+def score(
+    detector: Annotated[Path, typer.Argument(help="Folder of a fitted detector")],
+    model: Annotated[str, typer.Argument(metavar="MODEL")],
+    data: Data,
+    out: Annotated[Path, typer.Option("--out", help="CSV file: number, score and verdict of each image")],
+    limit: Limit = None,
+    batch_size: BatchSize = 64,
+) -> None:
+    """Score images with a fitted detector; larger = more suspicious, and flagged above its threshold."""
+    from rempart.detect.run import score_data
+
+    scored, flagged = score_data(detector, model, data, out, limit=limit, batch_size=batch_size)
+    print(f"{flagged} of {scored} images flagged\n\n{out}")
+
+
+def _detectors(texts: list[str]) -> "tuple[DetectorChoice, ...]":
+    from rempart.report.schema import DetectorChoice
+
+    return tuple(DetectorChoice(name=name, options=options) for name, options in map(_choice, texts))
+
+
+def _attacks(texts: list[str] | None) -> "tuple[AttackChoice, ...]":
+    from rempart.report.schema import AttackChoice
+
+    named = texts or ["fgsm", "pgd", "deepfool"]
+    return tuple(AttackChoice(name=name, options=options) for name, options in map(_choice, named))
+
+
+def _choice(text: str) -> tuple[str, dict[str, Any]]:
+    """Read NAME:key=value,key=value."""
+    name, _, own = text.partition(":")
+    return name, _options(own.split(",") if own else None)
 
 
 @app.command()

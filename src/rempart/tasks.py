@@ -43,6 +43,7 @@ from rempart.detect.run import crafts, judged, sets
 from rempart.models.load import card, load
 from rempart.report.html import page
 from rempart.report.schema import (
+    AnySpec,
     AttackSpec,
     AuditSpec,
     Bracket,
@@ -60,7 +61,7 @@ from rempart.report.store import claim, write
 SPEC = "spec.json"
 
 
-def run(spec: AuditSpec | AttackSpec | TrainSpec | CertifySpec | DetectSpec, notify: Notify = silent) -> Report | None:
+def run(spec: AnySpec, notify: Notify = silent) -> Report | None:
     """Do what a spec asks for, write its files to `spec.out`, and return the report.
 
     Where several processes share an audit or a training, all but the first return None.

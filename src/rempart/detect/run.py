@@ -3,13 +3,15 @@
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from rempart.attacks import attacks
 from rempart.attacks.run import native
-from rempart.core.data import Data
+from rempart.core import disk
+from rempart.core.data import Data, open_data
 from rempart.core.events import Notify, named, silent
 from rempart.core.model import Classifier
 from rempart.core.threat import Threat
@@ -22,8 +24,9 @@ from rempart.detect.evaluate import (
     under_evasion,
     with_rejection,
 )
-from rempart.detect.fitted import Fitted, calibrate, fit
+from rempart.detect.fitted import Fitted, calibrate, fit, load
 from rempart.detect.protocol import Crafting, gather, split
+from rempart.models import load as load_model
 from rempart.report.schema import AttackChoice, Detection, DetectorChoice, DetectSpec, Separation
 
 SHARES = (0.7, 0.3)
@@ -155,3 +158,23 @@ def _crafting(choice: AttackChoice, threat: Threat) -> Crafting:
 
 def _free(name: str, taken: Mapping[str, Any]) -> str:
     return name if name not in taken else f"{name} {sum(key.split()[0] == name for key in taken) + 1}"
+
+
+def score_data(
+    folder: Path, model: str, source: str, out: Path, *, limit: int | None = None, batch_size: int = 64
+) -> tuple[int, int]:
+    """Write a CSV of scores and verdicts; return how many images were scored, and how many flagged."""
+    classifier = load_model(model)
+    fitted = load(folder, classifier)
+    data = open_data(source).head(limit).scaled(classifier.low, classifier.high)
+    lines = ["index,score,flagged"]
+    flagged = 0
+    with torch.no_grad():
+        for batch in data.batches(batch_size):
+            scores = fitted.score(batch.x, batch.index)
+            flags = fitted.flags(scores)
+            flagged += int(flags.sum())
+            rows = zip(batch.index.tolist(), scores.tolist(), flags.tolist(), strict=True)
+            lines += [f"{index},{value!r},{int(flag)}" for index, value, flag in rows]
+    disk.replace(out, ("\n".join(lines) + "\n").encode())
+    return len(data), flagged

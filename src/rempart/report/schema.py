@@ -141,6 +141,7 @@ class DetectSpec(Strict):
         fpr: False-positive rate the threshold is set for.
         fit_limit: Training images used, for fitting and for calibration.
         limit: Test images used.
+        judge: Whether to judge what was fitted and calibrated on the test split.
         adaptive: Also attack each detector by an attacker who knows it.
     """
 
@@ -154,6 +155,7 @@ class DetectSpec(Strict):
     fpr: float = 0.05
     fit_limit: Annotated[int, Ge(1)] | None = None
     limit: Annotated[int, Ge(1)] | None = None
+    judge: bool = True
     adaptive: bool = True
     steps: Annotated[int, Ge(1)] = 100
     batch_size: Annotated[int, Ge(1)] = 64
@@ -161,7 +163,8 @@ class DetectSpec(Strict):
     out: str
 
 
-Spec = Annotated[AuditSpec | AttackSpec | TrainSpec | CertifySpec | DetectSpec, Field(discriminator="kind")]
+AnySpec = AuditSpec | AttackSpec | TrainSpec | CertifySpec | DetectSpec
+Spec = Annotated[AnySpec, Field(discriminator="kind")]
 
 
 class Remedy(Strict):

@@ -11,7 +11,7 @@ from pydantic_core import from_json
 from rempart.core.disk import replace
 from rempart.core.errors import DataError, SpecError
 from rempart.report.html import page
-from rempart.report.schema import SCHEMA_VERSION, AttackSpec, AuditSpec, CertifySpec, Report, Spec, TrainSpec
+from rempart.report.schema import SCHEMA_VERSION, AnySpec, Report, Spec
 
 JSON = "report.json"
 HTML = "report.html"
@@ -65,7 +65,7 @@ def read(path: str | Path) -> Report:
         raise DataError("a valid report", got=f"{file}, where {_first(error)}", hint="run its spec again") from None
 
 
-def read_spec(path: str | Path) -> AuditSpec | AttackSpec | TrainSpec | CertifySpec:
+def read_spec(path: str | Path) -> AnySpec:
     """Read a spec from its own file, or from the report it led to.
 
     Raises:
@@ -76,7 +76,7 @@ def read_spec(path: str | Path) -> AuditSpec | AttackSpec | TrainSpec | CertifyS
     if isinstance(raw, dict) and "spec" in raw:
         raw = raw["spec"]
     try:
-        return TypeAdapter[AuditSpec | AttackSpec | TrainSpec | CertifySpec](Spec).validate_python(raw)
+        return TypeAdapter[AnySpec](Spec).validate_python(raw)
     except ValidationError as error:
         raise SpecError("a valid spec", got=f"{file}, where {_first(error)}") from None
 
