@@ -99,14 +99,14 @@ def table(found: Fitted, judged: Learning) -> dict[str, Any]:
         p = torch.cat([found.detector.name(found.model, part, found.state, rng=None) for part in parts])
         numbers = judged.index[at].split(32)
         flags = found.flags(torch.cat([found.score(*pair) for pair in zip(parts, numbers, strict=True)]))
-        named = p.argmax(1).bincount(minlength=len(found.detector.kinds))
+        named = p.argmax(1).bincount(minlength=len(found.kinds))
         rate = wilson(int(flags.sum()), len(flags))
         result[name] = {
-            "named": dict(zip(found.detector.kinds, named.tolist(), strict=True)),
+            "named": dict(zip(found.kinds, named.tolist(), strict=True)),
             "flagged": [round(number, 4) for number in (float(flags.double().mean()), rate.low, rate.high)],
         }
         print(name, result[name], flush=True)
-    kinds = found.detector.kinds
+    kinds = found.kinds
     right = [result[kind]["named"][kind] / max(1, sum(result[kind]["named"].values())) for kind in kinds]
     print("accuracy over the kinds", sum(right) / len(right), flush=True)
     return {"accuracy": round(sum(right) / len(right), 4), "sets": result}

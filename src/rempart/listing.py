@@ -68,7 +68,7 @@ def detector_traits(detector: Detector) -> str:
     words = ["with a gradient" if detector.differentiable else "without a gradient"]
     words += ["random"] * detector.random
     words += ["learns from attacks" if detector.learns_attacks else "learns from clean images"]
-    words += [f"names {', '.join(detector.kinds)}"] * bool(detector.kinds)
+    words += ["names the attack"] * (detector.name is not None)
     return "; ".join(words)
 
 

@@ -52,7 +52,7 @@ CASES: dict[str, Case] = {
     "isolation-forest": Case(options={"trees": 20}),
     "magnet": Case(options={"width": 2, "epochs": 3}),
     "binary": Case(options={"epochs": 60}),
-    "attack-type": Case(options={"attacks": "one", "epochs": 60}),
+    "attack-type": Case(options={"epochs": 60}),
 }
 FROM_ATTACKS = {
     name: replace(CASES[name], options={**CASES[name].options, "combine": "logistic"})

@@ -6,7 +6,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from rempart.core.errors import DataError, SpecError
+from rempart.core.errors import DataError
 from rempart.core.model import Classifier
 from rempart.core.model import placed as on_model
 from rempart.core.repro import Draws
@@ -15,13 +15,10 @@ from rempart.detect.catalogue import Detector, Learning, State, detectors
 from rempart.detect.networks import cross_entropy, dense, descend, evened, perceptron, placed, standard, standardised
 from rempart.detect.traces import histograms, responses, stored
 
-CLEAN = "clean"
-
 
 @detectors.register("attack-type", None)
 def attack_type(
     *,
-    attacks: str = "fgsm,bim,mim,pgd,cw",
     eight_bit: bool = True,
     hidden: Annotated[int, Ge(1)] = 64,
     epochs: Annotated[int, Ge(1)] = 200,
@@ -34,14 +31,12 @@ def attack_type(
     says of another is a guess.
 
     Args:
-        attacks: What it tells apart, by the names in `Learning.attacked`, comma-separated; others are left unseen.
         eight_bit: Round images to 256 levels first. Without, it learns that attacked images in memory lie between
             levels, which no file keeps and any rounding hides.
         hidden: Width of the two hidden layers.
         epochs: Passes over the images.
 
     Raises:
-        SpecError: If the names are not different.
         DataError: From `fit`, if one of the attacks broke no image.
 
     Source:
@@ -50,17 +45,12 @@ def attack_type(
         Pevny, Bas, Fridrich 2010 (steganalysis by subtractive pixel adjacency), without their co-occurrences; the
         smoothed copy is after feature squeezing (Xu et al. 2018, arXiv:1704.01155). The combination is our design.
     """
-    kinds = (CLEAN, *(name.strip() for name in attacks.split(",")))
-    if len(set(kinds)) != len(kinds) or "" in kinds:
-        raise SpecError(f"attacks of different names, none of them {CLEAN!r}", got=repr(attacks), hint="fgsm,pgd")
 
     def fit(model: Classifier, learning: Learning, *, rng: Draws) -> State:
         sets = [torch.cat([learning.x, *([] if learning.noisy is None else [learning.noisy])])]
-        for attack in kinds[1:]:
-            _, images = learning.attacked.get(attack, (None, learning.x[:0]))
+        for attack, (_, images) in learning.attacked.items():
             if len(images) == 0:
-                had = ", ".join(learning.attacked) or "none"
-                raise DataError(f"images that {attack} broke", got=f"attacks {had}", hint="name the attacks it has")
+                raise DataError(f"images that {attack} broke", got="none", hint="leave it out, or give more images")
             sets.append(images)
         with torch.no_grad():
             parts = [features(model, part).float().cpu() for images in sets for part in images.split(32)]
@@ -69,7 +59,7 @@ def attack_type(
         generator = torch.Generator().manual_seed(rng.seed % 2**63)
         scale = standard(torch.cat(parts), "traces")
         inputs = standardised(scale, torch.cat(parts), "traces")
-        first = dense(sizes=(inputs.shape[1], hidden, hidden, len(kinds)), prefix="net", generator=generator)
+        first = dense(sizes=(inputs.shape[1], hidden, hidden, len(sets)), prefix="net", generator=generator)
 
         def loss(weights: State, rows: Tensor) -> Tensor:
             return cross_entropy(perceptron(weights, inputs[rows], "net"), labels[rows], weight[rows])
@@ -93,4 +83,4 @@ def attack_type(
     def likely(model: Classifier, x: Images, state: State, *, rng: Draws) -> Tensor:
         return logits(model, x, state).softmax(1)
 
-    return Detector(fit=fit, score=score, learns_attacks=True, kinds=kinds, name=likely)
+    return Detector(fit=fit, score=score, learns_attacks=True, name=likely)

@@ -58,7 +58,7 @@ class Name(Protocol):
     """Say which attack it may have been."""
 
     def __call__(self, model: Classifier, x: Images, state: State, *, rng: Draws) -> Tensor:
-        """Return probabilities of `Detector.kinds`, shape (n, len(kinds)); the first is `clean`."""
+        """Return probabilities, shape (n, 1 + attacks): of clean, and of each attack it learnt from in their order."""
         ...
 
 
@@ -72,8 +72,7 @@ class Detector:
         learns_attacks: Whether it needs `Learning.attacked`: what it says of attacks it has not seen is another matter.
         differentiable: Whether an attacker gets a useful gradient from `score`.
         random: Whether `score` uses `rng`.
-        kinds: For detectors that name the attack: what they tell apart, `clean` first. Empty otherwise.
-        name: Gives their probabilities.
+        name: For detectors that name the attack: how likely each is.
     """
 
     fit: Fit
@@ -81,7 +80,6 @@ class Detector:
     learns_attacks: bool = False
     differentiable: bool = True
     random: bool = False
-    kinds: tuple[str, ...] = ()
     name: Name | None = None
 
 

@@ -91,8 +91,13 @@ class Fitted:
             rng = Draws(self.card.seed, index, ("detect",))
             return self.detector.score(self.model, placed(self.model, x), self.state, rng=rng)
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What it tells apart, `clean` first; nothing where it does not name attacks."""
+        return () if self.detector.name is None else ("clean", *self.card.attacks)
+
     def named(self, x: Images, index: Tensor) -> Tensor:
-        """Probabilities of what it may be, shape (n, len(kinds)), for detectors that name attacks."""
+        """Probabilities of `kinds`, shape (n, len(kinds)), for detectors that name attacks."""
         assert self.detector.name is not None
         with frozen(self.model), torch.no_grad():
             return self.detector.name(self.model, x, self.state, rng=Draws(self.card.seed, index, ("detect",)))

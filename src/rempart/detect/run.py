@@ -120,7 +120,7 @@ def _judged(
         left_out=tuple(_left_out(choice, fitted, model, on, spec)),
         held=held,
         evaded=evaded,
-        kinds=fitted.detector.kinds,
+        kinds=fitted.kinds,
         confusion=_confusion(fitted, on.test) if fitted.detector.name is not None else {},
         seconds=time.perf_counter() - started,
     )
@@ -142,7 +142,7 @@ def _left_out(
 
 def _confusion(fitted: Fitted, test: Learning) -> dict[str, tuple[int, ...]]:
     """How often each kind is named, for clean images and for those of each attack."""
-    kinds = len(fitted.detector.kinds)
+    kinds = len(fitted.kinds)
     rows = {"clean": (torch.arange(len(test.x)), test.x), **test.attacked}
     return {
         name: tuple(torch.bincount(fitted.named(x, test.index[at]).argmax(1), minlength=kinds).tolist())
