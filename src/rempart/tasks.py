@@ -16,7 +16,7 @@ import torch
 from rempart.attacks import Verdict, attack_data, attacks
 from rempart.attacks.losses import score
 from rempart.attacks.run import native, targets
-from rempart.audit import Audit, Planned, audit, measure, preflight
+from rempart.audit import Audit, Planned, audit, averaged, is_random, mean_gradient, measure, preflight
 from rempart.certify import (
     Attacked,
     Certificates,
@@ -33,11 +33,13 @@ from rempart.core.data import open_data
 from rempart.core.disk import replace
 from rempart.core.errors import Cancelled, SpecError
 from rempart.core.events import Notify, silent
+from rempart.core.model import Classifier
 from rempart.core.ranks import ALONE, Ranks, launched, ranks
 from rempart.core.repro import environment
 from rempart.core.stats import wilson
 from rempart.core.threat import Norm, Threat
 from rempart.models.load import card, load
+from rempart.preprocess import defended, described
 from rempart.report.html import page
 from rempart.report.schema import (
     AttackSpec,
@@ -45,6 +47,7 @@ from rempart.report.schema import (
     Bracket,
     CertifySpec,
     DataCard,
+    ModelCard,
     Report,
     Samples,
     TrainSpec,
@@ -68,6 +71,14 @@ def run(spec: AuditSpec | AttackSpec | TrainSpec | CertifySpec, notify: Notify =
     if isinstance(spec, CertifySpec):
         return _certify(spec, notify)
     return _audit(spec, notify) if isinstance(spec, AuditSpec) else _attack(spec, notify)
+
+
+def _opened(spec: AuditSpec | AttackSpec | CertifySpec) -> tuple[Classifier, ModelCard]:
+    """The model behind its defences, and the card of both."""
+    chain = [(defence.name, defence.options) for defence in spec.defences]
+    told = described(chain)  # a wrong option is told before the model is loaded
+    model = defended(load(spec.model), chain)
+    return model, card(model, spec.model, told)
 
 
 def _train(spec: TrainSpec, notify: Notify) -> Report | None:
@@ -103,15 +114,14 @@ def _processes(spec: AuditSpec | TrainSpec, folder: Path) -> Generator[Ranks]:
 
 def _share(spec: AuditSpec, folder: Path | None, here: Ranks, notify: Notify) -> Report | None:
     """This process's part of an audit; the first process gathers the others' and writes the report."""
-    model = load(spec.model)
-    described = card(model, spec.model)
+    model, told = _opened(spec)
     if spec.device == "cuda":
         if not torch.cuda.is_available():
             raise SpecError("a GPU that torch can use", got="none", hint="leave out --device cuda")
         model = model.to(f"cuda:{here.local % torch.cuda.device_count()}")
     data = open_data(spec.data).head(spec.limit).scaled(model.low, model.high)
     pieces = None if folder is None else folder / "pieces"
-    result = audit(model, data, spec, card=described, folder=pieces, ranks=here, notify=notify)
+    result = audit(model, data, spec, card=told, folder=pieces, ranks=here, notify=notify)
     if result is None:
         return None
     if folder is not None:
@@ -129,16 +139,17 @@ def _attack(spec: AttackSpec, notify: Notify) -> Report:
     if not spec.out.endswith(".npz"):
         raise SpecError("--out to name a .npz file", got=repr(spec.out), hint="for example --out adversarial.npz")
     claim(Path(spec.out).parent)
-    model = load(spec.model)
+    model, told = _opened(spec)
     data = open_data(spec.data).head(spec.limit).scaled(model.low, model.high)
     threat = Threat.parse(spec.threat, low=model.low, high=model.high)
     entry = attacks[spec.attack.name]
-    planned = Planned(entry.name, entry.name, entry.parse(spec.attack.options))
+    options = entry.parse(spec.attack.options)
     native(entry, threat)
-    if "loss" in planned.options:
-        score(planned.options["loss"], targeted=spec.target is not None, num_classes=model.num_classes)
-    described = card(model, spec.model)
+    if "loss" in options:
+        score(options["loss"], targeted=spec.target is not None, num_classes=model.num_classes)
     model, checks = preflight(model, data)
+    mean = mean_gradient(entry.name, spec.attack.options) if is_random(checks) else {}
+    planned = Planned(entry.name, entry.name, {**options, **mean})
     outcome = attack_data(
         model,
         data,
@@ -162,8 +173,9 @@ def _attack(spec: AttackSpec, notify: Notify) -> Report:
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=perf_counter() - started,
         environment=environment(),
-        model=described,
+        model=told,
         data=DataCard.of(data),
+        notes=averaged([entry.name] if mean else []),
         preflight=checks,
         clean=wilson(correct, len(data)),
         attacks=(measure(planned, threat, outcome, outcome.right.numpy(), rounded=rounded),),
@@ -193,7 +205,7 @@ def _certify(spec: CertifySpec, notify: Notify) -> Report:
     options = entry.parse(spec.attack.options)
     if spec.out is not None:
         claim(Path(spec.out))
-    model = load(spec.model)
+    model, told = _opened(spec)
     data = open_data(spec.data).head(spec.limit).scaled(model.low, model.high)
     threat = None if spec.threat is None else Threat.parse(spec.threat, low=model.low, high=model.high)
     if threat is not None:
@@ -201,7 +213,6 @@ def _certify(spec: CertifySpec, notify: Notify) -> Report:
         covering(threat, 1)
         if "loss" in options:
             score(options["loss"], targeted=False, num_classes=model.num_classes)
-    described = card(model, spec.model)
     model, checks = preflight(model, data)
     parts: list[Certificates] = []
     attacked: Attacked | None = None
@@ -237,7 +248,7 @@ def _certify(spec: CertifySpec, notify: Notify) -> Report:
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=perf_counter() - started,
         environment=environment(),
-        model=described,
+        model=told,
         data=DataCard.of(data),
         notes=() if error is None else (f"The certification failed: {type(error).__name__}: {error}",),
         preflight=checks,
