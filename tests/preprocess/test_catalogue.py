@@ -43,7 +43,7 @@ def test_the_first_defence_is_nearest_to_the_image_and_the_network_is_shared() -
 
 
 def test_modes_and_outputs_of_the_model_are_kept() -> None:
-    model = toys.probabilities((1, 4, 4)) if hasattr(toys, "probabilities") else toys.one_probability()
+    model = toys.probabilities()
     model.eval()
     model.net[0].training = True  # pyright: ignore[reportIndexIssue]
     before = [module.training for module in model.modules()]
@@ -68,7 +68,7 @@ def test_described_fills_in_the_defaults() -> None:
 
 
 def test_bad_requests_are_refused() -> None:
-    with pytest.raises(SpecError, match="jpg.*jpeg"):
+    with pytest.raises(SpecError, match="jpeg"):
         defended(toys.linear(), [("jpg", {})])
     with pytest.raises(SpecError, match="bits=9"):
         defended(toys.linear(), [("bit-depth", {"bits": 9})])
