@@ -170,8 +170,8 @@ def _models() -> str:
 def _preprocessors() -> str:
     parts = [
         "# Preprocessing defences",
-        "What `--defence NAME:key=value,key=value` puts in front of a model. Images are taken from [0, 1], whatever the "
-        "box of the model. Formulas and sources are in [Methods](../methods.md#preprocessing-defences), how to use and "
+        "What `--defence NAME:key=value,key=value` puts in front of a model. They work on images in [0, 1], whatever "
+        "the box of the model. Formulas and sources are in [Methods](../methods.md#preprocessing-defences), how to use and "
         "judge them on [a page of its own](../how-to/defend-by-preprocessing.md).",
     ]
     for entry in preprocessors:

@@ -184,6 +184,17 @@ def test_every_detector_has_a_section_in_methods_with_formula_and_mark(name: str
     assert "```text" in own and re.search(r"\[(SRC|2ND|KNOWN|INF)", own)
 
 
+@pytest.mark.parametrize("entry", preprocessors, ids=lambda entry: entry.name)
+def test_every_preprocessing_defence_has_a_section_in_methods_that_tells_its_traits(entry: Any) -> None:
+    told = (DOCS / "methods.md").read_text("utf-8").split(f"\n### {entry.name}\n")
+    assert len(told) == 2, f"one section '### {entry.name}' in docs/methods.md"
+    own = re.split(r"^##+ ", told[1], flags=re.MULTILINE)[0]
+    assert "```text" in own and re.search(r"\[(SRC|2ND|KNOWN|INF)", own)
+    assert ("Random" in own) == entry.traits.random
+    assert ("ackwards the identity" in own) != entry.traits.differentiable
+    assert (" own gradient." in own or "is its own" in own) == entry.traits.differentiable
+
+
 # ---- commands and code
 
 
