@@ -171,8 +171,8 @@ def _preprocessors() -> str:
     parts = [
         "# Preprocessing defences",
         "What `--defence NAME:key=value,key=value` puts in front of a model. They work on images in [0, 1], whatever "
-        "the box of the model. Formulas and sources are in [Methods](../methods.md#preprocessing-defences), how to use and "
-        "judge them on [a page of its own](../how-to/defend-by-preprocessing.md).",
+        "the box of the model. Formulas and sources are in [Methods](../methods.md#preprocessing-defences), how to use "
+        "and judge them on [a page of its own](../how-to/defend-by-preprocessing.md).",
     ]
     for entry in preprocessors:
         slope = "its own gradient is used" if entry.traits.differentiable else "a substitute gradient is used"
