@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/preprocessing"))
     parser.add_argument("--share", default="0/1", help="i/n: the i-th of n parts of the work")
     parser.add_argument("--model", action="append", default=[], help="PLACE=FOLDER of a trained network; repeatable")
-    parser.add_argument("--quick", action="store_true", help="five defences on 20 images, to see it run")
+    parser.add_argument("--quick", action="store_true", help="five defences on 10 images, to see it run")
     parser.add_argument("--collect", action="store_true")
     given = parser.parse_args()
     if given.collect:
@@ -105,7 +105,7 @@ def judge(place: str, name: str, source: str, data: Path, runs: Path, *, quick: 
     folder, setting = runs / place / name, SETTINGS[place]
     if (folder / "row.json").exists():
         return
-    images, chain = 20 if quick else setting["images"], DEFENCES[name]
+    images, chain = 10 if quick else setting["images"], DEFENCES[name]
     origin = setting["data"].format(data)
     chosen = f"{origin}:test[::{len(open_data(origin, split='test')) // images}]"  # classes sorted by folder all occur
     report = run(

@@ -46,6 +46,7 @@ def check_images_to_images(make: Make, traits: Traits) -> None:
                 assert (y.shape, y.dtype, y.device) == (x.shape, x.dtype, x.device), "another kind of tensor"
                 assert bool(y.isfinite().all()) and float(y.min()) >= 0 and float(y.max()) <= 1, "outside [0, 1]"
                 assert torch.equal(x, before), "the images were written into"
+        assert passed(make(), pictures(shape)[:0]).shape == (0, *shape), "no images"
     for level in (0.0, 1.0):
         y = passed(make(), torch.full((2, 1, 12, 12), level))
         assert bool(y.isfinite().all()) and float(y.min()) >= 0 and float(y.max()) <= 1, "flat images"

@@ -39,13 +39,13 @@ class _Jpeg(nn.Module):
 
     def forward(self, x: Images) -> Images:
         pixels = (x.detach().clamp(0, 1) * 255).round().to("cpu", torch.uint8)
-        if x.shape[1] == 3:
-            pictures = pixels.permute(0, 2, 3, 1).numpy()
-            read = torch.from_numpy(np.stack([self._read(picture) for picture in pictures])).permute(0, 3, 1, 2)
-        else:
-            pictures = pixels.flatten(0, 1).numpy()
-            read = torch.from_numpy(np.stack([self._read(picture) for picture in pictures])).view(x.shape)
-        return read.to(x.device, x.dtype) / 255
+        colour = x.shape[1] == 3
+        pictures = (pixels.permute(0, 2, 3, 1) if colour else pixels.flatten(0, 1)).numpy()
+        read = np.empty_like(pictures)
+        for place, picture in zip(read, pictures, strict=True):
+            place[:] = self._read(picture)
+        found = torch.from_numpy(read)
+        return (found.permute(0, 3, 1, 2) if colour else found.view(x.shape)).to(x.device, x.dtype) / 255
 
     def _read(self, picture: np.ndarray) -> np.ndarray:
         file = io.BytesIO()
