@@ -65,7 +65,7 @@ DEFENCES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "tv": [("tv", {})],
     "resize-pad": [("resize-pad", {})],
     "pixel-deflection": [("pixel-deflection", {})],
-    "noise 0.1": [("noise", {"sigma": 0.1})],
+    "gaussian-noise 0.1": [("gaussian-noise", {"sigma": 0.1})],
     "bit-depth 3, median 2": [("bit-depth", {"bits": 3}), ("median", {"size": 2})],
 }
 QUICK = ("none", "jpeg 75", "bit-depth 1", "median 2", "resize-pad")

@@ -347,20 +347,20 @@ def test_a_defence_belongs_to_the_model_that_is_audited(
 def test_attack_and_certify_take_defences_too(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    common = [trained, "--data", "digits:test[:10]", "--defence", "noise:sigma=0.2"]
+    common = [trained, "--data", "digits:test[:10]", "--defence", "gaussian-noise:sigma=0.2"]
     attack = ["--attack", "pgd", "-o", "steps=2", "--threat", "linf:0.1", "--out", tmp_path / "x.npz"]
     assert rempart("attack", *common, *attack, capsys=capsys)[0] == 0
     report = Report.model_validate_json((tmp_path / "x.json").read_text("utf-8"))
-    assert report.model.defences == ("noise:sigma=0.2",) and report.attacks[0].options["eot"] == 20
+    assert report.model.defences == ("gaussian-noise:sigma=0.2",) and report.attacks[0].options["eot"] == 20
     assert any("climbed the mean gradient of 20 passes" in note for note in report.notes)
     certify = ["--sigma", "0.1", "--samples", "20", "--selection", "5", "--out", tmp_path / "certified"]
     assert rempart("certify", *common, *certify, capsys=capsys)[0] == 0
-    assert store.read(tmp_path / "certified").model.defences == ("noise:sigma=0.2",)
+    assert store.read(tmp_path / "certified").model.defences == ("gaussian-noise:sigma=0.2",)
 
 
 def test_a_wrong_defence_is_told_before_anything_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["audit", "nowhere", "--data", "digits", "--threat", "linf:0.1", "--out", tmp_path / "out"]
-    for text, expected in (("jpg", "did you mean 'jpeg'"), ("jpeg:quality=0", "quality=0"), ("jpeg:q=1", "'q'")):
+    for text, expected in (("jpg", "did you mean 'jpeg'"), ("jpeg:quality=0", "quality='0'"), ("jpeg:q=1", "'q'")):
         status, _, error = rempart(*common, "--defence", text, capsys=capsys)
         assert status == 2 and expected in error, error
     status, listed, _ = rempart("list", "preprocessors", capsys=capsys)

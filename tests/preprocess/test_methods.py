@@ -109,10 +109,10 @@ def test_jpeg_of_two_channels_writes_each_as_grey() -> None:
 
 
 def test_noise_has_its_moments_and_is_cut() -> None:
-    y = made("noise", sigma=0.1)(torch.full((50, 1, 30, 30), 0.5))
+    y = made("gaussian-noise", sigma=0.1)(torch.full((50, 1, 30, 30), 0.5))
     assert abs(float(y.mean()) - 0.5) < 5 * 0.1 / 45_000**0.5
     assert abs(float(y.std()) - 0.1) < 5 * 0.1 / (2 * 45_000) ** 0.5
-    black = made("noise", sigma=0.1)(torch.zeros(50, 1, 30, 30))
+    black = made("gaussian-noise", sigma=0.1)(torch.zeros(50, 1, 30, 30))
     assert abs(float((black == 0).double().mean()) - 0.5) < 5 * 0.5 / 45_000**0.5
 
 

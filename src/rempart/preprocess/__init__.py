@@ -3,9 +3,9 @@
 from rempart.preprocess.bilateral import bilateral
 from rempart.preprocess.bit_depth import bit_depth
 from rempart.preprocess.catalogue import Traits, bpda, defended, described, preprocessors
+from rempart.preprocess.gaussian_noise import gaussian_noise
 from rempart.preprocess.jpeg import jpeg
 from rempart.preprocess.median import median
-from rempart.preprocess.noise import noise
 from rempart.preprocess.non_local_means import non_local_means
 from rempart.preprocess.pixel_deflection import pixel_deflection
 from rempart.preprocess.resize_pad import resize_pad
@@ -18,9 +18,9 @@ __all__ = [
     "bpda",
     "defended",
     "described",
+    "gaussian_noise",
     "jpeg",
     "median",
-    "noise",
     "non_local_means",
     "pixel_deflection",
     "preprocessors",

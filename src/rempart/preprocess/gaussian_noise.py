@@ -10,8 +10,8 @@ from rempart.core.types import Images
 from rempart.preprocess.catalogue import Traits, preprocessors
 
 
-@preprocessors.register("noise", Traits(differentiable=True, random=True))
-def noise(*, sigma: Annotated[float, Gt(0)] = 0.1) -> nn.Module:
+@preprocessors.register("gaussian-noise", Traits(differentiable=True, random=True))
+def gaussian_noise(*, sigma: Annotated[float, Gt(0)] = 0.1) -> nn.Module:
     """Add Gaussian noise to every pixel and cut to [0, 1].
 
     One draw per pass. The certificate of randomised smoothing does not hold for it: that needs a vote over many draws,
