@@ -23,6 +23,7 @@ from rempart.core.stats import Rate
 from rempart.core.threat import Threat
 from rempart.detect import detectors
 from rempart.models.zoo import models
+from rempart.preprocess import preprocessors
 from rempart.report import text
 from rempart.report.schema import AttackResult, Report
 from rempart.train.config import Settings, load_recipe, recipe_names
@@ -60,6 +61,7 @@ def pages() -> dict[str, str]:
         "reference/suites.md": _suites(),
         "reference/detectors.md": _detectors(),
         "reference/models.md": _models(),
+        "reference/preprocessors.md": _preprocessors(),
         "reference/recipes.md": _recipes(),
         "reference/data.md": _data(),
         "reference/python.md": _python(),
@@ -165,6 +167,19 @@ def _models() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _preprocessors() -> str:
+    parts = [
+        "# Preprocessing defences",
+        "What `--defence NAME:key=value,key=value` puts in front of a model. They work on images in [0, 1], whatever "
+        "the box of the model. Formulas and sources are in [Methods](../methods.md#preprocessing-defences), how to use "
+        "and judge them on [a page of its own](../how-to/defend-by-preprocessing.md).",
+    ]
+    for entry in preprocessors:
+        slope = "its own gradient is used" if entry.traits.differentiable else "a substitute gradient is used"
+        parts += _entry(entry, f"{'Random' if entry.traits.random else 'Draws nothing'}; {slope} by attacks.")
+    return "\n\n".join(parts) + "\n"
+
+
 def _recipes() -> str:
     told = _sections(Settings)["Attributes"]
     parts = [
@@ -221,7 +236,8 @@ def _python() -> str:
 
 _FURTHER = {
     "Requests": [
-        f"report.schema.{name}" for name in ("AuditSpec", "AttackSpec", "TrainSpec", "CertifySpec", "AttackChoice")
+        f"report.schema.{name}"
+        for name in ("AuditSpec", "AttackSpec", "TrainSpec", "CertifySpec", "AttackChoice", "DefenceChoice")
     ],
     "What a report holds": [
         *(f"report.schema.{name}" for name in ("AttackResult", "NormStats", "Check", "Curve", "Example", "Samples")),
@@ -234,6 +250,9 @@ _FURTHER = {
     ],
     "The audit": ["audit.audit", "audit.preflight.preflight", "audit.curves.sweep", "audit.curves.from_distances"],
     "Certification": [f"certify.{name}" for name in ("certify", "predict", "smoothed", "Certificates", "covering")],
+    "Preprocessing defences": [
+        *(f"preprocess.catalogue.{name}" for name in ("defended", "described", "bpda", "Traits", "preprocessors")),
+    ],
     "Adding an attack, a model, an objective": [
         *(f"attacks.catalogue.{name}" for name in ("Attack", "Traits", "attacks")),
         *(f"attacks.losses.{name}" for name in ("score", "climb_direction", "reached", "surely_reached")),

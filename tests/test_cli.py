@@ -313,3 +313,55 @@ def test_an_interrupted_certification_keeps_what_was_certified(trained: Path) ->
         assert not report.complete and report.certificate is not None and report.certificate.bracket is None
         assert report.samples is not None and len(report.samples.index) == (16 if limit == 40 else 10)
         assert "pgd" in report.not_run and len(report.not_run) == (2 if limit == 40 else 1)
+
+
+# ---- defences
+
+
+def test_a_defence_belongs_to_the_model_that_is_audited(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--data", "digits:test[:40]", "--threat", "linf:0.2", "--attack", "fgsm", "--no-sweep"]
+    defences = ["--defence", "median:size=3", "--defence", "bit-depth:bits=1"]
+    status, told, _ = rempart("audit", trained, *common, *defences, "--out", tmp_path / "behind", capsys=capsys)
+    assert status == 0
+    report = store.read(tmp_path / "behind")
+    assert report.model.defences == ("median:size=3", "bit-depth:bits=1")
+    assert report.title.startswith("mlp behind median and bit-depth on ")
+    assert "behind median:size=3, then bit-depth:bits=1" in told
+    page = (tmp_path / "behind" / "report.html").read_text("utf-8")
+    assert "<code>median:size=3</code>, then <code>bit-depth:bits=1</code>" in page
+    data = open_data("digits:test[:40]")
+    x = data.batch(torch.arange(40)).x
+    wide = np.pad(x.numpy(), ((0, 0), (0, 0), (1, 1), (1, 1)), mode="symmetric")
+    window = np.lib.stride_tricks.sliding_window_view(wide, (3, 3), axis=(2, 3)).reshape(40, 1, 8, 8, 9)
+    seen = torch.from_numpy(np.median(window, -1)).round()
+    assert report.clean is not None
+    assert report.clean.k == int((load(str(trained))(seen).argmax(1) == data.labels).sum())
+    rempart("audit", trained, *common, "--out", tmp_path / "bare", capsys=capsys)
+    bare = store.read(tmp_path / "bare")
+    assert bare.model.defences == () and bare.model.digest != report.model.digest
+    assert bare.clean is not None and bare.clean.k > report.clean.k
+
+
+def test_attack_and_certify_take_defences_too(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = [trained, "--data", "digits:test[:10]", "--defence", "gaussian-noise:sigma=0.2"]
+    attack = ["--attack", "pgd", "-o", "steps=2", "--threat", "linf:0.1", "--out", tmp_path / "x.npz"]
+    assert rempart("attack", *common, *attack, capsys=capsys)[0] == 0
+    report = Report.model_validate_json((tmp_path / "x.json").read_text("utf-8"))
+    assert report.model.defences == ("gaussian-noise:sigma=0.2",) and report.attacks[0].options["eot"] == 20
+    assert any("climbed the mean gradient of 20 passes" in note for note in report.notes)
+    certify = ["--sigma", "0.1", "--samples", "20", "--selection", "5", "--out", tmp_path / "certified"]
+    assert rempart("certify", *common, *certify, capsys=capsys)[0] == 0
+    assert store.read(tmp_path / "certified").model.defences == ("gaussian-noise:sigma=0.2",)
+
+
+def test_a_wrong_defence_is_told_before_anything_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["audit", "nowhere", "--data", "digits", "--threat", "linf:0.1", "--out", tmp_path / "out"]
+    for text, expected in (("jpg", "did you mean 'jpeg'"), ("jpeg:quality=0", "quality='0'"), ("jpeg:q=1", "'q'")):
+        status, _, error = rempart(*common, "--defence", text, capsys=capsys)
+        assert status == 2 and expected in error, error
+    status, listed, _ = rempart("list", "preprocessors", capsys=capsys)
+    assert status == 0 and "-o quality=75" in listed and "random; a substitute gradient" in listed

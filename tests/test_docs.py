@@ -28,6 +28,7 @@ from rempart.core.threat import Threat
 from rempart.detect import detectors
 from rempart.models import load
 from rempart.models.zoo import models
+from rempart.preprocess import preprocessors
 from rempart.report import store
 from rempart.report.schema import AttackChoice, AuditSpec
 from rempart.train.config import load_recipe, recipe_names
@@ -65,6 +66,7 @@ def ident(path: Path) -> str:
     [
         ("attacks", [entry.name for entry in attacks]),
         ("models", [entry.name for entry in models]),
+        ("preprocessors", [entry.name for entry in preprocessors]),
         ("recipes", [*recipe_names(), *(f"objective-{entry.name}" for entry in objectives)]),
         ("suites", list(SUITES)),
         ("detectors", [entry.name for entry in detectors]),
@@ -83,6 +85,7 @@ def test_everything_registered_has_its_own_heading(reference: dict[str, str], pa
         *(("attacks", e.name, list(e.params.model_fields)) for e in attacks),
         *(("models", e.name, list(e.params.model_fields)) for e in models),
         *(("detectors", e.name, list(e.params.model_fields)) for e in detectors),
+        *(("preprocessors", e.name, list(e.params.model_fields)) for e in preprocessors),
         *(("recipes", f"objective-{e.name}", list(e.params.model_fields)) for e in objectives),
         *(("recipes", name, list(load_recipe(name).options)) for name in recipe_names()),
     ],
@@ -179,6 +182,17 @@ def test_every_detector_has_a_section_in_methods_with_formula_and_mark(name: str
     assert len(told) == 2, f"one section '### {name}' in docs/methods.md"
     own = re.split(r"^##+ ", told[1], flags=re.MULTILINE)[0]
     assert "```text" in own and re.search(r"\[(SRC|2ND|KNOWN|INF)", own)
+
+
+@pytest.mark.parametrize("entry", preprocessors, ids=lambda entry: entry.name)
+def test_every_preprocessing_defence_has_a_section_in_methods_that_tells_its_traits(entry: Any) -> None:
+    told = (DOCS / "methods.md").read_text("utf-8").split(f"\n### {entry.name}\n")
+    assert len(told) == 2, f"one section '### {entry.name}' in docs/methods.md"
+    own = re.split(r"^##+ ", told[1], flags=re.MULTILINE)[0]
+    assert "```text" in own and re.search(r"\[(SRC|2ND|KNOWN|INF)", own)
+    assert ("Random" in own) == entry.traits.random
+    assert ("ackwards the identity" in own) != entry.traits.differentiable
+    assert (" own gradient." in own or "is its own" in own) == entry.traits.differentiable
 
 
 # ---- commands and code
@@ -359,6 +373,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "add-an-objective",
                 "certify",
                 "compare-training",
+                "defend-by-preprocessing",
                 "from-python",
                 "harden",
                 "one-attack",

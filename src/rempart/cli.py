@@ -37,6 +37,14 @@ Options = Annotated[list[str] | None, typer.Option("--option", "-o", help="key=v
 Seed = Annotated[int, typer.Option("--seed", help="Seed of every random draw")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Use the first N samples")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images per batch; changes no result")]
+Defence = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--defence",
+        help="Preprocessing in front of the model: NAME or NAME:key=value,key=value; repeatable, the first nearest to "
+        "the image; see `rempart list preprocessors`",
+    ),
+]
 EightBit = Annotated[bool, typer.Option("--eight-bit", help="Also judge each adversarial image rounded to 8 bit")]
 
 
@@ -104,6 +112,7 @@ def audit(
         list[str] | None, typer.Option("--attack", help="NAME or NAME:key=value,key=value; repeatable")
     ] = None,
     option: Options = None,
+    defence: Defence = None,
     limit: Limit = None,
     batch_size: BatchSize = 64,
     seed: Seed = 0,
@@ -114,15 +123,15 @@ def audit(
     devices: Annotated[int, typer.Option("--devices", min=1, help="Processes (cuda: GPUs) that share the samples")] = 1,
 ) -> None:
     """Measure how far a model falls under attack, per sample, with intervals. `-o` goes to every --attack."""
-    from rempart.report.schema import AttackChoice, AuditSpec
+    from rempart.report.schema import AttackChoice, AuditSpec, DefenceChoice
 
     shared = _options(option)
     if shared and not attack:
         raise SpecError("--attack beside -o", got=", ".join(option or []), hint="add for example --attack pgd")
     chosen: list[AttackChoice] = []
     for text in attack or []:
-        name, _, own = text.partition(":")
-        chosen.append(AttackChoice(name=name, options={**shared, **_options(own.split(",") if own else None)}))
+        name, own = _named(text)
+        chosen.append(AttackChoice(name=name, options={**shared, **own}))
     _run(
         AuditSpec(
             model=model,
@@ -130,6 +139,7 @@ def audit(
             threat=threat,
             suite=suite,
             attacks=tuple(chosen),
+            defences=tuple(DefenceChoice(name=name, options=own) for name, own in map(_named, defence or [])),
             limit=limit,
             batch_size=batch_size,
             chunk=chunk,
@@ -156,13 +166,14 @@ def attack(
         str | None, typer.Option("--target", help="Class to reach: a name, a number, nearest or least-likely")
     ] = None,
     option: Options = None,
+    defence: Defence = None,
     limit: Limit = None,
     batch_size: BatchSize = 64,
     seed: Seed = 0,
     eight_bit: EightBit = False,
 ) -> None:
     """Run one attack and keep its images."""
-    from rempart.report.schema import AttackChoice, AttackSpec
+    from rempart.report.schema import AttackChoice, AttackSpec, DefenceChoice
 
     choice = AttackChoice(name=attack, options=_options(option))
     _run(
@@ -171,6 +182,7 @@ def attack(
             data=data,
             threat=threat,
             attack=choice,
+            defences=tuple(DefenceChoice(name=name, options=own) for name, own in map(_named, defence or [])),
             target=target,
             limit=limit,
             batch_size=batch_size,
@@ -199,14 +211,15 @@ def certify(
         str, typer.Option("--attack", help="Attack on the smoothed model: NAME or NAME:key=value,key=value")
     ] = "pgd",
     attack_draws: Annotated[int, typer.Option("--attack-draws", min=1, help="Draws of noise the attack averages")] = 16,
+    defence: Defence = None,
     limit: Limit = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Noisy images per forward pass")] = 256,
     seed: Seed = 0,
 ) -> None:
     """Certify the model under Gaussian noise: radii within which its vote cannot change; --threat adds an attack."""
-    from rempart.report.schema import AttackChoice, CertifySpec
+    from rempart.report.schema import AttackChoice, CertifySpec, DefenceChoice
 
-    name, _, own = attack.partition(":")
+    attack_name, attack_options = _named(attack)
     _run(
         CertifySpec(
             model=model,
@@ -216,7 +229,8 @@ def certify(
             selection=selection,
             alpha=alpha,
             threat=threat,
-            attack=AttackChoice(name=name, options=_options(own.split(",") if own else None)),
+            attack=AttackChoice(name=attack_name, options=attack_options),
+            defences=tuple(DefenceChoice(name=name, options=own) for name, own in map(_named, defence or [])),
             attack_draws=attack_draws,
             limit=limit,
             batch_size=batch_size,
@@ -291,18 +305,20 @@ def evaluate(
     fpr: Fpr = 0.05,
     fit_limit: FitLimit = None,
     limit: Limit = None,
+    defence: Defence = None,
     adaptive: Annotated[bool, typer.Option(help="Also attack by an attacker who knows the detector")] = True,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of that attacker, for each class aimed at")] = 100,
     batch_size: BatchSize = 64,
     seed: Seed = 0,
 ) -> None:
     """Fit detectors on the train split, set thresholds on the rest of it, and judge them on the test split."""
-    from rempart.report.schema import DetectSpec
+    from rempart.report.schema import DefenceChoice, DetectSpec
 
     _run(
         DetectSpec(
             model=model,
             data=data,
+            defences=tuple(DefenceChoice(name=name, options=own) for name, own in map(_named, defence or [])),
             detectors=_detectors(detector),
             attacks=_attacks(attack),
             threat=threat,
@@ -338,20 +354,14 @@ def score(
 def _detectors(texts: list[str]) -> "tuple[DetectorChoice, ...]":
     from rempart.report.schema import DetectorChoice
 
-    return tuple(DetectorChoice(name=name, options=options) for name, options in map(_choice, texts))
+    return tuple(DetectorChoice(name=name, options=options) for name, options in map(_named, texts))
 
 
 def _attacks(texts: list[str] | None) -> "tuple[AttackChoice, ...]":
     from rempart.report.schema import AttackChoice
 
     named = texts or ["fgsm", "pgd", "deepfool"]
-    return tuple(AttackChoice(name=name, options=options) for name, options in map(_choice, named))
-
-
-def _choice(text: str) -> tuple[str, dict[str, Any]]:
-    """Read NAME:key=value,key=value."""
-    name, _, own = text.partition(":")
-    return name, _options(own.split(",") if own else None)
+    return tuple(AttackChoice(name=name, options=options) for name, options in map(_named, named))
 
 
 @app.command()
@@ -371,7 +381,9 @@ def gate(
 
 
 @app.command(name="list")
-def list_(what: Annotated[str, typer.Argument(help="attacks, suites, detectors, models, recipes or data")]) -> None:
+def list_(
+    what: Annotated[str, typer.Argument(help="attacks, suites, detectors, models, recipes, preprocessors or data")],
+) -> None:
     """List what can be named on the command line, with options, defaults and bounds."""
     from rempart import listing
 
@@ -440,6 +452,12 @@ def _heeding(notify: "Notify") -> "Notify":
         notify(event)
 
     return told
+
+
+def _named(text: str) -> tuple[str, dict[str, Any]]:
+    """Read NAME or NAME:key=value,key=value."""
+    name, _, own = text.partition(":")
+    return name, _options(own.split(",") if own else None)
 
 
 def _options(pairs: list[str] | None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from rempart.core.registry import Entry, bounds_of, suggestion
 from rempart.core.threat import Threat
 from rempart.detect import Detector, detectors
 from rempart.models.zoo import models
+from rempart.preprocess import Traits, preprocessors
 from rempart.train.config import load_recipe, recipe_names
 
 _DATA = (
@@ -36,6 +37,7 @@ def describe(what: str) -> str:
         "attacks": lambda: _entries(attacks, lambda e: f"{', '.join(e.traits.norms)}" + _traits(e)),
         "detectors": lambda: _entries(detectors, lambda e: detector_traits(e.function())),
         "models": lambda: _entries(models, lambda _: ""),
+        "preprocessors": lambda: _entries(preprocessors, lambda e: _nature(e.traits)),
         "suites": lambda: "\n".join(_suite(name) for name in SUITES),
         "recipes": lambda: "\n".join(f"{name:<24} {load_recipe(name).summary}" for name in recipe_names()),
         "data": lambda: "\n".join(f"{form:<22} {meaning}" for form, meaning in _DATA),
@@ -70,6 +72,12 @@ def detector_traits(detector: Detector) -> str:
     words += ["learns from attacks" if detector.learns_attacks else "learns from clean images"]
     words += ["names the attack"] * (detector.name is not None)
     return "; ".join(words)
+
+
+def _nature(traits: Traits) -> str:
+    """What an attacker meets."""
+    slope = "its own gradient" if traits.differentiable else "a substitute gradient"
+    return f"{'random; ' if traits.random else ''}{slope}"
 
 
 def _suite(name: str) -> str:

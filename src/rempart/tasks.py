@@ -16,7 +16,7 @@ import torch
 from rempart.attacks import Verdict, attack_data, attacks
 from rempart.attacks.losses import score
 from rempart.attacks.run import native, targets
-from rempart.audit import Audit, Planned, audit, measure, preflight
+from rempart.audit import Audit, Planned, audit, averaged, is_random, mean_gradient, measure, preflight
 from rempart.certify import (
     Attacked,
     Certificates,
@@ -33,6 +33,7 @@ from rempart.core.data import open_data
 from rempart.core.disk import replace
 from rempart.core.errors import Cancelled, RempartError, SpecError
 from rempart.core.events import Notify, silent
+from rempart.core.model import Classifier
 from rempart.core.ranks import ALONE, Ranks, launched, ranks
 from rempart.core.repro import environment
 from rempart.core.stats import Rate, wilson
@@ -41,6 +42,7 @@ from rempart.detect import detectors
 from rempart.detect import save as save_detector
 from rempart.detect.run import crafts, judged, sets
 from rempart.models.load import card, load
+from rempart.preprocess import defended, described
 from rempart.report.html import page
 from rempart.report.schema import (
     AnySpec,
@@ -51,6 +53,7 @@ from rempart.report.schema import (
     DataCard,
     Detection,
     DetectSpec,
+    ModelCard,
     Report,
     Samples,
     TrainSpec,
@@ -76,6 +79,14 @@ def run(spec: AnySpec, notify: Notify = silent) -> Report | None:
     if isinstance(spec, DetectSpec):
         return _detect(spec, notify)
     return _audit(spec, notify) if isinstance(spec, AuditSpec) else _attack(spec, notify)
+
+
+def _opened(spec: AuditSpec | AttackSpec | CertifySpec | DetectSpec) -> tuple[Classifier, ModelCard]:
+    """The model behind its defences, and the card of both."""
+    chain = [(defence.name, defence.options) for defence in spec.defences]
+    told = described(chain)  # a wrong option is told before the model is loaded
+    model = defended(load(spec.model), chain)
+    return model, card(model, spec.model, told)
 
 
 def _train(spec: TrainSpec, notify: Notify) -> Report | None:
@@ -111,15 +122,14 @@ def _processes(spec: AuditSpec | TrainSpec, folder: Path) -> Generator[Ranks]:
 
 def _share(spec: AuditSpec, folder: Path | None, here: Ranks, notify: Notify) -> Report | None:
     """This process's part of an audit; the first process gathers the others' and writes the report."""
-    model = load(spec.model)
-    described = card(model, spec.model)
+    model, told = _opened(spec)
     if spec.device == "cuda":
         if not torch.cuda.is_available():
             raise SpecError("a GPU that torch can use", got="none", hint="leave out --device cuda")
         model = model.to(f"cuda:{here.local % torch.cuda.device_count()}")
     data = open_data(spec.data).head(spec.limit).scaled(model.low, model.high)
     pieces = None if folder is None else folder / "pieces"
-    result = audit(model, data, spec, card=described, folder=pieces, ranks=here, notify=notify)
+    result = audit(model, data, spec, card=told, folder=pieces, ranks=here, notify=notify)
     if result is None:
         return None
     if folder is not None:
@@ -137,16 +147,17 @@ def _attack(spec: AttackSpec, notify: Notify) -> Report:
     if not spec.out.endswith(".npz"):
         raise SpecError("--out to name a .npz file", got=repr(spec.out), hint="for example --out adversarial.npz")
     claim(Path(spec.out).parent)
-    model = load(spec.model)
+    model, told = _opened(spec)
     data = open_data(spec.data).head(spec.limit).scaled(model.low, model.high)
     threat = Threat.parse(spec.threat, low=model.low, high=model.high)
     entry = attacks[spec.attack.name]
-    planned = Planned(entry.name, entry.name, entry.parse(spec.attack.options))
+    options = entry.parse(spec.attack.options)
     native(entry, threat)
-    if "loss" in planned.options:
-        score(planned.options["loss"], targeted=spec.target is not None, num_classes=model.num_classes)
-    described = card(model, spec.model)
+    if "loss" in options:
+        score(options["loss"], targeted=spec.target is not None, num_classes=model.num_classes)
     model, checks = preflight(model, data)
+    mean = mean_gradient(entry.name, spec.attack.options) if is_random(checks) else {}
+    planned = Planned(entry.name, entry.name, {**options, **mean})
     outcome = attack_data(
         model,
         data,
@@ -170,8 +181,9 @@ def _attack(spec: AttackSpec, notify: Notify) -> Report:
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=perf_counter() - started,
         environment=environment(),
-        model=described,
+        model=told,
         data=DataCard.of(data),
+        notes=averaged([entry.name] if mean else []),
         preflight=checks,
         clean=wilson(correct, len(data)),
         attacks=(measure(planned, threat, outcome, outcome.right.numpy(), rounded=rounded),),
@@ -201,7 +213,7 @@ def _certify(spec: CertifySpec, notify: Notify) -> Report:
     options = entry.parse(spec.attack.options)
     if spec.out is not None:
         claim(Path(spec.out))
-    model = load(spec.model)
+    model, told = _opened(spec)
     data = open_data(spec.data).head(spec.limit).scaled(model.low, model.high)
     threat = None if spec.threat is None else Threat.parse(spec.threat, low=model.low, high=model.high)
     if threat is not None:
@@ -209,7 +221,6 @@ def _certify(spec: CertifySpec, notify: Notify) -> Report:
         covering(threat, 1)
         if "loss" in options:
             score(options["loss"], targeted=False, num_classes=model.num_classes)
-    described = card(model, spec.model)
     model, checks = preflight(model, data)
     parts: list[Certificates] = []
     attacked: Attacked | None = None
@@ -245,7 +256,7 @@ def _certify(spec: CertifySpec, notify: Notify) -> Report:
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=perf_counter() - started,
         environment=environment(),
-        model=described,
+        model=told,
         data=DataCard.of(data),
         notes=() if error is None else (f"The certification failed: {type(error).__name__}: {error}",),
         preflight=checks,
@@ -272,15 +283,14 @@ def _certify(spec: CertifySpec, notify: Notify) -> Report:
 def _detect(spec: DetectSpec, notify: Notify) -> Report:
     """Fit, calibrate and judge detectors; what was finished stays, also where the work is stopped."""
     started, out = perf_counter(), Path(spec.out)
-    model = load(spec.model)
-    threat = Threat.parse(spec.threat, low=model.low, high=model.high)
     for choice in spec.detectors:
         detectors[choice.name].parse(choice.options)
+    model, about = _opened(spec)
+    threat = Threat.parse(spec.threat, low=model.low, high=model.high)
     crafts(spec, threat)
     claim(out)
     train = open_data(spec.data, split="train").head(spec.fit_limit).scaled(model.low, model.high)
     test = open_data(spec.data, split="test").head(spec.limit).scaled(model.low, model.high)
-    described = card(model, spec.model)
     model, checks = preflight(model, test)
     found: list[Detection] = []
     table: dict[str, np.ndarray] = {}
@@ -312,7 +322,7 @@ def _detect(spec: DetectSpec, notify: Notify) -> Report:
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=perf_counter() - started,
         environment=environment(),
-        model=described,
+        model=about,
         data=DataCard.of(test),
         preflight=checks,
         clean=clean,

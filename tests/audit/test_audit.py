@@ -20,7 +20,7 @@ from rempart.core.errors import Cancelled, SpecError, ThreatError
 from rempart.core.events import Event, silent
 from rempart.core.model import Classifier
 from rempart.core.threat import Threat
-from rempart.report.schema import AttackChoice, AuditSpec, ModelCard, Report, unpack
+from rempart.report.schema import AttackChoice, AuditSpec, Curve, ModelCard, Report, unpack
 
 SHAPE = (1, 4, 4)
 N = 40
@@ -295,3 +295,63 @@ def test_a_loss_undefined_for_so_few_classes_stops_before_anything_runs() -> Non
     choice = AttackChoice(name="pgd", options={"loss": "dlr"})
     with pytest.raises(SpecError, match="at least 3 classes"):
         plan(AuditSpec(model="", data="", threat="linf:0.1", attacks=(choice,)), Threat.parse("linf:0.1"), 2)
+
+
+# ---- random models
+
+
+class Jitter(torch.nn.Module):
+    """Noise on the pixels, with a gradient that changes from pass to pass."""
+
+    def __init__(self, sigma: float) -> None:
+        super().__init__()
+        self.sigma = sigma
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.sigma * torch.randn_like(x) * x
+
+
+def jittery(sigma: float) -> tuple[Classifier, Data]:
+    model, data = toy()
+    net = torch.nn.Sequential(Jitter(sigma), model.net)
+    return Classifier(net, shape=SHAPE, num_classes=4).eval(), data
+
+
+def test_attacks_on_a_random_model_take_mean_gradients_unless_told_how_many() -> None:
+    names = ("fgsm", "pgd", "deepfool", "cascade", "apgd", "square", "pgd")
+    choices = [AttackChoice(name=name, options={"steps": 3} if name == "pgd" else {}) for name in names]
+    choices += [AttackChoice(name="pgd", options={"eot": 3}), AttackChoice(name="apgd", options={"eot": 1})]
+    spec = AuditSpec(model="toy", data="toy", threat="linf:0.1", attacks=tuple(choices))
+    threat = Threat.parse("linf:0.1")
+    planned, notes = plan(spec, threat, 4, random=True)
+    assert [attack.options.get("eot") for attack in planned] == [None, 20, None, 20, 20, None, 20, 3, 1]
+    assert [attack.options["steps"] for attack in planned if attack.name == "pgd"] == [3, 3, 40]
+    assert notes == ("The model is random: pgd, cascade, apgd climbed the mean gradient of 20 passes (eot=20).",)
+    steady, none = plan(spec, threat, 4)
+    assert [attack.options.get("eot") for attack in steady] == [None, 1, None, 1, 1, None, 1, 3, 1] and none == ()
+    assert plan(request("linf:0.1", "fgsm", "square"), threat, 4, random=True)[1] == ()
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.5])
+def test_an_audit_measures_whether_the_model_is_random_and_says_what_it_did(
+    sigma: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swept: list[int] = []
+
+    def sweep(*_: object, eot: int, **__: object) -> Curve:
+        swept.append(eot)
+        return Curve(label="sweep", norm="linf", eps=(), accuracy=())
+
+    monkeypatch.setattr("rempart.audit.sweep", sweep)
+    model, data = jittery(sigma)
+    spec = AuditSpec(
+        model="toy", data="toy", threat="linf:0.1", attacks=(AttackChoice(name="pgd", options={"steps": 2}),), limit=8
+    )
+    result = audit(model, data.head(8), spec, card=card(model))
+    assert result is not None
+    passes = 20 if sigma else 1
+    assert result.report.attacks[0].options["eot"] == passes and swept == [passes]
+    noted = any("climbed the mean gradient of 20 passes" in note for note in result.report.notes)
+    assert noted == bool(sigma)
+    tried = result.report.attacks[0].tried
+    assert tried and result.report.attacks[0].gradients == 2 * passes * tried

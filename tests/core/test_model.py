@@ -422,6 +422,7 @@ def test_norms_without_running_statistics_stay():
 def test_what_cannot_be_traced_or_differs_comes_back_as_it_is(function):
     model = Classifier(Function(function), shape=(1, 4, 4), num_classes=3)
     with torch.random.fork_rng():
+        torch.manual_seed(0)  # by chance, few draws of dropout may agree
         assert accelerated(model) is model
 
 

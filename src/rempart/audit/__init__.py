@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from rempart.audit.checks import Diagnosis, diagnose, stamp
 from rempart.audit.curves import from_distances, sweep
 from rempart.audit.examples import examples
 from rempart.audit.pieces import Pieces, Planned, attack_chunk, chunks, key, seeded, stored
-from rempart.audit.preflight import preflight
+from rempart.audit.preflight import is_random, preflight
 from rempart.core.data import Data
 from rempart.core.errors import Cancelled
 from rempart.core.events import Notify, named, silent
@@ -45,7 +46,10 @@ CHECKS = "checks"
 _THOROUGH = ("standard", "plus")
 """Suites whose checks include those that cost as much as an attack."""
 
-__all__ = ["Audit", "Planned", "audit", "measure", "plan", "preflight"]
+EOT = 20
+"""Passes whose mean gradient an attack on a random model takes, unless it was told how many."""
+
+__all__ = ["EOT", "Audit", "Planned", "audit", "averaged", "is_random", "mean_gradient", "measure", "plan", "preflight"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +101,8 @@ def audit(
     device = next(model.parameters(), torch.zeros(())).device
     with seeded(spec.seed, device):
         model, checks = preflight(model, data)
+    if is_random(checks):
+        planned, notes = plan(spec, threat, model.num_classes, random=True)
     described, record = DataCard.of(data), environment()
     if folder is not None:
         folder = folder / key(model, data, planned, threat, spec, record, card.digest)
@@ -118,7 +124,10 @@ def audit(
         with seeded(spec.seed, device):
             if spec.sweep and threat.eps:
                 told = named("eps sweep", notify)
-                curves.append(sweep(model, data, threat, batch_size=spec.batch_size, seed=spec.seed, notify=told))
+                eot = EOT if is_random(checks) else 1
+                curves.append(
+                    sweep(model, data, threat, eot=eot, batch_size=spec.batch_size, seed=spec.seed, notify=told)
+                )
             diagnosis = diagnose(
                 model,
                 data,
@@ -195,10 +204,30 @@ def audit(
     return Audit(report, {label: verdict for label, verdict in verdicts.items() if verdict is not None}, error)
 
 
-def plan(spec: AuditSpec, threat: Threat, num_classes: int) -> tuple[tuple[Planned, ...], tuple[str, ...]]:
+def mean_gradient(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The option by which an attack on a random model takes mean gradients (expectation over transformation).
+
+    Empty where it has none or was told how many passes to take.
+
+    Source:
+        Athalye, Carlini, Wagner 2018, arXiv:1802.00420, section 4.2.
+    """
+    return {"eot": EOT} if "eot" in attacks[name].params.model_fields and "eot" not in given else {}
+
+
+def averaged(names: Iterable[str]) -> tuple[str, ...]:
+    """The note that these attacks took mean gradients; none where there are none of them."""
+    told = ", ".join(dict.fromkeys(names))
+    return (f"The model is random: {told} climbed the mean gradient of {EOT} passes (eot={EOT}).",) if told else ()
+
+
+def plan(
+    spec: AuditSpec, threat: Threat, num_classes: int, *, random: bool = False
+) -> tuple[tuple[Planned, ...], tuple[str, ...]]:
     """The attacks an audit will run, validated: the suite's first, then the named ones; and notes on the suite.
 
-    Repeated labels are numbered.
+    Repeated labels are numbered. Where the model is `random`, attacks that can take mean gradients do, unless they were
+    told how many.
 
     Raises:
         SpecError: If a suite, an attack or an option is unknown, or a loss is undefined for so few classes.
@@ -209,16 +238,19 @@ def plan(spec: AuditSpec, threat: Threat, num_classes: int) -> tuple[tuple[Plann
     wanted = [(*member, chosen.cascade) for member in chosen.members] if chosen else []
     wanted += [(choice.name, choice.options, False) for choice in spec.attacks]
     planned: list[Planned] = []
+    means: list[str] = []
     for name, given, survivors in wanted:
         entry = attacks[name]
-        options = entry.parse(given)
+        mean = mean_gradient(name, given) if random else {}
+        options = entry.parse({**given, **mean})
+        means += [name] if mean else []
         native(entry, threat)
         if "loss" in options:
             score(options["loss"], targeted=name.endswith("-t"), num_classes=num_classes)  # apgd-t aims at each class
         label = name if "loss" not in given else f"{name}-{given['loss']}"
         taken = sum(other.label.split(" ")[0] == label for other in planned)
         planned.append(Planned(f"{label} {taken + 1}" if taken else label, name, options, survivors))
-    return tuple(planned), chosen.notes if chosen else ()
+    return tuple(planned), (*(chosen.notes if chosen else ()), *averaged(means))
 
 
 def measure(

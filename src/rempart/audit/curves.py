@@ -31,9 +31,18 @@ def from_distances(label: str, verdict: Verdict, threat: Threat) -> Curve:
 
 
 def sweep(
-    model: Classifier, data: Data, threat: Threat, *, batch_size: int = 64, seed: int = 0, notify: Notify = silent
+    model: Classifier,
+    data: Data,
+    threat: Threat,
+    *,
+    eot: int = 1,
+    batch_size: int = 64,
+    seed: int = 0,
+    notify: Notify = silent,
 ) -> Curve:
     """Attack with pgd (20 steps on each of two losses) at growing budgets, on up to 200 samples.
+
+    Each gradient is the mean over `eot` passes, for random models.
 
     A sample broken at one budget stays broken at the larger ones, where its image is feasible too; only the others are
     attacked again.
@@ -53,7 +62,7 @@ def sweep(
                 data.take(at),
                 replace(threat, eps=eps),
                 "pgd",
-                {"steps": 20, "loss": loss, "early_stop": True},
+                {"steps": 20, "loss": loss, "eot": eot, "early_stop": True},
                 batch_size=batch_size,
                 seed=seed,
                 notify=notify,

@@ -1,6 +1,7 @@
 """Checks before any attack: what would make every figure after it meaningless."""
 
 import copy
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from rempart.core.types import Images, Labels, Logits
 from rempart.report.schema import Check
 
 _SAMPLES = 64
+_DETERMINISM = "determinism"
 _SATURATED = 16.6
 """From this margin on 1 - softmax is 0 in float32, and with it half of the gradient of cross-entropy."""
 
@@ -48,6 +50,11 @@ def preflight(model: Classifier, data: Data) -> tuple[Classifier, tuple[Check, .
     with frozen(mended):
         checks.append(_gradients(mended, x, y))
     return mended, tuple(checks)
+
+
+def is_random(checks: Iterable[Check]) -> bool:
+    """Whether these checks of `preflight` found that two passes over the same images differ."""
+    return any(check.name == _DETERMINISM and check.status == "warned" for check in checks)
 
 
 def _classes(model: Classifier, data: Data) -> Check:
@@ -169,11 +176,11 @@ def _determinism(model: Classifier, x: Images, z: Logits) -> Check:
         message = (
             "Two passes over the same images differ: the model is randomised. "
             f"One gradient is one draw, and images are judged by their mean logits over {PASSES} passes; "
-            "attack with mean gradients (apgd or pgd with eot, or the suite rand)."
+            "attacks need mean gradients (option eot)."
         )
-        return Check(name="determinism", status="warned", message=message, evidence=evidence)
+        return Check(name=_DETERMINISM, status="warned", message=message, evidence=evidence)
     message = "Two passes over the same images agree."
-    return Check(name="determinism", status="passed", message=message, evidence=evidence)
+    return Check(name=_DETERMINISM, status="passed", message=message, evidence=evidence)
 
 
 def _independence(model: Classifier, x: Images, z: Logits) -> Check:

@@ -104,6 +104,10 @@ class Classifier(nn.Module):
         return z
 
 
+class Untraced(nn.Module):
+    """A part of a network that `accelerated` takes over as it stands: code that draws numbers or leaves torch."""
+
+
 @contextmanager
 def frozen(model: nn.Module) -> Generator[None]:
     """Inference mode of every submodule and parameters without gradient, put back afterwards, also after an error.
@@ -242,13 +246,18 @@ def _pull_back(model: Classifier, x: Images, mix: Tensor) -> tuple[Logits, Image
 
 
 def _rewritten(net: nn.Module) -> nn.Module:
-    traced = fx.symbolic_trace(net)
+    traced = fx.GraphModule(net, _Tracer().trace(net))
     _fold_norms(traced)
     _pool_first(traced)
     _exchange_image_layers(traced)
     traced.delete_all_unused_submodules()
     traced.recompile()
     return traced
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, Untraced) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _fold_norms(traced: fx.GraphModule) -> None:

@@ -10,7 +10,7 @@ import pickle
 import sys
 import traceback
 import zipfile
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -78,8 +78,8 @@ def architecture(source: str) -> tuple[str, dict[str, Any]]:
     )
 
 
-def card(model: Classifier, source: str) -> ModelCard:
-    """Describe a model for a report."""
+def card(model: Classifier, source: str, defences: Sequence[str] = ()) -> ModelCard:
+    """Describe a model, and the defences that stand in front of its network, for a report."""
     name = (
         source.rpartition(":")[2] if source.startswith("python:") else Path(source).resolve().name.removesuffix(".pt2")
     )
@@ -92,6 +92,7 @@ def card(model: Classifier, source: str) -> ModelCard:
         classes=model.class_names,
         low=model.low,
         high=model.high,
+        defences=tuple(defences),
     )
 
 

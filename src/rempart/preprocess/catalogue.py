@@ -1,12 +1,15 @@
 """The registry every preprocessing defence joins, the contract it signs, and the model behind it."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from rempart.core.model import Classifier
+from rempart.core.errors import ModelError
+from rempart.core.model import Classifier, Untraced
 from rempart.core.registry import Registry
 from rempart.core.types import Images
 
@@ -48,8 +51,11 @@ class Bpda(nn.Module):
 
     def forward(self, x: Images) -> Images:
         """Exactly the transform of `x`, with the gradient of the surrogate."""
+        exact = self.transform(x.detach())
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return exact
         smooth = self.surrogate(x)
-        return smooth + (self.transform(x.detach()) - smooth).detach()
+        return exact + (smooth - smooth.detach())  # plus zero: in the other order rounding would change the image
 
 
 def identity(x: Images) -> Images:
@@ -60,6 +66,29 @@ def identity(x: Images) -> Images:
 def bpda(transform: Callable[[Images], Images], surrogate: Callable[[Images], Images] = identity) -> Bpda:
     """Give a transform that has no useful gradient that of a smooth one near it."""
     return Bpda(transform, surrogate)
+
+
+class Preprocessing(Untraced):
+    """Defences in a row, for images in any box.
+
+    Attributes:
+        steps: Their modules.
+        text: Names and options as bytes. They belong to the state, so that its digest tells defences apart.
+    """
+
+    text: Tensor
+
+    def __init__(self, chain: Sequence[tuple[str, Mapping[str, Any]]], low: float, high: float) -> None:
+        super().__init__()
+        parsed = [(preprocessors[name], preprocessors[name].parse(options)) for name, options in chain]
+        self.steps = nn.Sequential(*(entry.function(**options) for entry, options in parsed))
+        self.low, self.span = low, high - low
+        text = json.dumps([[entry.name, options] for entry, options in parsed])
+        self.register_buffer("text", torch.tensor(list(text.encode()), dtype=torch.uint8))
+
+    def forward(self, x: Images) -> Images:
+        """Images in the box to images in the box."""
+        return self.steps((x - self.low) / self.span) * self.span + self.low
 
 
 def defended(model: Classifier, chain: Sequence[tuple[str, Mapping[str, Any]]]) -> Classifier:
@@ -74,5 +103,34 @@ def defended(model: Classifier, chain: Sequence[tuple[str, Mapping[str, Any]]]) 
     Raises:
         SpecError: If a name or an option is wrong.
         ModelError: If the model takes no images of two spatial axes.
+
+    Example:
+        >>> from rempart import load  # doctest: +SKIP
+        >>> model = defended(load("runs/plain"), [("jpeg", {"quality": 50})])  # doctest: +SKIP
     """
-    raise NotImplementedError
+    if not chain:
+        return model
+    if len(model.shape) != 3:
+        raise ModelError("images of shape (c, h, w) for a preprocessing defence", got=model.shape)
+    before = Preprocessing(chain, model.low, model.high)
+    behind = Classifier(
+        nn.Sequential(before, model.net),
+        shape=model.shape,
+        num_classes=model.num_classes,
+        class_names=model.class_names,
+        low=model.low,
+        high=model.high,
+        output=model.output,
+    )
+    for module in (behind, behind.net, *before.modules()):
+        module.training = model.training  # one by one: `train()` would change the network's own modes
+    return behind
+
+
+def described(chain: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[str, ...]:
+    """The defences with all their options, as they are written on the command line."""
+    told: list[str] = []
+    for name, options in chain:
+        given = ",".join(f"{key}={value}" for key, value in preprocessors[name].parse(options).items())
+        told.append(f"{name}:{given}" if given else name)
+    return tuple(told)

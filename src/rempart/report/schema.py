@@ -36,10 +36,18 @@ class DetectorChoice(Strict):
     options: Options = Field(default_factory=dict)
 
 
+class DefenceChoice(Strict):
+    """A preprocessing defence by name, with the options that differ from its defaults."""
+
+    name: str
+    options: Options = Field(default_factory=dict)
+
+
 class AuditSpec(Strict):
     """Everything an audit depends on; `rempart run report.json` replays it.
 
     Attributes:
+        defences: In front of the model, the first nearest to the image; they belong to what is attacked.
         chunk: Samples worked off as a whole and stored when done; a stopped audit loses at most one attack on one.
         devices: Processes that share the chunks, each with a GPU of its own where `device` is cuda.
     """
@@ -50,6 +58,7 @@ class AuditSpec(Strict):
     threat: str
     suite: str | None = None
     attacks: tuple[AttackChoice, ...] = ()
+    defences: tuple[DefenceChoice, ...] = ()
     limit: Annotated[int, Ge(1)] | None = None
     batch_size: Annotated[int, Ge(1)] = 64
     chunk: Annotated[int, Ge(1)] = 512
@@ -62,13 +71,18 @@ class AuditSpec(Strict):
 
 
 class AttackSpec(Strict):
-    """One attack on a data set, the adversarial images kept."""
+    """One attack on a data set, the adversarial images kept.
+
+    Attributes:
+        defences: In front of the model, the first nearest to the image.
+    """
 
     kind: Literal["attack"] = "attack"
     model: str
     data: str
     threat: str
     attack: AttackChoice
+    defences: tuple[DefenceChoice, ...] = ()
     target: str | None = None
     limit: Annotated[int, Ge(1)] | None = None
     batch_size: Annotated[int, Ge(1)] = 64
@@ -112,7 +126,11 @@ class TrainSpec(Strict):
 
 
 class CertifySpec(Strict):
-    """A certification by randomised smoothing; with a threat, an attack on the same smoothed classifier beside it."""
+    """A certification by randomised smoothing; with a threat, an attack on the same smoothed classifier beside it.
+
+    Attributes:
+        defences: In front of the model and behind the noise, the first nearest to the image.
+    """
 
     kind: Literal["certify"] = "certify"
     model: str
@@ -123,6 +141,7 @@ class CertifySpec(Strict):
     alpha: float = 1e-3
     threat: str | None = None
     attack: AttackChoice = AttackChoice(name="pgd")
+    defences: tuple[DefenceChoice, ...] = ()
     attack_draws: Annotated[int, Ge(1)] = 16
     limit: Annotated[int, Ge(1)] | None = None
     batch_size: Annotated[int, Ge(1)] = 256
@@ -136,6 +155,7 @@ class DetectSpec(Strict):
     Attributes:
         detectors: Names with options.
         attacks: What the detectors that learn from attacks learn, and what all are judged by.
+        defences: In front of the model, the first nearest to the image.
         threat: What the attacks may do; those for the smallest perturbation search on their own.
         budgets: Further budgets of the threat to judge by.
         fpr: False-positive rate the threshold is set for.
@@ -150,6 +170,7 @@ class DetectSpec(Strict):
     data: str
     detectors: tuple[DetectorChoice, ...]
     attacks: tuple[AttackChoice, ...]
+    defences: tuple[DefenceChoice, ...] = ()
     threat: str
     budgets: tuple[float, ...] = ()
     fpr: float = 0.05
@@ -373,7 +394,12 @@ class Example(Strict):
 
 
 class ModelCard(Strict):
-    """The audited model."""
+    """The audited model.
+
+    Attributes:
+        digest: Of weights and defences.
+        defences: What stands in front of it, with all options, the first nearest to the image.
+    """
 
     source: str
     name: str
@@ -383,6 +409,7 @@ class ModelCard(Strict):
     classes: tuple[str, ...]
     low: float = 0.0
     high: float = 1.0
+    defences: tuple[str, ...] = ()
 
 
 class DataCard(Strict):
@@ -604,7 +631,8 @@ class Report(Strict):
     @property
     def title(self) -> str:
         """A short name for headings and legends."""
-        return f"{self.model.name} on {self.data.source}"
+        behind = " behind " + " and ".join(name.partition(":")[0] for name in self.model.defences)
+        return f"{self.model.name}{behind if self.model.defences else ''} on {self.data.source}"
 
 
 def pack(flags: Any) -> str:

@@ -26,7 +26,8 @@ LAST_EPOCHS = 12
 
 def table(report: Report) -> str:
     """The report as plain text for a terminal, at most 100 columns wide."""
-    lines = [report.title, stamp(report), verdict(report), *notes(report)]
+    behind = [f"behind {', then '.join(report.model.defences)}"] if report.model.defences else []
+    lines = [report.title, *behind, stamp(report), verdict(report), *notes(report)]
     for check in (*report.preflight, *report.checks):
         if check.status in ("warned", "failed", "repaired"):
             tried = f" {check.remedy.message}" if check.remedy else ""
