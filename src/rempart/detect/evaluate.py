@@ -88,20 +88,21 @@ def false_alarms(found: Scored) -> dict[str, Rate]:
 
 
 def with_rejection(fitted: Fitted, found: Scored, test: Learning, n: int, threat: Threat) -> tuple[Held, ...]:
-    """Share of all n test images that model and detector hold together: under each attack, and under all.
+    """Share of all n test images that model and detector hold together: as they are, under all attacks, and under each.
 
     An image is held if the model gets it right, it is not flagged as it is, and the attack either leaves it right or
     makes an image that is flagged. Images that the model gets wrong from the first are not held. Under all attacks
     only images within the threat count; those of minimum-norm attacks and of larger budgets may be outside.
     """
     accepted = ~fitted.flags(found.clean)
-    rows = [Held(attack="none", held=wilson(int(accepted.sum()), n))]
+    rows: list[Held] = []
     for name, (at, scores) in found.attacked.items():
         held = accepted.clone()
         held[at[~fitted.flags(scores)]] = False
         rows.append(Held(attack=name, held=wilson(int(held.sum()), n)))
     held = accepted & ~_through(fitted, found, test, threat)
-    return (*rows, Held(attack=ALL, held=wilson(int(held.sum()), n)))
+    first = [Held(attack=name, held=wilson(int(kept.sum()), n)) for name, kept in (("none", accepted), (ALL, held))]
+    return (*first, *rows)
 
 
 def under_evasion(

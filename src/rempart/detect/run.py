@@ -104,7 +104,7 @@ def _judged(
         adaptive, evaded = under_evasion(
             *(fitted, found, on.test, on.n, threat), surrogate=surrogate, steps=spec.steps, notify=notify
         )
-        held = (*held, adaptive)
+        held = (*held[:2], adaptive, *held[2:])
     assert fitted.card.threshold is not None
     detection = Detection(
         label=label,
