@@ -341,13 +341,16 @@ def score(
     model: Annotated[str, typer.Argument(metavar="MODEL")],
     data: Data,
     out: Annotated[Path, typer.Option("--out", help="CSV file: number, score and verdict of each image")],
+    defence: Defence = None,
     limit: Limit = None,
     batch_size: BatchSize = 64,
 ) -> None:
     """Score images with a fitted detector; larger = more suspicious, and flagged above its threshold."""
     from rempart.detect.run import score_data
+    from rempart.report.schema import DefenceChoice
 
-    scored, flagged = score_data(detector, model, data, out, limit=limit, batch_size=batch_size)
+    defences = [DefenceChoice(name=name, options=own) for name, own in map(_named, defence or [])]
+    scored, flagged = score_data(detector, model, data, out, defences=defences, limit=limit, batch_size=batch_size)
     print(f"{flagged} of {scored} images flagged\n\n{out}")
 
 

@@ -31,7 +31,7 @@ from rempart.certify import (
 )
 from rempart.core.data import open_data
 from rempart.core.disk import replace
-from rempart.core.errors import Cancelled, RempartError, SpecError
+from rempart.core.errors import Cancelled, SpecError
 from rempart.core.events import Notify, silent
 from rempart.core.model import Classifier
 from rempart.core.ranks import ALONE, Ranks, launched, ranks
@@ -40,7 +40,7 @@ from rempart.core.stats import Rate, wilson
 from rempart.core.threat import Norm, Threat
 from rempart.detect import detectors
 from rempart.detect import save as save_detector
-from rempart.detect.run import crafts, judged, sets
+from rempart.detect.run import crafts, judged, means, sets
 from rempart.models.load import card, load
 from rempart.preprocess import defended, described
 from rempart.report.html import page
@@ -292,38 +292,41 @@ def _detect(spec: DetectSpec, notify: Notify) -> Report:
     train = open_data(spec.data, split="train").head(spec.fit_limit).scaled(model.low, model.high)
     test = open_data(spec.data, split="test").head(spec.limit).scaled(model.low, model.high)
     model, checks = preflight(model, test)
+    random = is_random(checks)
     found: list[Detection] = []
     table: dict[str, np.ndarray] = {}
     clean: Rate | None = None
-    stopped, error = False, None
+    complete = False
+    error: Exception | None = None
     try:
-        on = sets(model, train, test, spec, threat, notify=notify)
+        on = sets(model, train, test, spec, threat, random=random, notify=notify)
         clean = wilson(len(on.test.x), on.n)
         table = {"index": on.test.index.numpy(), "label": on.test.y.numpy()}
         for fitted, detection, scores in judged(model, on, spec, threat, notify=notify):
             save_detector(fitted, out / "detectors" / detection.label.replace(" ", "-"))
-            found.append(detection)
-            table[f"{detection.label}/clean"] = scores.clean.numpy()
+            columns = {"clean": scores.clean, "noisy": scores.noisy}
             for attack, (at, values) in scores.attacked.items():
-                table |= {f"{detection.label}/{attack}/position": at.numpy()}
-                table |= {f"{detection.label}/{attack}/score": values.numpy()}
+                columns |= {f"{attack}/position": at, f"{attack}/score": values}
+            table |= {f"{detection.label}/{name}": column.numpy() for name, column in columns.items()}
+            found.append(detection)
+        complete = True
     except (KeyboardInterrupt, Cancelled):
+        pass  # the report says what is missing
+    except Exception as failure:
         if not found:
             raise
-        stopped = True
-    except RempartError as failure:  # raised again, once what was finished is safe
-        if not found:
-            raise
-        stopped, error = True, failure
+        error = failure
+    told = () if error is None else (f"The evaluation failed: {type(error).__name__}: {error}",)
     report = Report(
         kind="detect",
-        complete=not stopped,
+        complete=complete,
         spec=spec,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=perf_counter() - started,
         environment=environment(),
         model=about,
         data=DataCard.of(test),
+        notes=(*means(spec, random=random), *told),
         preflight=checks,
         clean=clean,
         detection=tuple(found),

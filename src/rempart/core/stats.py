@@ -179,8 +179,10 @@ def auroc(
         SpecError: If either is empty or not finite.
     """
     low, high = (np.asarray(values, dtype=float) for values in (negatives, positives))
-    if not len(low) or not len(high) or not (np.isfinite(low).all() and np.isfinite(high).all()):
-        raise SpecError("finite scores of both kinds", got=f"{len(low)} negatives, {len(high)} positives")
+    wrong = int((~np.isfinite(low)).sum() + (~np.isfinite(high)).sum())
+    if not len(low) or not len(high) or wrong:
+        came = f"{len(low)} negatives, {len(high)} positives, {wrong} of them not finite"
+        raise SpecError("finite scores of both kinds", got=came)
     m, n = len(low), len(high)
     ranks = rankdata(np.concatenate([high, low]))
     area = float((ranks[:n].sum() - n * (n + 1) / 2) / (m * n))

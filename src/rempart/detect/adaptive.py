@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rempart.attacks.apgd import apgd
+from rempart.attacks.losses import mean_logits
 from rempart.core.errors import DataError
 from rempart.core.events import Event, Notify, silent
 from rempart.core.model import frozen
@@ -14,26 +15,30 @@ from rempart.core.threat import Threat
 from rempart.core.types import Images, Labels, Logits, Mask, Scores
 from rempart.detect.fitted import Fitted
 
+_LEAST = 1e-9
+"""Spread of scores that are all the same."""
+
 
 class Rejecting(nn.Module):
     """A classifier and its detector as one network with a class more: `rejected`.
 
     Its logit is max_k z_k + m (s - t) / sigma, with s the score, t the threshold, sigma the spread of clean scores and
     m the mean distance of the image's logits to their greatest (a constant for gradients). It leads just where the
-    detector flags the image. To be given a wrong class by this network is to fool both, so that every targeted attack
-    on classifiers is an adaptive attack on detectors.
+    detector flags the image. The gradient of a surrogate is divided by the spread of its own scores. To be given a
+    wrong class by this network is to fool both, so that every targeted attack on classifiers is an adaptive attack on
+    detectors.
 
     Source:
         Carlini & Wagner 2017, arXiv:1705.07263, section 3.2, whose logit is (1 + s) max_k z_k. Ours does not depend on
         the scales of logits and scores.
     """
 
-    def __init__(self, fitted: Fitted, spread: float, surrogate: Fitted | None = None) -> None:
+    def __init__(self, fitted: Fitted, spread: float, surrogate: tuple[Fitted, float] | None = None) -> None:
         super().__init__()
         if fitted.card.threshold is None:
             raise DataError("a calibrated detector", got="one without threshold", hint="calibrate it on clean images")
         self.fitted, self.surrogate = fitted, surrogate
-        self.model, self.threshold, self.spread = fitted.model, fitted.card.threshold.value, spread
+        self.model, self.threshold, self.spread = fitted.model, fitted.card.threshold.value, max(spread, _LEAST)
         self.num_classes = fitted.model.num_classes + 1
         self.low, self.high = fitted.model.low, fitted.model.high
         self.noise = torch.Generator().manual_seed(0)
@@ -43,20 +48,20 @@ class Rejecting(nn.Module):
         z = self.model(x)
         top = z.amax(1)
         size = (top[:, None] - z).mean(1).detach().clamp_min(1e-6)
-        rejected = top + size * (self._score(x) - self.threshold) / self.spread
-        return torch.cat([z, rejected[:, None]], 1)
+        return torch.cat([z, (top + size * self._excess(x).to(z.dtype))[:, None]], 1)
 
-    def _score(self, x: Images) -> Scores:
-        """The score, with the gradient of the surrogate where it has none of its own."""
+    def _excess(self, x: Images) -> Scores:
+        """(s - t) / sigma, with the gradient of the surrogate where the detector has none of its own."""
         index = torch.arange(len(x))
         score = self.fitted.detector.score
         draw = int(torch.randint(2**31, (), generator=self.noise))
         rng = Draws(draw, index, ("evade",))  # not the noise of the defender
-        value = score(self.model, x, self.fitted.state, rng=rng)
+        excess = (score(self.model, x, self.fitted.state, rng=rng) - self.threshold) / self.spread
         if self.surrogate is None:
-            return value.to(x.dtype)
-        smooth = self.surrogate.detector.score(self.model, x, self.surrogate.state, rng=rng)
-        return (value.detach() + smooth - smooth.detach()).to(x.dtype)
+            return excess
+        stand_in, spread = self.surrogate
+        smooth = stand_in.detector.score(self.model, x, stand_in.state, rng=rng) / max(spread, _LEAST)
+        return excess.detach() + smooth - smooth.detach()
 
 
 def evade(
@@ -66,16 +71,18 @@ def evade(
     threat: Threat,
     *,
     spread: float,
-    surrogate: Fitted | None = None,
+    surrogate: tuple[Fitted, float] | None = None,
     targets: int = 3,
     steps: int = 100,
+    passes: int = 1,
     rng: Draws,
     notify: Notify = silent,
 ) -> Images:
     """Look for images that the model gets wrong and the detector accepts.
 
     APGD on the network of `Rejecting`, aimed at each of the most likely wrong classes in turn, on two losses. A sample
-    leaves once it is found. Noise of a random detector is averaged over 8 passes, and is not the noise it is judged by.
+    leaves once it is found. Noise of a random detector is averaged over 8 passes or more, and is not the noise it is
+    judged by; it is drawn for the images attacked together, so that here the batch counts.
 
     Args:
         fitted: A calibrated detector with its classifier.
@@ -83,9 +90,11 @@ def evade(
         y: True classes.
         threat: Needs a budget.
         spread: Standard deviation of the detector's scores of clean images.
-        surrogate: A fitted detector whose gradient stands in for one that has none.
+        surrogate: A fitted detector whose gradient stands in for one that has none, and the standard deviation of its
+            scores of clean images.
         targets: Wrong classes to aim at, at most all.
         steps: Steps of each ascent.
+        passes: Passes over which gradients are averaged: more than one where the model is random.
         rng: Draws of the samples.
         notify: Receives progress.
 
@@ -97,6 +106,7 @@ def evade(
     """
     joint = Rejecting(fitted, spread, surrogate)
     best, order = x.clone(), _wrong_first(fitted, x, y)[:, :targets]
+    fooled = torch.zeros(len(x), dtype=torch.bool)
     todo = torch.arange(len(x))
     plans: Sequence[tuple[int, str]] = [(k, loss) for loss in ("margin", "ce") for k in range(order.shape[1])]
     with frozen(fitted.model):
@@ -111,25 +121,22 @@ def evade(
                 threat,
                 steps=steps,
                 loss=loss,  # pyright: ignore[reportArgumentType]
-                eot=8 if fitted.detector.random else 1,
+                eot=max(passes, 8) if fitted.detector.random else passes,
                 targeted=True,
                 rng=rng.select(todo).at("evade", k, loss),
             )
-            wrong, accepted = _verdict(fitted, found, y[todo], rng.index[todo])
-            first = wrong & ~_wrong(fitted, best[todo], y[todo])
+            wrong, accepted = verdict(fitted, found, y[todo], rng.index[todo], passes=passes)
+            first = wrong & ~fooled[todo]
+            fooled[todo] |= wrong
             best[todo[(wrong & accepted) | first]] = found[(wrong & accepted) | first]
             todo = todo[~(wrong & accepted)]
     return best
 
 
-def _verdict(fitted: Fitted, x: Images, y: Labels, index: Tensor) -> tuple[Mask, Mask]:
-    with torch.no_grad():
-        return _wrong(fitted, x, y), ~fitted.flags(fitted.score(x, index))
-
-
-def _wrong(fitted: Fitted, x: Images, y: Labels) -> Mask:
-    with torch.no_grad():
-        return fitted.model(x).argmax(1) != y
+def verdict(fitted: Fitted, x: Images, y: Labels, index: Tensor, *, passes: int = 1) -> tuple[Mask, Mask]:
+    """Which images the model gets wrong, by mean logits over `passes`, and which the detector accepts."""
+    with frozen(fitted.model), torch.no_grad():
+        return mean_logits(fitted.model, x, passes).argmax(1) != y, ~fitted.flags(fitted.score(x, index))
 
 
 def _wrong_first(fitted: Fitted, x: Images, y: Labels) -> Tensor:

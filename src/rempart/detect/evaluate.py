@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from rempart.core.repro import Draws
 from rempart.core.stats import Rate, auroc, wilson
 from rempart.core.threat import Threat
 from rempart.core.types import Mask, Scores
-from rempart.detect.adaptive import evade
+from rempart.detect.adaptive import evade, verdict
 from rempart.detect.catalogue import Learning
 from rempart.detect.fitted import Fitted, threshold
 from rempart.report.schema import ALL, KNOWS, Held, Separation
@@ -67,7 +68,7 @@ def separations(found: Scored, learnt: Sequence[str] = ()) -> tuple[Separation, 
             continue
         caught = {
             f"{rate:g}": wilson(int((scores > limit).sum()), len(scores))
-            for rate, limit in _thresholds(found.calibration).items()
+            for rate, limit in _thresholds(found.calibration, RATES).items()
         }
         rows.append(
             Separation(
@@ -81,9 +82,9 @@ def separations(found: Scored, learnt: Sequence[str] = ()) -> tuple[Separation, 
     return tuple(rows)
 
 
-def false_alarms(found: Scored) -> dict[str, Rate]:
-    """Share of the clean test images that are flagged, by the rate the threshold was set for."""
-    limits = _thresholds(found.calibration)
+def false_alarms(found: Scored, fpr: float) -> dict[str, Rate]:
+    """Share of the clean test images that are flagged, by the rate the threshold was set for: `fpr` and the usual."""
+    limits = _thresholds(found.calibration, sorted({*RATES, fpr}))
     return {f"{rate:g}": wilson(int((found.clean > limit).sum()), len(found.clean)) for rate, limit in limits.items()}
 
 
@@ -114,18 +115,24 @@ def under_evasion(
     *,
     surrogate: Fitted | None = None,
     steps: int = 100,
+    passes: int = 1,
     batch_size: int = 64,
     notify: Notify = silent,
-) -> tuple[Held, Rate]:
+) -> tuple[Held, Rate | None]:
     """The same under an attacker who knows the detector and its threshold, and may use the other attacks too.
 
     Returns:
-        The share held, and the share of the images that were right and accepted of which the attacker got one through.
+        The share held, and the share of the images that were right and accepted of which the attacker got one through:
+        None where no image was.
     """
     rng = Draws(fitted.card.seed, test.index, ("evade",))
     accepted = ~fitted.flags(found.clean)
     through = _through(fitted, found, test, threat)
-    spread = float(found.calibration.std().clamp_min(1e-9))
+    spread = float(found.calibration.std(correction=0))
+    stand_in = None
+    if surrogate is not None:
+        with torch.no_grad():
+            stand_in = surrogate, float(surrogate.score(test.x, test.index).std(correction=0))
     left = (accepted & ~through).nonzero()[:, 0]
     for done, part in enumerate(left.split(batch_size)):
         x, y = test.x[part], test.y[part]
@@ -133,16 +140,13 @@ def under_evasion(
         def told(event: Event, done: int = done) -> None:
             notify(replace(event, done=done * batch_size, total=len(left)))
 
-        x_adv = evade(
-            *(fitted, x, y, threat), spread=spread, surrogate=surrogate, steps=steps, rng=rng.select(part), notify=told
-        )
-        assert bool(threat.holds(x, x_adv).all())
-        with torch.no_grad():
-            wrong = fitted.model(x_adv).argmax(1) != y
-            through[part] = wrong & ~fitted.flags(fitted.score(x_adv, test.index[part]))
-    held, caught = accepted & ~through, accepted & through
-    evaded = wilson(int(caught.sum()), max(1, int(accepted.sum())))
-    return Held(attack=KNOWS, held=wilson(int(held.sum()), n)), evaded
+        given: Any = {"steps": steps, "passes": passes, "rng": rng.select(part), "notify": told}
+        x_adv = evade(fitted, x, y, threat, spread=spread, surrogate=stand_in, **given)
+        wrong, unseen = verdict(fitted, x_adv, y, test.index[part], passes=passes)
+        through[part] = wrong & unseen & threat.holds(x, x_adv)
+    held, caught = int((accepted & ~through).sum()), int((accepted & through).sum())
+    evaded = wilson(caught, held + caught) if held + caught else None
+    return Held(attack=KNOWS, held=wilson(held, n)), evaded
 
 
 def _through(fitted: Fitted, found: Scored, test: Learning, threat: Threat) -> Mask:
@@ -154,7 +158,7 @@ def _through(fitted: Fitted, found: Scored, test: Learning, threat: Threat) -> M
     return through
 
 
-def _thresholds(calibration: Scores) -> dict[float, float]:
+def _thresholds(calibration: Scores, rates: Sequence[float]) -> dict[float, float]:
     """For each rate, where there are images enough."""
-    limits = {rate: threshold(calibration, rate) for rate in RATES}
+    limits = {rate: threshold(calibration, rate) for rate in rates}
     return {rate: limit for rate, limit in limits.items() if limit is not None}

@@ -161,22 +161,36 @@ def calibrate(fitted: Fitted, scores: Scores, fpr: float = 0.05) -> Fitted:
     Raises:
         DataError: If there are too few scores for so small a rate, or one is not finite.
     """
-    if not 0 < fpr < 1:
-        raise DataError("a false-positive rate in (0, 1)", got=fpr, hint="write 0.05 for 5 %")
+    enough(len(scores), fpr)
     if not bool(scores.isfinite().all()):
         raise DataError("finite scores", got="NaN or infinity")
-    if (value := threshold(scores, fpr)) is None:
-        needed = math.ceil(1 / fpr) - 1
-        hint = "give more images or a larger rate"
-        raise DataError(f"{needed} or more clean images to calibrate at {fpr:g}", got=len(scores), hint=hint)
+    value = threshold(scores, fpr)
+    assert value is not None
     card = fitted.card.model_copy(update={"threshold": Threshold(value=value, fpr=fpr, n=len(scores))})
     return replace(fitted, card=card)
 
 
+def enough(n: int, fpr: float) -> None:
+    """Check that n clean images can carry a threshold for a false-positive rate.
+
+    Raises:
+        DataError: If they are too few, or the rate is not in (0, 1).
+    """
+    if not 0 < fpr < 1:
+        raise DataError("a false-positive rate in (0, 1)", got=fpr, hint="write 0.05 for 5 %")
+    if _rank(n, fpr) > n:
+        needed, hint = math.ceil(1 / fpr - 1e-9) - 1, "give more images or a larger rate"
+        raise DataError(f"{needed} or more clean images to calibrate at {fpr:g}", got=n, hint=hint)
+
+
 def threshold(scores: Scores, fpr: float) -> float | None:
     """The conformal quantile of clean scores; None where there are too few for so small a rate."""
-    k = math.ceil((len(scores) + 1) * (1 - fpr) - 1e-9)
+    k = _rank(len(scores), fpr)
     return None if k > len(scores) else float(scores.double().sort().values[k - 1])
+
+
+def _rank(n: int, fpr: float) -> int:
+    return math.ceil((n + 1) * (1 - fpr) - 1e-9)
 
 
 def save(fitted: Fitted, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Fit detectors on one part of the data, set their thresholds on another, and judge them on a third."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 
 from rempart.attacks import attacks
 from rempart.attacks.run import native
+from rempart.audit import EOT, averaged, mean_gradient, preflight
 from rempart.core import disk
 from rempart.core.data import Data, open_data
 from rempart.core.events import Notify, named, silent
@@ -24,10 +25,11 @@ from rempart.detect.evaluate import (
     under_evasion,
     with_rejection,
 )
-from rempart.detect.fitted import Fitted, calibrate, fit, load
+from rempart.detect.fitted import Fitted, calibrate, enough, fit, load
 from rempart.detect.protocol import Crafting, gather, split
 from rempart.models import load as load_model
-from rempart.report.schema import AttackChoice, Detection, DetectorChoice, DetectSpec, Separation
+from rempart.preprocess import defended
+from rempart.report.schema import DefenceChoice, Detection, DetectorChoice, DetectSpec, Separation
 
 SHARES = (0.7, 0.3)
 """Of the training images: what detectors are fitted on, and what thresholds are set on."""
@@ -37,27 +39,63 @@ SURROGATE = "mahalanobis"
 
 @dataclass(frozen=True, slots=True)
 class Sets:
-    """The images detectors are fitted, calibrated and judged on; `n` counts the test images, wrong ones included."""
+    """The images detectors are fitted, calibrated and judged on.
+
+    Attributes:
+        learning: To fit on.
+        calibration: To set thresholds on.
+        test: To judge on.
+        n: Number of test images, those that the model gets wrong included.
+        random: Whether two passes of the model over one image differ.
+    """
 
     learning: Learning
     calibration: Learning
     test: Learning
     n: int
+    random: bool = False
 
 
-def crafts(spec: DetectSpec, threat: Threat) -> dict[str, Crafting]:
-    """The attacks of a request by name; one that is asked for twice is numbered."""
+def crafts(spec: DetectSpec, threat: Threat, *, random: bool = False) -> dict[str, Crafting]:
+    """The attacks of a request by name; one that is asked for twice is numbered.
+
+    Where the model is `random`, attacks that can take mean gradients do, as in audits.
+
+    Raises:
+        SpecError: If an attack or an option is unknown.
+        ThreatError: If an attack cannot work in this threat.
+    """
     found: dict[str, Crafting] = {}
     for choice in spec.attacks:
-        name = _free(choice.name, found)
-        found[name] = _crafting(choice, threat)
+        entry = attacks[choice.name]
+        mean = mean_gradient(choice.name, choice.options) if random else {}
+        options = entry.parse({**choice.options, **mean})
+        found[_free(choice.name, found)] = Crafting(attack=choice.name, threat=native(entry, threat), options=options)
     return found
 
 
-def sets(model: Classifier, train: Data, test: Data, spec: DetectSpec, threat: Threat, *, notify: Notify) -> Sets:
-    """Attack what is needed; no source image is in two of the sets."""
+def means(spec: DetectSpec, *, random: bool) -> tuple[str, ...]:
+    """The note on attacks that took mean gradients, where the model is random."""
+    return averaged(choice.name for choice in spec.attacks if random and mean_gradient(choice.name, choice.options))
+
+
+def sets(
+    model: Classifier,
+    train: Data,
+    test: Data,
+    spec: DetectSpec,
+    threat: Threat,
+    *,
+    random: bool = False,
+    notify: Notify = silent,
+) -> Sets:
+    """Attack what is needed; no source image is in two of the sets.
+
+    Raises:
+        DataError: If there are too few images, those of the calibration first: they need no attack.
+    """
     learn, calibration = split(train, SHARES, seed=spec.seed)
-    made = crafts(spec, threat)
+    made = crafts(spec, threat, random=random)
     learnt = made if any(detectors[choice.name].function().learns_attacks for choice in spec.detectors) else {}
     further = {
         f"{name} at {budget:g}": replace(craft, threat=replace(craft.threat, eps=budget))
@@ -66,9 +104,12 @@ def sets(model: Classifier, train: Data, test: Data, spec: DetectSpec, threat: T
         if craft.threat.eps is not None
     }
     given: Any = {"noise": threat, "seed": spec.seed, "batch_size": spec.batch_size}
+    calm = gather(model, calibration, {}, notify=named("to calibrate", notify), **{**given, "noise": None})
+    enough(len(calm.x), spec.fpr)
     return Sets(
         learning=gather(model, learn, learnt, notify=named("to learn from", notify), **given),
-        calibration=gather(model, calibration, {}, notify=named("to calibrate", notify), **given),
+        calibration=calm,
+        random=random,
         test=gather(model, test, {**made, **further}, notify=named("to judge", notify), **given),
         n=len(test),
     )
@@ -102,7 +143,12 @@ def _judged(
     if spec.adaptive:
         surrogate = None if fitted.detector.differentiable else fit(SURROGATE, {}, model, on.learning, seed=spec.seed)
         adaptive, evaded = under_evasion(
-            *(fitted, found, on.test, on.n, threat), surrogate=surrogate, steps=spec.steps, notify=notify
+            *(fitted, found, on.test, on.n, threat),
+            surrogate=surrogate,
+            steps=spec.steps,
+            passes=EOT if on.random else 1,
+            batch_size=spec.batch_size,
+            notify=notify,
         )
         held = (*held[:2], adaptive, *held[2:])
     assert fitted.card.threshold is not None
@@ -115,13 +161,13 @@ def _judged(
         calibrated_on=fitted.card.threshold.n,
         threshold=fitted.card.threshold.value,
         fpr=spec.fpr,
-        false_alarms=false_alarms(found),
+        false_alarms=false_alarms(found, spec.fpr),
         separations=separations(found, fitted.card.attacks),
         left_out=tuple(_left_out(choice, fitted, model, on, spec)),
         held=held,
         evaded=evaded,
         kinds=fitted.kinds,
-        confusion=_confusion(fitted, on.test) if fitted.detector.name is not None else {},
+        confusion=_confusion(fitted, on.test, spec.batch_size) if fitted.detector.name is not None else {},
         seconds=time.perf_counter() - started,
     )
     return fitted, detection, found
@@ -140,20 +186,17 @@ def _left_out(
         yield from separations(scored(again, on.calibration, alone, batch_size=spec.batch_size), tuple(others))
 
 
-def _confusion(fitted: Fitted, test: Learning) -> dict[str, tuple[int, ...]]:
+def _confusion(fitted: Fitted, test: Learning, batch_size: int) -> dict[str, tuple[int, ...]]:
     """How often each kind is named, for clean images and for those of each attack."""
-    kinds = len(fitted.kinds)
     rows = {"clean": (torch.arange(len(test.x)), test.x), **test.attacked}
-    return {
-        name: tuple(torch.bincount(fitted.named(x, test.index[at]).argmax(1), minlength=kinds).tolist())
-        for name, (at, x) in rows.items()
-    }
-
-
-def _crafting(choice: AttackChoice, threat: Threat) -> Crafting:
-    entry = attacks[choice.name]
-    options = entry.parse(choice.options)
-    return Crafting(attack=choice.name, threat=native(entry, threat), options=options)
+    table: dict[str, tuple[int, ...]] = {}
+    for name, (at, x) in rows.items():
+        counts = torch.zeros(len(fitted.kinds), dtype=torch.int64)
+        for part, index in zip(x.split(batch_size), test.index[at].split(batch_size), strict=True):
+            if len(part):
+                counts += torch.bincount(fitted.named(part, index).argmax(1), minlength=len(counts))
+        table[name] = tuple(counts.tolist())
+    return table
 
 
 def _free(name: str, taken: Mapping[str, Any]) -> str:
@@ -161,12 +204,24 @@ def _free(name: str, taken: Mapping[str, Any]) -> str:
 
 
 def score_data(
-    folder: Path, model: str, source: str, out: Path, *, limit: int | None = None, batch_size: int = 64
+    folder: Path,
+    model: str,
+    source: str,
+    out: Path,
+    *,
+    defences: Sequence[DefenceChoice] = (),
+    limit: int | None = None,
+    batch_size: int = 64,
 ) -> tuple[int, int]:
-    """Write a CSV of scores and verdicts; return how many images were scored, and how many flagged."""
-    classifier = load_model(model)
+    """Write a CSV of scores and verdicts; return how many images were scored, and how many flagged.
+
+    The model is read as `preflight` reads it, as where the detector was fitted: outputs that are no logits are mended.
+    """
+    chain = [(defence.name, defence.options) for defence in defences]
+    classifier = defended(load_model(model), chain)
     fitted = load(folder, classifier)
     data = open_data(source).head(limit).scaled(classifier.low, classifier.high)
+    fitted = replace(fitted, model=preflight(classifier, data)[0])
     lines = ["index,score,flagged"]
     flagged = 0
     with torch.no_grad():

@@ -161,7 +161,6 @@ class DetectSpec(Strict):
         fpr: False-positive rate the threshold is set for.
         fit_limit: Training images used, for fitting and for calibration.
         limit: Test images used.
-        judge: Whether to judge what was fitted and calibrated on the test split.
         adaptive: Also attack each detector by an attacker who knows it.
     """
 
@@ -176,7 +175,6 @@ class DetectSpec(Strict):
     fpr: float = 0.05
     fit_limit: Annotated[int, Ge(1)] | None = None
     limit: Annotated[int, Ge(1)] | None = None
-    judge: bool = True
     adaptive: bool = True
     steps: Annotated[int, Ge(1)] = 100
     batch_size: Annotated[int, Ge(1)] = 64
@@ -558,9 +556,9 @@ class Detection(Strict):
         false_alarms: Share of clean test images that is flagged, by the rate aimed at.
         separations: By attack.
         left_out: The same for a detector that learnt from all attacks but the one in question.
-        held: With rejection, by attack; the last one knows the detector.
+        held: With rejection: as it is, under all attacks, under the one that knows the detector if run, and by attack.
         evaded: Of the images that are right and accepted, the share that an attacker who knows the detector turns into
-            one that is wrong and accepted.
+            one that is wrong and accepted; None where he was not run or there are none.
         kinds: What the detector tells apart, if it names attacks.
         confusion: For each attack (rows) how often each kind was named.
         seconds: Wall-clock time.
