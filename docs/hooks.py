@@ -71,16 +71,25 @@ def pages() -> dict[str, str]:
 def _cli() -> str:
     group = typer.main.get_command(cli.app)
     parts = ["# Command line", group.help or "", "Every command has `--help`.", "## Exit status", _statuses()]
-    for name, command in group.commands.items():  # pyright: ignore[reportAttributeAccessIssue]
+    for name, command in commands(group):
         context = command.make_context(name, [], resilient_parsing=True)
         rows = [_parameter(*record) for p in command.params if (record := p.get_help_record(context))]
         parts += [
-            f"## {name} {{ #{name} }}",
+            f"## {name} {{ #{name.replace(' ', '-')} }}",
             command.help or "",
             f"```text\nrempart {_plain_usage(command.get_usage(context))}\n```",
             _table(("argument or option", "meaning", "default and bounds"), rows),
         ]
     return "\n\n".join(parts) + "\n"
+
+
+def commands(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
+    """The commands with the words they are called by; those of a group instead of the group."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{before}{name} ")
+        else:
+            yield f"{before}{name}", command
 
 
 def _plain_usage(usage: str) -> str:
@@ -236,13 +245,15 @@ def _python() -> str:
 
 _FURTHER = {
     "Requests": [
-        f"report.schema.{name}"
-        for name in ("AuditSpec", "AttackSpec", "TrainSpec", "CertifySpec", "AttackChoice", "DefenceChoice")
-    ],
+        f"report.schema.{name}" for name in ("AuditSpec", "AttackSpec", "TrainSpec", "CertifySpec", "DetectSpec")
+    ]
+    + [f"report.schema.{name}" for name in ("AttackChoice", "DefenceChoice", "DetectorChoice")],
     "What a report holds": [
         *(f"report.schema.{name}" for name in ("AttackResult", "NormStats", "Check", "Curve", "Example", "Samples")),
         *(f"report.schema.{name}" for name in ("ModelCard", "DataCard", "Epoch", "Certificate", "Bracket")),
+        *(f"report.schema.{name}" for name in ("Detection", "Separation", "Held")),
         *(f"core.stats.{name}" for name in ("Rate", "Difference", "wilson", "paired_bootstrap", "median_interval")),
+        *(f"core.stats.{name}" for name in ("Auroc", "auroc")),
     ],
     "Reports on disk, comparison, gate": [
         *(f"report.store.{name}" for name in ("read", "read_spec", "write")),

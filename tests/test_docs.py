@@ -37,7 +37,18 @@ from rempart.train.objectives import objectives
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 WRITTEN = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(DOCS.rglob("*.md"))
-COMMANDS = typer.main.get_command(cli.app).commands  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def commands(group: Any, before: str = "") -> dict[str, Any]:
+    """Commands by the words they are called by, those of a group too."""
+    found: dict[str, Any] = {}
+    for name, command in group.commands.items():
+        within = commands(command, f"{before}{name} ") if hasattr(command, "commands") else {}
+        found |= within or {f"{before}{name}": command}
+    return found
+
+
+COMMANDS = commands(typer.main.get_command(cli.app))
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +81,7 @@ def ident(path: Path) -> str:
         ("recipes", [*recipe_names(), *(f"objective-{entry.name}" for entry in objectives)]),
         ("suites", list(SUITES)),
         ("detectors", [entry.name for entry in detectors]),
-        ("cli", list(COMMANDS)),
+        ("cli", [name.replace(" ", "-") for name in COMMANDS]),
     ],
 )
 def test_everything_registered_has_its_own_heading(reference: dict[str, str], page: str, names: list[str]) -> None:
@@ -104,7 +115,8 @@ def test_options_are_explained(reference: dict[str, str], page: str) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_parameter_of_a_command_has_a_row(reference: dict[str, str], name: str) -> None:
-    told = section(reference["cli"], name)
+    told = section(reference["cli"], name.replace(" ", "-"))
+    assert f"rempart {name} " in told
     for parameter in COMMANDS[name].params:
         for option in (
             parameter.opts if parameter.param_type_name == "option" else [parameter.metavar or parameter.name]
@@ -234,12 +246,20 @@ def test_commands_in_the_documentation_parse(path: Path, words: list[str]) -> No
 
 def check_command(name: str, *arguments: str) -> None:
     """Parse a command as typer would, and look up what it names."""
+    if name not in COMMANDS and arguments:
+        name, arguments = f"{name} {arguments[0]}", arguments[1:]
     given = COMMANDS[name].make_context(name, list(arguments)).params
     if given.get("threat") is not None:
         Threat.parse(given["threat"])
-    if name in ("audit", "attack"):
-        named = given["attack"] if name == "audit" else [given["attack"]]
-        shared = dict(pair.split("=") for pair in given["option"] or [])
+    for text in given.get("defence") or []:
+        choice, _, own = text.partition(":")
+        preprocessors[choice].parse(dict(pair.split("=") for pair in own.split(",") if pair))
+    if name == "detect evaluate":
+        for choice, _, own in (text.partition(":") for text in given["detector"]):
+            detectors[choice].parse(dict(pair.split("=") for pair in own.split(",") if pair))
+    if name in ("audit", "attack", "detect evaluate"):
+        named = [given["attack"]] if name == "attack" else given["attack"]
+        shared = dict(pair.split("=") for pair in given.get("option") or [])
         for choice, _, own in (text.partition(":") for text in named or [] if not text.startswith("corners")):
             attacks[choice].parse({**shared, **dict(pair.split("=") for pair in own.split(",") if pair)})
     if name == "audit":
@@ -262,6 +282,11 @@ def check_command(name: str, *arguments: str) -> None:
         "audit m --data digits --threat linf:9 --out o",
         "attack m --data digits --attack pgd --threat linf:0.1",
         "train --data digits --model lenet --recipe nothing --out o",
+        "detect evaluate m --data digits --threat linf:0.1 --out o --detector lidd",
+        "detect evaluate m --data digits --threat linf:0.1 --out o --detector lid:kk=3",
+        "detect evaluate m --data digits --threat linf:0.1 --out o --detector lid --attack pgdd",
+        "detect score d m --data digits --out o --fpr 0.1",
+        "audit m --data digits --threat linf:0.1 --out o --defence jpegg",
         "frobnicate",
     ],
 )

@@ -10,7 +10,7 @@ from scipy.optimize import brentq
 from scipy.stats import binom, norm, ttest_1samp
 
 from rempart.core.errors import SpecError
-from rempart.core.stats import clopper_pearson, median_interval, paired_bootstrap, student, wilson
+from rempart.core.stats import auroc, clopper_pearson, median_interval, paired_bootstrap, student, wilson
 
 CASES = [(k, n) for n in (1, 2, 7, 50, 1000) for k in {0, 1, n // 3, n - 1, n}]
 
@@ -166,3 +166,52 @@ def test_one_value_has_no_finite_interval_and_none_has_no_mean():
     for values in ([], [1.0, math.nan], [math.inf]):
         with pytest.raises(SpecError, match="finite values"):
             student(values)
+
+
+def test_auroc_counts_pairs_and_ties_half():
+    rng = np.random.default_rng(0)
+    negatives, positives = rng.integers(0, 6, 17), rng.integers(2, 8, 11)
+    gap = positives[:, None] - negatives
+    found = auroc(negatives, positives)
+    assert found.value == pytest.approx(((gap > 0) + 0.5 * (gap == 0)).mean(), abs=1e-12)
+    assert (found.negatives, found.positives) == (17, 11)
+    assert found.low < found.value < found.high
+
+
+def test_the_interval_of_auroc_is_mirrored_where_the_scores_are():
+    negatives, positives = [0.1, 0.4, 0.2, 0.9], [0.3, 0.8, 1.0]
+    there, back = auroc(negatives, positives), auroc(positives, negatives)
+    assert (back.value, back.low, back.high) == pytest.approx((1 - there.value, 1 - there.high, 1 - there.low))
+
+
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (5, 5), (30, 7), (2000, 3000)])
+@pytest.mark.parametrize("confidence", [0.8, 0.95])
+def test_auroc_of_parted_scores_ends_where_the_polynomial_does(m, n, confidence):
+    """At an area of 1 the lower end solves (1 - a) m n = z^2 a (1 + h (1 - a) / (2 - a) + h a / (1 + a))."""
+    z, h = norm.isf((1 - confidence) / 2), (m + n) / 2 - 1
+    a = np.polynomial.Polynomial([0, 1])
+    left, right = m * n * (1 - a), z**2 * a
+    roots = (left * (2 - a) * (1 + a) - right * ((2 - a) * (1 + a) + h * (1 - a) * (1 + a) + h * a * (2 - a))).roots()
+    (low,) = [r.real for r in roots if abs(r.imag) < 1e-9 and 0 < r.real < 1]
+    if m == n == 1:
+        assert low == pytest.approx(1 / (1 + z**2))
+    best = auroc(np.zeros(m), np.ones(n), confidence)
+    worst = auroc(np.ones(m), np.zeros(n), confidence)
+    assert (best.value, best.low, best.high) == (1.0, pytest.approx(low, abs=1e-9), 1.0)
+    assert (worst.value, worst.low, worst.high) == (0.0, 0.0, pytest.approx(1 - low, abs=1e-9))
+
+
+@pytest.mark.parametrize("area", [0.5, 0.8, 0.95])
+def test_the_interval_of_auroc_covers(area):
+    shift = math.sqrt(2) * norm.ppf(area)
+    rng = np.random.default_rng(0)
+    found = [auroc(rng.normal(size=30), rng.normal(size=20) + shift) for _ in range(400)]
+    assert 0.93 <= np.mean([interval.low <= area <= interval.high for interval in found]) <= 0.99
+
+
+@pytest.mark.parametrize(
+    ("negatives", "positives"), [([], [1.0]), ([1.0], []), ([math.nan], [1.0]), ([0.0], [math.inf])]
+)
+def test_auroc_needs_finite_scores_of_both_kinds(negatives, positives):
+    with pytest.raises(SpecError, match=f"{len(negatives)} negatives, {len(positives)} positives, "):
+        auroc(negatives, positives)

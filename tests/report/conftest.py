@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rempart.core.stats import Rate, wilson
+from rempart.core.stats import Auroc, Rate, auroc, wilson
 from rempart.report.html import page
 from rempart.report.methods import Trained
 from rempart.report.schema import (
+    ALL,
+    KNOWS,
     AttackChoice,
     AttackResult,
     AttackSpec,
@@ -24,13 +26,18 @@ from rempart.report.schema import (
     Check,
     Curve,
     DataCard,
+    Detection,
+    DetectorChoice,
+    DetectSpec,
     Epoch,
     Example,
+    Held,
     ModelCard,
     NormStats,
     Remedy,
     Report,
     Samples,
+    Separation,
     Training,
     TrainSpec,
     pack,
@@ -332,6 +339,62 @@ def build_checked(status: str = "failed", **changes: Any) -> Report:
     return report.model_copy(update={"attacks": tuple(attacks), **changes})
 
 
+def build_detection(labels: tuple[str, ...] = ("lid", "attack-type"), *, knows: bool = True, **changes: Any) -> Report:
+    """The report of detectors, the last of which names attacks; all rates differ."""
+    audit = build(attacks=False)
+    attacks, n = ("fgsm", "pgd", "fgsm at 0.1"), audit.data.n
+    found: list[Detection] = []
+    for at, label in enumerate(labels):
+        last = at == len(labels) - 1
+        held = {"none": 450, ALL: 200, **({KNOWS: 30} if knows else {}), "fgsm": 400, "pgd": 300, "fgsm at 0.1": 350}
+        rows = tuple(
+            Separation(
+                attack=name,
+                n=100 + k,
+                learnt=last and k < 2,
+                auroc=separated(0.6 + 0.1 * k + 0.01 * at),
+                caught={"0.01": wilson(20 + 5 * k + at, 100 + k), "0.05": wilson(50 + 5 * k + at, 100 + k)},
+            )
+            for k, name in enumerate(attacks)
+        )
+        found.append(
+            Detection(
+                label=label,
+                detector=label.split(" ")[0],
+                options={"k": 20},
+                learnt=attacks[:2] if last else (),
+                fitted_on=3000,
+                calibrated_on=1300,
+                threshold=1.25,
+                fpr=0.1,
+                false_alarms={"0.01": wilson(7 + at, 475), "0.05": wilson(27 + at, 475), "0.1": wilson(51 + at, 475)},
+                separations=rows,
+                left_out=tuple(row.model_copy(update={"auroc": separated(0.55)}) for row in rows[:2]) if last else (),
+                held=tuple(Held(attack=name, held=wilson(k - at, n)) for name, k in held.items()),
+                evaded=wilson(420, 450 - at) if knows else None,
+                kinds=("clean", *attacks[:2]) if last else (),
+                confusion={"clean": (400, 50, 25), "fgsm": (9, 80, 11), "fgsm at 0.1": (1, 2, 98)} if last else {},
+                seconds=3.21,
+            )
+        )
+    spec = DetectSpec(
+        model="runs/mri-cnn",
+        data="brain-mri",
+        detectors=tuple(DetectorChoice(name=label.split(" ")[0]) for label in labels),
+        attacks=(AttackChoice(name="fgsm"), AttackChoice(name="pgd")),
+        threat="linf:8/255",
+        fpr=0.1,
+        out="runs/d",
+    )
+    values: dict[str, Any] = {"kind": "detect", "spec": spec, "detection": tuple(found), "samples": None}
+    return audit.model_copy(update={**values, **changes})
+
+
+def separated(area: float) -> Auroc:
+    """The area of 200 scores below 100 others, but for the share that the area asks for."""
+    return auroc(np.arange(200) / 200, np.full(100, area))
+
+
 CASES: dict[str, Callable[[], Report]] = {
     "invalid": build_checked,
     "suspicious": lambda: build_checked("warned"),
@@ -350,6 +413,10 @@ CASES: dict[str, Callable[[], Report]] = {
     "certificate": build_certificate,
     "certificate without threat": lambda: build_certificate(None),
     "no certificate": lambda: build_certificate(complete=False, certificate=None, clean=None, curves=()),
+    "detection": build_detection,
+    "detection cut short": lambda: build_detection(complete=False, not_run=("knn",), notes=("The evaluation failed.",)),
+    "detection without who knows": lambda: build_detection(knows=False),
+    "no detection": lambda: build_detection((), complete=False, not_run=("lid",), clean=None),
     "one epoch": lambda: build_training(1),
     "training without cost": lambda: build_training(training=None, clean=None),
 }

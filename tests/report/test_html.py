@@ -9,6 +9,7 @@ from rempart.report.compare import compare, compare_html
 from rempart.report.html import page
 from rempart.report.schema import Report
 from rempart.report.text import stamp, verdict
+from report.conftest import page_of, report_of
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 HOSTILE = "<script>alert('x')</script>"
@@ -165,6 +166,21 @@ def test_the_page_says_what_a_reviewer_looks_for(make_report: Callable[..., Repo
     for words in ("rempart run report.json", report.model.digest, report.data.digest, "torch", "meningioma, 87.3%"):
         assert words in text
     assert all(check.message in text and check.status in text for check in report.preflight)
+
+
+def test_the_page_of_detectors_carries_every_rate_and_every_count():
+    report, source = report_of("detection"), page_of("detection")
+    for detection in report.detection:
+        assert detection.evaded is not None
+        rates = [detection.false_alarms["0.1"], detection.evaded, *(row.held for row in detection.held)]
+        for row in detection.separations:
+            rates += row.caught.values()
+            assert f"{row.auroc.value:.3f}" in source
+        missing = [rate for rate in rates if f"{rate.value:.1%}".rstrip("%") not in source]
+        assert not missing
+    kinds = source[source.index('id="kinds-') :]
+    assert re.findall(r"<td>(\d+)</td>", kinds)[:9] == ["400", "50", "25", "9", "80", "11", "1", "2", "98"]
+    assert "got through" in source and 'id="kinds-2"' not in source
 
 
 def test_a_note_that_repeats_a_check_stands_once(make_report: Callable[..., Report]):

@@ -185,6 +185,27 @@ def test_a_certificate_is_about_the_smoothed_model_and_bracketed_where_there_is_
     assert "No threat was given" in " ".join(limits(alone))
 
 
+def test_detectors_are_told_by_what_is_held_first_of_all_under_who_knows():
+    report = report_of("detection")
+    text = table(report)
+    first, second = (row for row in columns("\n\n".join(text.split("\n\n")[1:2])))
+    assert (first["detector"], second["detector"]) == ("lid", "attack-type")
+    told = {"false alarms": 51 / 475, "held, no attack": 0.9, "held, blind attacks": 0.4, "held, knowing": 0.06}
+    assert {key: first[key].split(" ")[0] for key in told} == {key: f"{value:.1%}" for key, value in told.items()}
+    rows = columns(text.split("\n\n")[2])
+    assert [row["attack"] for row in rows[3:]] == ["fgsm (learnt)", "pgd (learnt)", "fgsm at 0.1"]
+    area = report.detection[0].separations[0].auroc
+    assert rows[0]["area under curve"] == f"{area.value:.3f} [{area.low:.3f}, {area.high:.3f}]"
+    assert rows[0]["caught at 1%"].startswith("20.0%") and rows[0]["caught at 5%"].startswith("50.0%")
+    assert "Under an attacker who knows it, the best, lid, holds 6.0%" in verdict(report)
+    assert "upper bound" in verdict(report) and "At linf 8/255" in verdict(report)
+    assert "holds 40.0%" in verdict(report), "the best of the blind figures is named too"
+    assert "says little" in verdict(report_of("detection without who knows"))
+    assert "No detector was judged" in verdict(report_of("no detection"))
+    told = " ".join(limits(report_of("detection cut short")))
+    assert "not run: knn" in told and "stronger one can only hold less" in told
+
+
 def test_the_stamp_names_the_checks_that_fired(make_report: Callable[..., Report]):
     check = Check(name="zero gradients", status="warned", message="Some gradients are zero.")
     sound = make_report(preflight=(), checks=(check.model_copy(update={"status": "passed"}),), stamp="valid")

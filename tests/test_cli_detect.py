@@ -1,0 +1,290 @@
+"""`rempart detect`: figures against the scores kept beside them, detectors that come back, and runs cut short."""
+
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rempart import tasks
+from rempart.core.data import open_data
+from rempart.core.errors import DataError, ModelError, SpecError
+from rempart.core.stats import auroc, wilson
+from rempart.core.threat import Threat
+from rempart.detect import load as load_detector
+from rempart.detect import run as running
+from rempart.models import load
+from rempart.report import store
+from rempart.report.schema import ALL, KNOWS, AttackChoice, DefenceChoice, Detection, DetectorChoice, DetectSpec, Report
+from test_cli import rempart
+
+MODEL = "python:means_of_digits:classifier"
+PROGRAM = """
+import torch
+from torch import nn
+from rempart.core.data import open_data
+from rempart.core.model import Classifier
+
+def classifier():
+    '''The class whose mean image is nearest: z_k = 8 (m_k x - |m_k|^2 / 2).'''
+    data = open_data("digits:train")
+    x = data.read(data.index).flatten(1)
+    means = torch.stack([x[data.labels == k].mean(0) for k in range(10)])
+    layer = nn.utils.skip_init(nn.Linear, 64, 10)
+    with torch.no_grad():
+        layer.weight.copy_(8 * means)
+        layer.bias.copy_(-4 * (means**2).sum(1))
+    return Classifier(nn.Sequential(nn.Flatten(), layer), shape=(1, 8, 8), num_classes=10, class_names=data.class_names)
+
+def softmax():
+    model = classifier()
+    return Classifier(nn.Sequential(*model.net, nn.Softmax(1)), shape=model.shape, num_classes=10)
+"""
+NAMES = ("max-softmax", "energy")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def program(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("program")
+    (folder / "means_of_digits.py").write_text(PROGRAM, "utf-8")
+    sys.path.insert(0, str(folder))
+    yield
+    sys.path.remove(str(folder))
+    sys.modules.pop("means_of_digits", None)
+
+
+def spec(out: Path, **changes) -> DetectSpec:
+    given = {
+        "model": MODEL,
+        "data": "digits",
+        "detectors": tuple(DetectorChoice(name=name) for name in NAMES),
+        "attacks": (AttackChoice(name="fgsm"), AttackChoice(name="deepfool", options={"steps": 10})),
+        "threat": "linf:0.1",
+        "budgets": (0.05,),
+        "fpr": 0.1,
+        "fit_limit": 200,
+        "limit": 40,
+        "steps": 4,
+        "out": str(out),
+    }
+    return DetectSpec(**{**given, **changes})
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, program) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "detect"
+    tasks.run(spec(out))
+    return out
+
+
+def table_of(out: Path) -> dict[str, np.ndarray]:
+    with np.load(out / "samples.npz", allow_pickle=False) as table:
+        return dict(table)
+
+
+def held(detection: Detection) -> dict[str, int]:
+    return {row.attack: row.held.k for row in detection.held}
+
+
+def test_the_figures_are_those_of_the_scores_kept(whole: Path) -> None:
+    report, table = store.read(whole), table_of(whole)
+    assert report.kind == "detect" and report.complete and not report.not_run
+    model, data = load(MODEL), open_data("digits:test").head(40)
+    x = data.read(data.index)
+    right = model(x).argmax(1) == data.labels
+    assert report.clean == wilson(int(right.sum()), 40)
+    assert table["index"].tolist() == data.index[right].tolist()
+    assert [detection.label for detection in report.detection] == list(NAMES)
+    attacks = ["fgsm", "deepfool", "fgsm at 0.05"]
+    for detection in report.detection:
+        clean, limit = table[f"{detection.label}/clean"], detection.threshold
+        accepted = clean <= limit
+        assert detection.false_alarms["0.1"] == wilson(int((~accepted).sum()), len(clean))
+        assert list(held(detection)) == ["none", ALL, KNOWS, *attacks]
+        assert held(detection)["none"] == accepted.sum()
+        negatives = np.concatenate([clean, table[f"{detection.label}/noisy"]])
+        for name in attacks:
+            at, scores = (table[f"{detection.label}/{name}/{column}"] for column in ("position", "score"))
+            left = accepted.copy()
+            left[at[scores <= limit]] = False
+            assert held(detection)[name] == left.sum()
+            (row,) = (row for row in detection.separations if row.attack == name)
+            assert row.n == len(at) > 0 and row.auroc == auroc(negatives, scores)
+        assert held(detection)[KNOWS] <= held(detection)[ALL] <= held(detection)["fgsm at 0.05"]
+        assert detection.evaded is not None and detection.evaded.n == accepted.sum()
+        assert detection.evaded.k == accepted.sum() - held(detection)[KNOWS]
+        assert detection.calibrated_on + detection.fitted_on <= 200
+        assert detection.evaded.k > 0, "the example must have images that get through"
+    page = (whole / "report.html").read_text("utf-8")
+    assert "Model and detector together" in page and KNOWS in page
+
+
+def test_saved_detectors_give_the_scores_of_the_report(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report, table = store.read(whole), table_of(whole)
+    data = open_data("digits:test").head(40)
+    where = {number: place for place, number in enumerate(data.index.tolist())}
+    for detection in report.detection:
+        fitted = load_detector(whole / "detectors" / detection.label, load(MODEL))
+        assert fitted.card.threshold is not None and fitted.card.threshold.value == detection.threshold
+        x = torch.stack([data.read(data.index)[where[number]] for number in table["index"].tolist()])
+        scores = fitted.score(x, torch.from_numpy(table["index"]))
+        np.testing.assert_allclose(scores.detach().numpy(), table[f"{detection.label}/clean"], rtol=1e-5)
+    out = tmp_path / "deep" / "scores.csv"
+    command = ["detect", "score", whole / "detectors" / "energy", MODEL, "--data", "digits:test", "--limit", "40"]
+    status, told, _ = rempart(*command, "--out", out, "--batch-size", "7", capsys=capsys)
+    rows = list(csv.DictReader(out.read_text("utf-8").splitlines()))
+    assert status == 0 and [int(row["index"]) for row in rows] == data.index.tolist()
+    limit = report.detection[1].threshold
+    assert [row["flagged"] == "1" for row in rows] == [float(row["score"]) > limit for row in rows]
+    assert f"{sum(row['flagged'] == '1' for row in rows)} of 40 images flagged" in told
+    kept = dict(zip(table["index"].tolist(), table["energy/clean"].tolist(), strict=True))
+    assert all(
+        float(row["score"]) == pytest.approx(kept[int(row["index"])]) for row in rows if int(row["index"]) in kept
+    )
+
+
+def test_the_command_line_says_what_is_held(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--detector", "margin", "--attack", "fgsm", "--fit-limit", "150", "--limit", "20", "--fpr", "0.2"]
+    command = ["detect", "evaluate", MODEL, "--data", "digits", "--threat", "linf:0.1", *options, "--no-adaptive"]
+    status, told, _ = rempart(*command, "--out", tmp_path, capsys=capsys)
+    report = store.read(tmp_path)
+    assert status == 0 and report.detection[0].evaded is None and KNOWS not in held(report.detection[0])
+    assert "No attacker who knows the detector was tried" in " ".join(told.split())
+    alarm = report.detection[0].false_alarms["0.2"]
+    assert f"{alarm.value:.1%}" in told.split("\n\n")[1], "at the rate asked for"
+
+
+# ---- cut short
+
+
+def after_the_first(monkeypatch: pytest.MonkeyPatch, failure: BaseException) -> None:
+    judge = running._judged
+
+    def once(label, *rest):
+        if label != NAMES[0]:
+            raise failure
+        return judge(label, *rest)
+
+    monkeypatch.setattr(running, "_judged", once)
+
+
+def assert_the_first_is_kept(out: Path, whole: Path) -> Report:
+    report, table = store.read(out), table_of(out)
+    assert not report.complete and report.not_run == (NAMES[1],)
+    assert [detection.label for detection in report.detection] == [NAMES[0]]
+    assert held(report.detection[0])["none"] == held(store.read(whole).detection[0])["none"]
+    assert f"{NAMES[0]}/clean" in table and f"{NAMES[1]}/clean" not in table
+    assert [path.name for path in (out / "detectors").iterdir()] == [NAMES[0]]
+    assert (out / "report.html").exists()
+    return report
+
+
+def test_an_interruption_keeps_what_was_finished(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    after_the_first(monkeypatch, KeyboardInterrupt())
+    tasks.run(spec(tmp_path, adaptive=False))
+    assert not assert_the_first_is_kept(tmp_path, whole).notes
+
+
+@pytest.mark.parametrize("failure", [DataError("enough images", got=3), RuntimeError("singular matrix")])
+def test_a_detector_that_fails_leaves_those_before_it(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    after_the_first(monkeypatch, failure)
+    with pytest.raises(type(failure)):
+        tasks.run(spec(tmp_path, adaptive=False))
+    (note,) = assert_the_first_is_kept(tmp_path, whole).notes
+    assert str(failure) in note
+
+
+def test_an_interruption_before_any_detector_leaves_a_report_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tasks, "sets", stop)
+    report = tasks.run(spec(tmp_path))
+    assert report is not None and not report.complete and report.not_run == NAMES and report.clean is None
+    assert store.read(tmp_path) == report
+
+
+# ---- requests that cannot be met, told before the attacks run
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "told"),
+    [
+        ({"detectors": (DetectorChoice(name="energyy"),)}, SpecError, "energy"),
+        ({"detectors": (DetectorChoice(name="energy", options={"temperature": -1}),)}, SpecError, "temperature"),
+        ({"attacks": (AttackChoice(name="pgdd"),)}, SpecError, "pgd"),
+        ({"fpr": 0.001}, DataError, "999 or more clean images"),
+        ({"fpr": 5.0}, DataError, "0.05 for 5 %"),
+    ],
+)
+def test_wrong_requests_are_told_before_an_attack_runs(tmp_path, monkeypatch, changes, error, told) -> None:
+    asked = []
+    gather = running.gather
+    monkeypatch.setattr(running, "gather", lambda *a, **k: asked.append(len(a[2])) or gather(*a, **k))
+    with pytest.raises(error, match=told):
+        tasks.run(spec(tmp_path, **changes))
+    assert not any(asked)
+
+
+def test_a_detector_belongs_to_its_model_and_its_defences(whole: Path, tmp_path: Path) -> None:
+    where, out = whole / "detectors" / "energy", tmp_path / "scores.csv"
+    defences = [DefenceChoice(name="bit-depth", options={"bits": 3})]
+    with pytest.raises(ModelError, match="which the detector"):
+        running.score_data(where, MODEL, "digits:test[:5]", out, defences=defences)
+    assert not out.exists()
+
+
+def test_outputs_that_were_mended_for_the_fit_are_mended_for_the_scores(tmp_path: Path) -> None:
+    """A network that ends in a softmax is judged by its logits in both commands."""
+    softmax = "python:means_of_digits:softmax"
+    tasks.run(spec(tmp_path, model=softmax, detectors=(DetectorChoice(name="energy"),), adaptive=False, budgets=()))
+    running.score_data(tmp_path / "detectors" / "energy", softmax, "digits:test[:40]", tmp_path / "scores.csv")
+    table, rows = table_of(tmp_path), list(csv.DictReader((tmp_path / "scores.csv").read_text("utf-8").splitlines()))
+    kept = dict(zip(table["index"].tolist(), table["energy/clean"].tolist(), strict=True))
+    assert np.std(list(kept.values())) > 0.1
+    assert all(
+        float(row["score"]) == pytest.approx(kept[int(row["index"])]) for row in rows if int(row["index"]) in kept
+    )
+
+
+# ---- random models
+
+
+def test_attacks_on_a_random_model_climb_mean_gradients() -> None:
+    own = AttackChoice(name="pgd", options={"eot": 3})
+    wanted = spec(Path("out"), attacks=(AttackChoice(name="fgsm"), AttackChoice(name="pgd"), own))
+    threat = Threat.parse("linf:0.1")
+    fixed, noisy = running.crafts(wanted, threat), running.crafts(wanted, threat, random=True)
+    assert list(noisy) == ["fgsm", "pgd", "pgd 2"]
+    assert [fixed[name].options["eot"] for name in ("pgd", "pgd 2")] == [1, 3]
+    assert [noisy[name].options["eot"] for name in ("pgd", "pgd 2")] == [20, 3]
+    assert running.means(wanted, random=False) == ()
+    assert "pgd climbed" in running.means(wanted, random=True)[0].replace("fgsm, ", "")
+
+
+def test_a_random_defence_is_noted_and_the_attacker_who_knows_takes_means_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = []
+    evade = running.under_evasion
+
+    def told(*rest, **given):
+        passes.append(given["passes"])
+        return evade(*rest, **given)
+
+    monkeypatch.setattr(running, "under_evasion", told)
+    noise = (DefenceChoice(name="gaussian-noise"),)
+    pgd = (AttackChoice(name="pgd", options={"steps": 1}),)
+    wanted = spec(
+        tmp_path, defences=noise, attacks=pgd, budgets=(), detectors=(DetectorChoice(name="margin"),), steps=1
+    )
+    report = tasks.run(wanted.model_copy(update={"limit": 10, "fit_limit": 60, "fpr": 0.3}))
+    assert report is not None and passes == [20] and "The model is random: pgd climbed" in report.notes[0]
