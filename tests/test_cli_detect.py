@@ -61,12 +61,12 @@ def spec(out: Path, **changes) -> DetectSpec:
         "data": "digits",
         "detectors": tuple(DetectorChoice(name=name) for name in NAMES),
         "attacks": (AttackChoice(name="fgsm"), AttackChoice(name="deepfool", options={"steps": 10})),
-        "threat": "linf:0.1",
-        "budgets": (0.05,),
+        "threat": "linf:0.25",
+        "budgets": (0.1,),
         "fpr": 0.1,
         "fit_limit": 200,
         "limit": 40,
-        "steps": 4,
+        "steps": 10,
         "out": str(out),
     }
     return DetectSpec(**{**given, **changes})
@@ -97,7 +97,7 @@ def test_the_figures_are_those_of_the_scores_kept(whole: Path) -> None:
     assert report.clean == wilson(int(right.sum()), 40)
     assert table["index"].tolist() == data.index[right].tolist()
     assert [detection.label for detection in report.detection] == list(NAMES)
-    attacks = ["fgsm", "deepfool", "fgsm at 0.05"]
+    attacks = ["fgsm", "deepfool", "fgsm at 0.1"]
     for detection in report.detection:
         clean, limit = table[f"{detection.label}/clean"], detection.threshold
         accepted = clean <= limit
@@ -112,7 +112,7 @@ def test_the_figures_are_those_of_the_scores_kept(whole: Path) -> None:
             assert held(detection)[name] == left.sum()
             (row,) = (row for row in detection.separations if row.attack == name)
             assert row.n == len(at) > 0 and row.auroc == auroc(negatives, scores)
-        assert held(detection)[KNOWS] <= held(detection)[ALL] <= held(detection)["fgsm at 0.05"]
+        assert held(detection)[KNOWS] <= held(detection)[ALL] <= held(detection)["fgsm at 0.1"]
         assert detection.evaded is not None and detection.evaded.n == accepted.sum()
         assert detection.evaded.k == accepted.sum() - held(detection)[KNOWS]
         assert detection.calibrated_on + detection.fitted_on <= 200
