@@ -398,6 +398,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "add-an-objective",
                 "certify",
                 "compare-training",
+                "detect",
                 "defend-by-preprocessing",
                 "from-python",
                 "harden",

@@ -103,14 +103,14 @@ def sets(
         for name, craft in made.items()
         if craft.threat.eps is not None
     }
-    given: Any = {"noise": threat, "seed": spec.seed, "batch_size": spec.batch_size}
-    calm = gather(model, calibration, {}, notify=named("to calibrate", notify), **{**given, "noise": None})
+    given: Any = {"seed": spec.seed, "batch_size": spec.batch_size}
+    calm = gather(model, calibration, {}, notify=named("to calibrate", notify), **given)
     enough(len(calm.x), spec.fpr)
     return Sets(
-        learning=gather(model, learn, learnt, notify=named("to learn from", notify), **given),
+        learning=gather(model, learn, learnt, noise=threat, notify=named("to learn from", notify), **given),
         calibration=calm,
         random=random,
-        test=gather(model, test, {**made, **further}, notify=named("to judge", notify), **given),
+        test=gather(model, test, {**made, **further}, noise=threat, notify=named("to judge", notify), **given),
         n=len(test),
     )
 
@@ -220,8 +220,9 @@ def score_data(
     chain = [(defence.name, defence.options) for defence in defences]
     classifier = defended(load_model(model), chain)
     fitted = load(folder, classifier)
-    data = open_data(source).head(limit).scaled(classifier.low, classifier.high)
+    data = open_data(source).scaled(classifier.low, classifier.high)
     fitted = replace(fitted, model=preflight(classifier, data)[0])
+    data = data.head(limit)
     lines = ["index,score,flagged"]
     flagged = 0
     with torch.no_grad():
