@@ -201,6 +201,8 @@ def guard(
     chain = [(choice.name, choice.options) for choice in defences]
     described(chain)  # a wrong option is told before the model is loaded
     classifier = defended(load(model), chain)
+    for module in classifier.modules():
+        module.training = False  # for good: `frozen` would put it back between the calls of several threads
     _refuse_undeclared(classifier)
     judge = detect.load(Path(detector), classifier)
     if judge.card.threshold is None:
