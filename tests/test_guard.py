@@ -349,7 +349,7 @@ def test_a_guard_that_holds_its_model_takes_no_other(saved: Path) -> None:
 
 def test_an_exported_program_is_copied(folders: Path, tmp_path: Path) -> None:
     example, sizes = torch.rand(2, *SHAPE), ({0: torch.export.Dim("n")},)
-    torch.export.save(torch.export.export(network(), (example,), dynamic_shapes=sizes), tmp_path / "net.pt2")
+    torch.export.save(torch.export.export(network().net, (example,), dynamic_shapes=sizes), tmp_path / "net.pt2")
     source = str(tmp_path / "net.pt2")
     guarded = guard(source, (), learnt("margin", load_model(source), tmp_path / "margin"))
     save_guard(guarded, tmp_path / "guard")
