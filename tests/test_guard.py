@@ -21,7 +21,9 @@ import rempart
 from rempart import detect
 from rempart.core.errors import DataError, ModelError, SpecError
 from rempart.core.model import Classifier, metered
-from rempart.detect import Learning, detectors
+from rempart.core.repro import Draws
+from rempart.detect import Learning, State, detectors
+from rempart.detect.catalogue import Score
 from rempart.guard import GUARD, Guarded, guard, load_guard, save_guard
 from rempart.models import build, save
 from rempart.models import load as load_model
@@ -221,11 +223,29 @@ def test_images_it_cannot_judge_are_refused(guarded: Guarded, images: Any, messa
         guarded.predict(images)
 
 
-def test_a_prediction_that_is_no_number_is_rejected(folders: Path) -> None:
+def scored_by(score: Score, folders: Path) -> Guarded:
+    """A guard whose detector has another score."""
     model = network()
-    broken = Guarded(classifier=model, detector=detect.load(folders / "bare", model), source="")
-    broken.detector.model.net.register_forward_hook(lambda _, x, z: torch.full_like(z, torch.nan))
-    assert broken.predict(X[:2]).verdicts == ("rejected", "rejected")
+    fitted = detect.load(folders / "bare", model)
+    detector = replace(fitted.detector, score=score)
+    return Guarded(classifier=model, detector=replace(fitted, detector=detector), source="")
+
+
+def test_a_pass_of_other_images_is_not_taken_for_the_prediction(folders: Path) -> None:
+    def score(model: Classifier, x: Tensor, state: State, *, rng: Draws) -> Tensor:
+        return -(model(1 - x) + model(x.clone()))[:, 0].double()
+
+    with torch.no_grad():
+        p = network()(X).double().softmax(1)
+    assert torch.equal(scored_by(score, folders).predict(X).confidence, p.amax(1))
+
+
+def test_what_is_no_number_is_rejected(folders: Path) -> None:
+    scores = torch.tensor([-1e9, torch.nan, torch.inf]).double()
+    guarded = scored_by(lambda model, x, state, *, rng: scores, folders)
+    assert guarded.predict(X[:3]).verdicts == ("accepted", "rejected", "rejected")
+    guarded.classifier.net.register_forward_hook(lambda _, x, z: torch.full_like(z, torch.nan))
+    assert guarded.predict(X[:3]).verdicts == ("rejected", "rejected", "rejected")
 
 
 # ---- what it is made of
