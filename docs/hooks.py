@@ -276,6 +276,7 @@ _FURTHER = {
         *(f"detect.fitted.{name}" for name in ("fit", "calibrate", "save", "load", "Fitted", "Card", "Threshold")),
         *(f"detect.catalogue.{name}" for name in ("Detector", "Learning", "Fit", "Score", "Name", "detectors")),
     ],
+    "A guard": [f"guard.{name}" for name in ("Guarded", "Prediction", "guard", "save_guard", "load_guard")],
     "Progress": ["core.events.Event", "core.events.Notify"],
     "Errors": [f"core.errors.{name}" for name, kind in vars(errors).items() if inspect.isclass(kind) and name != "Any"],
 }

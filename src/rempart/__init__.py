@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rempart.core.data import Data, open_data
     from rempart.core.model import Classifier, Normalize
     from rempart.core.threat import Threat
+    from rempart.guard import Guarded, load_guard
     from rempart.models import load, save
     from rempart.report.schema import Report
     from rempart.tasks import run
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Classifier",
     "Data",
+    "Guarded",
     "Normalize",
     "Outcome",
     "Report",
@@ -27,6 +29,7 @@ __all__ = [
     "attack_batch",
     "attack_data",
     "load",
+    "load_guard",
     "open_data",
     "run",
     "save",
@@ -37,6 +40,7 @@ _HOMES = {
     "core.data": ("Data", "open_data"),
     "core.model": ("Classifier", "Normalize"),
     "core.threat": ("Threat",),
+    "guard": ("Guarded", "load_guard"),
     "models": ("load", "save"),
     "report.schema": ("Report",),
     "tasks": ("run",),

@@ -354,6 +354,56 @@ def score(
     print(f"{flagged} of {scored} images flagged\n\n{out}")
 
 
+guard = typer.Typer(
+    name="guard",
+    help="A model, defences and a calibrated detector as one folder that classifies images or rejects them.",
+    no_args_is_help=True,
+)
+app.add_typer(guard)
+
+
+@guard.command()
+def make(
+    model: Annotated[str, typer.Argument(metavar="MODEL")],
+    detector: Annotated[
+        Path, typer.Option("--detector", help="Folder of a calibrated detector, fitted on the model and its defences")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="New folder for the guard; models and detectors are copied")],
+    namer: Annotated[
+        Path | None, typer.Option("--namer", help="Folder of a detector that names attacks, such as attack-type")
+    ] = None,
+    defence: Defence = None,
+) -> None:
+    """Put a model behind defences and under a detector, and keep all of it in one folder."""
+    from rempart.guard import guard as make_guard
+    from rempart.guard import save_guard
+    from rempart.report.schema import DefenceChoice
+
+    chain = tuple(DefenceChoice(name=name, options=own) for name, own in map(_named, defence or []))
+    save_guard(make_guard(model, chain, detector, namer), out)
+    print(out)
+
+
+@guard.command()
+def predict(
+    folder: Annotated[Path, typer.Argument(metavar="GUARD", help="Folder that `rempart guard make` wrote")],
+    out: Annotated[Path, typer.Option("--out", help="CSV file: class, confidence, verdict and score of each image")],
+    images: Annotated[list[Path] | None, typer.Argument(metavar="[IMAGE]...", help="Image files")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Data in place of image files")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="python:package.module:factory, where the guard's model needs it")
+    ] = None,
+    limit: Limit = None,
+    batch_size: BatchSize = 64,
+) -> None:
+    """Classify images, and reject those that the detector flags."""
+    from rempart.guard import predict_data
+
+    given: Any = {"data": data, "images": images or (), "model": model, "limit": limit, "batch_size": batch_size}
+    n, rejected = predict_data(folder, out, **given)
+    print(f"{rejected} of {n} images rejected\n\n{out}")
+
+
 def _detectors(texts: list[str]) -> "tuple[DetectorChoice, ...]":
     from rempart.report.schema import DetectorChoice
 

@@ -1,0 +1,402 @@
+"""A classifier, the defences in front of it and a calibrated detector as one object that accepts or rejects images."""
+
+import csv
+import hashlib
+import io
+import os
+import shutil
+import zlib
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from rempart import detect
+from rempart.core import files
+from rempart.core.data import open_data
+from rempart.core.disk import replace
+from rempart.core.errors import DataError, ModelError, SpecError
+from rempart.core.model import Classifier, frozen, placed
+from rempart.core.types import Images, Labels, Logits, Mask, Scores
+from rempart.detect import Fitted
+from rempart.detect.fitted import CARD
+from rempart.models.load import PYTHON, load
+from rempart.models.save import CONFIG, WEIGHTS
+from rempart.preprocess import defended, described
+from rempart.report.schema import DefenceChoice, Strict
+
+GUARD = "guard.json"
+_EXPORT = "model.pt2"
+_File = Literal[
+    "model/config.json",
+    "model/weights.safetensors",
+    "model.pt2",
+    "detector/detector.json",
+    "detector/detector.safetensors",
+    "namer/detector.json",
+    "namer/detector.safetensors",
+]
+
+
+class Card(Strict):
+    """What `guard.json` holds.
+
+    Attributes:
+        format_version: Version of this file.
+        code: The function that builds the network, `python:package.module:factory`, where code other than Rempart's
+            does; it is run only when the caller names it too.
+        defences: Preprocessing in front of the network, the first nearest to the image.
+        files: SHA-256 of the other files of the folder.
+    """
+
+    format_version: Literal[1] = 1
+    code: str | None = None
+    defences: tuple[DefenceChoice, ...] = ()
+    files: dict[_File, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What a guard says of images; tensors on the CPU, one entry per image.
+
+    Attributes:
+        labels: Predicted classes, int64, shape (n).
+        names: Their names.
+        confidence: Softmax of the predicted class, in [0, 1]; it says nothing of attacks.
+        accepted: Whether the image passes, shape (n).
+        scores: How suspicious it is; larger = more.
+        threshold: An image is rejected above it.
+        attacks: For rejected images, what the naming detector takes them for: an attack, or `clean`; otherwise None.
+        probabilities: How likely that is to the naming detector; None where `attacks` is.
+    """
+
+    labels: Labels
+    names: tuple[str, ...]
+    confidence: Tensor
+    accepted: Mask
+    scores: Scores
+    threshold: float
+    attacks: tuple[str | None, ...]
+    probabilities: tuple[float | None, ...]
+
+    @property
+    def verdicts(self) -> tuple[Literal["accepted", "rejected"], ...]:
+        """The same as `accepted` in words."""
+        return tuple("accepted" if passed else "rejected" for passed in self.accepted.tolist())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guarded:
+    """A classifier that tells which images it takes no responsibility for; made by `guard` or `load_guard`.
+
+    Attributes:
+        classifier: With its preprocessing defences inside.
+        detector: Calibrated, and fitted on that classifier.
+        namer: A detector that names the attack, asked about rejected images alone.
+        source: Where the network came from, as `models.load` takes it.
+        defences: The preprocessing that is inside.
+    """
+
+    classifier: Classifier
+    detector: Fitted
+    namer: Fitted | None = None
+    source: str
+    defences: tuple[DefenceChoice, ...] = ()
+
+    def predict(self, images: "Tensor | np.ndarray[Any, Any]") -> Prediction:
+        """Classify images, and reject those the detector flags.
+
+        The detector and the prediction share a forward pass: the logits are those of the first pass in which the
+        detector shows the model the image itself, and of a pass of their own where it does not. What is said of an
+        image depends on its pixels, not on its batch mates; random defences draw anew at each call. An image whose
+        score or confidence is no number is rejected.
+
+        Args:
+            images: One image (*shape) or a batch (n, *shape): floating point in the box of the model, or uint8, where
+                0 to 255 spans the box.
+
+        Raises:
+            DataError: If they have another shape or type, leave the box, or are not finite.
+        """
+        x = self._checked(images)
+        index = _numbers(x)
+        x = placed(self.classifier, x)
+        with torch.no_grad(), _heard(self.classifier, x) as passes:
+            scores = self.detector.score(x, index)
+            if not passes:
+                with frozen(self.classifier):
+                    self.classifier(x)
+        confidence, labels = passes[0].double().softmax(1).max(1)
+        rejected = self.detector.flags(scores) | ~confidence.isfinite()
+        attacks, probabilities = self._named(x, index, rejected)
+        assert self.detector.card.threshold is not None  # `flags` raises without one
+        return Prediction(
+            labels=labels.cpu(),
+            names=tuple(self.classifier.class_names[label] for label in labels.tolist()),
+            confidence=confidence.cpu(),
+            accepted=~rejected.cpu(),
+            scores=scores.cpu(),
+            threshold=self.detector.card.threshold.value,
+            attacks=attacks,
+            probabilities=probabilities,
+        )
+
+    def _named(self, x: Images, index: Tensor, at: Mask) -> tuple[tuple[str | None, ...], tuple[float | None, ...]]:
+        found: list[tuple[str | None, float | None]] = [(None, None)] * len(x)
+        if self.namer is not None and bool(at.any()):
+            likely, kinds = self.namer.named(x[at], index[at.cpu()]).max(1)
+            rows = zip(at.nonzero()[:, 0].tolist(), kinds.tolist(), likely.tolist(), strict=True)
+            for row, kind, probability in rows:
+                found[row] = (self.namer.kinds[kind], probability)
+        return tuple(name for name, _ in found), tuple(probability for _, probability in found)
+
+    def _checked(self, images: "Tensor | np.ndarray[Any, Any]") -> Images:
+        """A batch of float32 images in the box."""
+        try:
+            x = torch.as_tensor(images)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DataError("images as a tensor or an array of numbers", got=error) from None
+        shape, low, high = self.classifier.shape, self.classifier.low, self.classifier.high
+        came, x = tuple(x.shape), x[None] if x.ndim == len(shape) else x
+        if tuple(x.shape[1:]) != shape or not len(x):
+            hint = "resize images as those of the training were"
+            raise DataError(f"an image of shape {shape}, or a batch of them", got=came, hint=hint)
+        if x.dtype == torch.uint8:
+            return files.unit(x) * (high - low) + low
+        if not x.is_floating_point():
+            raise DataError("uint8, or floating-point pixels", got=x.dtype)
+        x = x.detach().float()
+        if not bool(x.isfinite().all()):
+            raise DataError("finite pixels", got="NaN or infinity")
+        least, most = x.aminmax()
+        slack = 1e-6 * (high - low)  # a box that float32 does not hold exactly
+        if least < low - slack or most > high + slack:
+            hint = "give bytes as uint8" if most > 1.5 else ""
+            raise DataError(f"pixels in [{low:g}, {high:g}]", got=f"[{least:g}, {most:g}]", hint=hint)
+        return x
+
+
+def guard(
+    model: str, defences: Sequence[DefenceChoice], detector: str | Path, namer: str | Path | None = None
+) -> Guarded:
+    """Put a classifier behind defences and under a detector.
+
+    Args:
+        model: As `models.load` takes it.
+        defences: Preprocessing in front of it, the first nearest to the image.
+        detector: Folder of a calibrated detector that was fitted on the model behind those defences.
+        namer: Folder of a detector that names attacks, such as `attack-type`, fitted on the same.
+
+    Raises:
+        SpecError: If a defence is unknown or an option wrong.
+        ModelError: If a file is missing or damaged, or a detector was fitted on another model or other defences.
+        DataError: If the detector is not calibrated, or `namer` names no attacks.
+    """
+    chain = [(choice.name, choice.options) for choice in defences]
+    described(chain)  # a wrong option is told before the model is loaded
+    classifier = defended(load(model), chain)
+    for module in classifier.modules():
+        module.training = False  # for good: `frozen` would put it back between the calls of several threads
+    _refuse_undeclared(classifier)
+    judge = detect.load(Path(detector), classifier)
+    if judge.card.threshold is None:
+        hint = "`rempart detect evaluate` writes calibrated ones"
+        raise DataError("a calibrated detector", got=f"{detector}, without threshold", hint=hint)
+    naming = None if namer is None else detect.load(Path(namer), classifier)
+    if naming is not None and not naming.kinds:
+        raise DataError("a detector that names attacks", got=naming.card.detector, hint="take attack-type")
+    return Guarded(classifier=classifier, detector=judge, namer=naming, source=model, defences=tuple(defences))
+
+
+def save_guard(guarded: Guarded, folder: str | Path) -> None:
+    """Write a guard as a folder that needs no other file of the model or the detectors.
+
+    The files are gathered under another name, read back, and then named `folder`: it is there whole or not at all. Of a
+    `python:` model the weights beside it are copied, the code is not.
+
+    Raises:
+        SpecError: If there is something under that name already, or it cannot be written.
+        ModelError: If the model is gone, or is another one by now.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise SpecError("a new folder", got=f"{folder}, which exists", hint="choose another --out")
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        part.mkdir(parents=True)
+        code = _gathered(guarded, part)
+        digests = {path.relative_to(part).as_posix(): _sha256(path) for path in sorted(part.rglob("*.*"))}
+        card = Card.model_validate({"code": code, "defences": guarded.defences, "files": digests})
+        replace(part / GUARD, (card.model_dump_json(indent=1) + "\n").encode())
+        load_guard(part, model=code)
+        part.rename(folder)
+    except OSError as error:
+        came = f"{folder} ({error.strerror})"
+        raise SpecError("a folder that files can be written to", got=came, hint="choose another --out") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def load_guard(folder: str | Path, *, model: str | None = None) -> Guarded:
+    """Take up a guard that `save_guard` wrote; every file is checked against its digest before it is read.
+
+    Digests show damage, not forgery: who can write the folder can write both. A folder with `model.pt2` is as
+    trustworthy as that file (see `models.load`); otherwise nothing in it is executed.
+
+    Args:
+        folder: What `save_guard` wrote.
+        model: `python:package.module:factory`, where the guard's network is built by such code: it is run because you
+            say so, not because the folder does.
+
+    Raises:
+        ModelError: If a file is missing or damaged, or the network needs code that `model` does not name.
+    """
+    folder = Path(folder)
+    try:
+        card = Card.model_validate_json((folder / GUARD).read_bytes())
+    except OSError as error:
+        raise ModelError(f"a folder with {GUARD}", got=f"{folder} ({error.strerror})") from None
+    except ValidationError as error:
+        raise ModelError("a guard that `rempart guard make` wrote", got=f"{folder}, damaged ({error})") from None
+    if model != card.code:
+        if card.code is None:
+            raise ModelError("no model beside a guard that holds its own", got=model)
+        expected, hint = "a guard whose network needs no code but Rempart's", f"where you trust it, name {card.code}"
+        raise ModelError(expected, got=f"{folder}, whose network {card.code} builds", hint=hint)
+    for name, digest in card.files.items():
+        try:
+            found = _sha256(folder / name)
+        except OSError as error:
+            raise ModelError(f"{name} in {folder}", got=error.strerror) from None
+        if found != digest:
+            raise ModelError(f"the {name} that {GUARD} names", got=f"another one in {folder}", hint="make it again")
+    namer = folder / "namer" if f"namer/{CARD}" in card.files else None
+    return guard(_source(card, folder), card.defences, folder / "detector", namer)
+
+
+def predict_data(
+    folder: Path,
+    out: Path,
+    *,
+    data: str | None = None,
+    images: Sequence[Path] = (),
+    model: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 64,
+) -> tuple[int, int]:
+    """Write a CSV of what a guard says of a data set or of image files; return how many, and how many it rejected.
+
+    Raises:
+        SpecError: If both or none of `data` and `images` are given, or an image does not fit the model.
+    """
+    if (data is None) == (not images):
+        raise SpecError("image files or --data", got="both" if images else "neither")
+    guarded = load_guard(folder, model=model)
+    lines = io.StringIO()
+    table = csv.writer(lines, lineterminator="\n")
+    table.writerow(("image", "class", "name", "confidence", "verdict", "score", "threshold", "attack", "probability"))
+    n = rejected = 0
+    box = guarded.classifier.low, guarded.classifier.high
+    source = _read(guarded, images[:limit]) if data is None else _batches(data, limit, box, batch_size)
+    for keys, x in source:
+        said = guarded.predict(x)
+        n, rejected = n + len(x), rejected + int((~said.accepted).sum())
+        judged = (said.labels.tolist(), said.names, said.confidence.tolist(), said.verdicts, said.scores.tolist())
+        named = (said.attacks, said.probabilities)
+        table.writerows(zip(keys, *judged, [said.threshold] * len(x), *named, strict=True))
+    replace(out, lines.getvalue().encode())
+    return n, rejected
+
+
+def _batches(spec: str, limit: int | None, box: tuple[float, float], size: int) -> Iterator[tuple[list[int], Images]]:
+    for batch in open_data(spec).head(limit).scaled(*box).batches(size):
+        yield batch.index.tolist(), batch.x
+
+
+def _read(guarded: Guarded, images: Sequence[Path]) -> Iterator[tuple[list[Path], Images]]:
+    """Image files one by one, grey or colour as the model takes them."""
+    shape, low, high = guarded.classifier.shape, guarded.classifier.low, guarded.classifier.high
+    if len(shape) != 3:
+        raise DataError("--data for a model of images that are not flat", got="image files")
+    store = files.Folder(Path())
+    channels, height, width = shape
+    for path in images:
+        found = files.image_shape(store, str(path), str(path), "")[1:]
+        if found != (height, width):
+            expected, hint = f"an image of {width}x{height}", "resize it as the training images were"
+            raise DataError(expected, got=f"{found[1]}x{found[0]} in {path}", hint=hint)
+        x = files.Files(store, (str(path),), (channels, height, width), resize=False)(torch.zeros(1, dtype=torch.int64))
+        yield [path], x * (high - low) + low
+
+
+def _refuse_undeclared(classifier: Classifier) -> None:
+    """An audit finds out what a network returns that does not say so; what says so is needed here."""
+    x = torch.rand((8, *classifier.shape), generator=torch.Generator().manual_seed(0))
+    x = placed(classifier, x * (classifier.high - classifier.low) + classifier.low)
+    with frozen(classifier), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        z = classifier(x)
+    if classifier.output == "logits" and bool(((z >= 0) & (z <= 1)).all()):
+        hint = "return rempart.Classifier(..., output='probabilities') or 'sigmoids' from a python: function"
+        raise ModelError("logits, or a model that says what it returns", got="numbers in [0, 1]", hint=hint)
+
+
+@contextmanager
+def _heard(model: Classifier, x: Images) -> Generator[list[Logits]]:
+    """The logits of the passes in which the model is shown these very images."""
+    passes: list[Logits] = []
+
+    def hook(_: Any, inputs: tuple[Any, ...], z: Logits) -> None:
+        if inputs[0] is x:
+            passes.append(z.detach())
+
+    handle = model.register_forward_hook(hook)
+    try:
+        yield passes
+    finally:
+        handle.remove()
+
+
+def _numbers(x: Images) -> Tensor:
+    """Sample numbers that depend on the pixels alone: the key of the random numbers a detector may draw."""
+    return torch.tensor([zlib.crc32(image.contiguous().numpy().tobytes()) for image in x.cpu()])
+
+
+def _gathered(guarded: Guarded, part: Path) -> str | None:
+    """Copy the model and write the detectors; return the code the network needs."""
+    detect.save(guarded.detector, part / "detector")
+    if guarded.namer is not None:
+        detect.save(guarded.namer, part / "namer")
+    code, _, weights = guarded.source.partition("@") if guarded.source.startswith(PYTHON) else ("", "", guarded.source)
+    if weights and Path(weights).is_dir():
+        for name in (CONFIG, WEIGHTS):
+            _copy(Path(weights) / name, part / "model" / name)
+    elif weights:
+        _copy(Path(weights), part / _EXPORT)
+    return code or None
+
+
+def _copy(source: Path, to: Path) -> None:
+    try:
+        content = source.read_bytes()
+    except OSError as error:
+        raise ModelError("the model where it was", got=f"{source} ({error.strerror})") from None
+    replace(to, content)
+
+
+def _source(card: Card, folder: Path) -> str:
+    """The model in a folder, as `models.load` takes it."""
+    own = folder / (_EXPORT if _EXPORT in card.files else "model")
+    if card.code is None:
+        return str(own)
+    return f"{card.code}@{own}" if f"model/{CONFIG}" in card.files else card.code
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
