@@ -21,8 +21,7 @@ def augment(x: Images, *, flip: bool, shift: int, rng: Draws) -> Images:
         x = torch.where(mirrored, x.flip(3), x)
     if shift:
         height, width = x.shape[2:]
-        places = rng.at("shift").uniform(x.new_empty(len(x), 2, dtype=torch.float64), 0, 2 * shift + 1).long().tolist()
-        wide = F.pad(x, [shift] * 4)
-        moved = [z[:, top : top + height, left : left + width] for z, (top, left) in zip(wide, places, strict=True)]
-        x = torch.stack(moved)
+        places = rng.at("shift").uniform(x.new_empty(len(x), 2, dtype=torch.float64), 0, 2 * shift + 1).long()
+        windows = F.pad(x, [shift] * 4).unfold(2, height, 1).unfold(3, width, 1)
+        x = windows[torch.arange(len(x), device=x.device), :, places[:, 0], places[:, 1]]
     return x

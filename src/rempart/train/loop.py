@@ -166,9 +166,10 @@ def _step(run: Run, data: Data, positions: Tensor, draws: Draws, progress: float
     run.optimiser.zero_grad()
     for chunk in own.tensor_split(min(recipe.accumulate, max(1, len(own)))):
         batch, rng = data.batch(chunk), draws.select(chunk)
-        x = augment(batch.x.to(device), flip=recipe.flip, shift=recipe.shift, rng=rng)
+        x, y = (tensor.to(device, non_blocking=True) for tensor in (batch.x, batch.y))  # no step waits for the last
+        x = augment(x, flip=recipe.flip, shift=recipe.shift, rng=rng)
         with run.fabric.autocast():
-            loss: Loss = objective(run.classifier, x, batch.y.to(device), rng=rng, progress=progress)
+            loss: Loss = objective(run.classifier, x, y, rng=rng, progress=progress)
         share = len(chunk) / len(positions)
         run.fabric.backward(loss.value if share == 1 else loss.value * share)
         for name, part in {"loss": loss.value, **loss.parts}.items():

@@ -9,7 +9,7 @@ import torch
 from rempart.core.data import Data, open_data
 from rempart.core.errors import Cancelled, DataError, SpecError, TrainError
 from rempart.core.events import Notify, silent
-from rempart.core.model import Classifier, frozen
+from rempart.core.model import Classifier, frozen, placed
 from rempart.core.ranks import ALONE, Ranks
 from rempart.core.repro import Draws, environment
 from rempart.core.stats import Rate, wilson
@@ -243,6 +243,8 @@ def _report(
     seconds: float,
 ) -> Report:
     model = load(_source(spec))
+    if torch.cuda.is_available() if spec.device is None else spec.device == "cuda":
+        model.to("cuda")
     stopped = collapsed(recipe, epochs)
     left = recipe.epochs - len(epochs)
     kept = best(epochs)
@@ -290,5 +292,7 @@ def _source(spec: TrainSpec) -> str:
 
 def _accuracy(model: Classifier, data: Data, batch_size: int) -> Rate:
     with frozen(model), torch.no_grad():
-        right = sum(int((model(batch.x).argmax(1) == batch.y).sum()) for batch in data.batches(batch_size))
+        right = sum(
+            int((model(placed(model, batch.x)).argmax(1).cpu() == batch.y).sum()) for batch in data.batches(batch_size)
+        )
     return wilson(right, len(data))
