@@ -108,6 +108,7 @@ def _share(spec: AuditSpec, folder: Path | None, here: Ranks, notify: Notify) ->
     if spec.device == "cuda":
         if not torch.cuda.is_available():
             raise SpecError("a GPU that torch can use", got="none", hint="leave out --device cuda")
+        torch.backends.cudnn.allow_tf32 = False  # its rounding, 1e-3, would count as a model that depends on the batch
         model = model.to(f"cuda:{here.local % torch.cuda.device_count()}")
     data = open_data(spec.data).head(spec.limit).scaled(model.low, model.high)
     pieces = None if folder is None else folder / "pieces"
