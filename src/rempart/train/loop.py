@@ -94,6 +94,8 @@ def train(
         run = setup(classifier, recipe, seed=seed, samples=len(learn), device=device, ranks=ranks, notify=notify)
         if resume:
             restore(run, resume[1])
+            if validation is not None and epochs:
+                _check_learned(epochs, validation.labels, last=len(epochs) == recipe.epochs)
         stack.enter_context(_whole_logits(run))
         while len(epochs) < recipe.epochs and not collapsed(recipe, epochs):
             number, begun = len(epochs) + 1, time.perf_counter()
@@ -291,21 +293,26 @@ def _finite(loss: Tensor, epoch: int) -> float:
 def _check_learned(epochs: Sequence[Epoch], labels: Tensor, *, last: bool) -> None:
     """Refuse a model whose mean recall lies within two standard errors of guessing: that of one constant answer.
 
-    Not before the last epoch, unless it knew better before; and at any time one that is surely worse than guessing.
+    Not before the last epoch, unless it knew better before; and at any time one that is surely worse than guessing,
+    by three standard errors of a guess that is as likely in each class, however few images a class has.
     """
-    classes = len(labels.unique())
+    counts = labels.unique(return_counts=True)[1].tolist()
+    classes = len(counts)
+    if classes == 1:
+        return
     chance = 1 / classes
     error = math.sqrt(chance * (1 - chance) / len(labels))
+    worst_error = chance * math.sqrt(chance * (1 - chance) * sum(1 / count for count in counts))
     recalls = [e.balanced_accuracy for e in epochs if e.balanced_accuracy is not None]
     came = f"{recalls[-1]:.3f} after epoch {len(epochs)}"
-    if recalls[-1] < chance - 3 * error:
+    if recalls[-1] < chance - 3 * worst_error:
         raise TrainError(
             f"a mean recall of {chance:.3f} or more, which is guessing among {classes} classes",
             got=f"{came}: the model has learnt to answer wrong",
             hint="try a smaller weight of the penalty, or a longer warmup",
         )
     learnt = max(recalls) > chance + _LEARNT * (1 - chance)
-    if classes > 1 and (last or learnt) and recalls[-1] <= chance + 2 * error:
+    if (last or learnt) and recalls[-1] <= chance + 2 * error:
         raise TrainError(
             f"a mean recall above {chance + 2 * error:.3f}, which is guessing among {classes} classes",
             got=f"{came}, where it was {max(recalls):.3f} before" if learnt else came,
