@@ -15,7 +15,7 @@ from torch import nn
 
 from rempart.core.errors import Cancelled, DataError, ModelError, SpecError, TrainError
 from rempart.core.repro import digest_state
-from rempart.models import load
+from rempart.models import load, save
 from rempart.report import store
 from rempart.report.schema import TrainSpec
 from rempart.train import run_training
@@ -124,6 +124,37 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
     assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".part")]
     whole = run_training(spec(tmp_path / "whole"))
     assert losses(run_training(spec(tmp_path, resume=True))) == losses(whole)
+
+
+def test_a_model_that_was_not_written_beside_its_checkpoint_is_written_by_resume(tmp_path, monkeypatch):
+    """The end comes between the checkpoint of the best epoch and its model, by a full disk or kill -9."""
+    whole = run_training(spec(tmp_path / "whole", options={"epochs": 2}))
+    assert whole.training.best_epoch == 2
+    saved = []
+
+    def full(*given, **more):
+        saved.append(given)
+        if len(saved) > 2:  # best and last of the first epoch fit
+            raise OSError(28, "No space left on device")
+        save(*given, **more)
+
+    monkeypatch.setattr("rempart.train.run.save", full)
+    with pytest.raises(TrainError, match="to write epoch 2"):
+        run_training(spec(tmp_path / "cut", options={"epochs": 2}))
+    monkeypatch.undo()
+    done = run_training(spec(tmp_path / "cut", options={"epochs": 2}, resume=True))
+    assert (done.training.best_epoch, done.model.digest) == (2, whole.model.digest)
+    assert digest_state(load(str(tmp_path / "cut/last")).state_dict()) == whole.model.digest
+
+
+def test_a_log_that_fails_loses_no_epoch(tmp_path, monkeypatch):
+    def broken(epoch):
+        raise RuntimeError("no server")
+
+    monkeypatch.setattr("rempart.train.run.open_logs", lambda *given: [broken])
+    with pytest.raises(RuntimeError, match="no server"):
+        run_training(spec(tmp_path))
+    assert [epoch.epoch for epoch in store.read(tmp_path).epochs] == [1]
 
 
 def test_a_loss_that_is_not_finite_keeps_the_epochs_before_it(tmp_path, monkeypatch):

@@ -251,7 +251,8 @@ def test_a_resumed_training_repeats_the_losses_and_ends_with_the_same_weights(di
         )
     strip = [epoch.model_copy(update={"seconds": 0}) for epoch in kept[-1][0]]
     assert [epoch.model_copy(update={"seconds": 0}) for epoch in again[-1][0]] == strip
-    assert len(again) == 2 and same(weights(whole), weights(resumed)) and same(kept[-1][1], again[-1][1])
+    assert same(again[0][1], state)  # what was finished is kept once more
+    assert len(again) == 3 and same(weights(whole), weights(resumed)) and same(kept[-1][1], again[-1][1])
 
 
 def enlarged(read):

@@ -25,7 +25,7 @@ from rempart.train.processes import added_up, connected, share_statistics, toget
 from rempart.train.setup import Run, setup
 
 Keep = Callable[[tuple[Epoch, ...], State], None]
-"""Called after each finished epoch with all so far, while the classifier holds the weights that were measured."""
+"""Called with all epochs finished so far, while the classifier holds the weights measured after the last of them."""
 
 _PAUSE = 0.4  # seconds between two events
 _RISE = 0.2  # share of a onecycle schedule in which the learning rate grows
@@ -65,7 +65,8 @@ def train(
         resume: Epochs finished before, and the state that `keep` was given after the last of them.
         device: cpu or cuda. Default: the best there is.
         ranks: This process among those that train together.
-        keep: Called after each finished epoch, to save it; in the first process only.
+        keep: Called after each finished epoch, to save it, and after a resume with the epochs that were finished, as
+            they may not have been saved whole; in the first process only.
         notify: Receives loss and accuracy so far, about twice a second.
 
     Returns:
@@ -94,7 +95,10 @@ def train(
         run = setup(classifier, recipe, seed=seed, samples=len(learn), device=device, ranks=ranks, notify=notify)
         if resume:
             restore(run, resume[1])
-            if validation is not None and epochs:
+            with _averaged(run):
+                if ranks.number == 0:
+                    keep(tuple(epochs), resume[1])
+            if validation is not None:
                 _check_learned(epochs, validation.labels, last=len(epochs) == recipe.epochs)
         stack.enter_context(_whole_logits(run))
         while len(epochs) < recipe.epochs and not collapsed(recipe, epochs):

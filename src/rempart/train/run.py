@@ -68,8 +68,10 @@ def run_training(spec: TrainSpec, notify: Notify = silent, *, ranks: Ranks = ALO
 
     def keep(done: tuple[Epoch, ...], state: State) -> None:
         history = {**record, "epochs": [epoch.model_dump() for epoch in done]}
+        new = done[len(epochs) :]
         try:
-            checkpoint.write(out / CHECKPOINT, done, state, request)
+            if new:  # not after a resume, which goes on from this very checkpoint
+                checkpoint.write(out / CHECKPOINT, done, state, request)
             if best(done) is done[-1]:
                 save(classifier, out, name=name, options=options, training=history)
             save(classifier, out / LAST, name=name, options=options, training=history)
@@ -79,9 +81,10 @@ def run_training(spec: TrainSpec, notify: Notify = silent, *, ranks: Ranks = ALO
             raise TrainError(
                 f"to write epoch {len(done)} to {out}", got=error.strerror or str(error), hint=hint
             ) from None
-        for log in logs:
-            log(done[-1])
         epochs[:] = done
+        for epoch in new:
+            for log in logs:
+                log(epoch)
 
     error: Exception | None = None
     try:
