@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
+from rempart.core.data import open_data
 from rempart.core.errors import Cancelled, DataError, ModelError, SpecError, TrainError
 from rempart.core.repro import digest_state
-from rempart.models import load, save
+from rempart.models import build, load, save
 from rempart.report import store
 from rempart.report.schema import TrainSpec
 from rempart.train import run_training
@@ -238,6 +240,44 @@ def test_a_network_of_the_users_own_is_trained_and_loaded_with_its_code_alone(tm
         sys.modules.pop("own_networks")
         load(f"python:own_networks:other@{tmp_path / 'out'}")
     sys.modules.pop("own_networks")
+
+
+BOXED = """
+import torch
+from rempart import Classifier
+def linear():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    return Classifier(net, shape=(1, 8, 8), num_classes=10, low=-1.0, high=3.0)
+"""
+
+
+def test_a_model_with_a_box_of_its_own_learns_from_the_images_it_is_audited_on(tmp_path, monkeypatch):
+    (tmp_path / "boxed_networks.py").write_text(BOXED)
+    monkeypatch.chdir(tmp_path)
+    options = {"learning_rate": 0.02}
+    report = run_training(spec(tmp_path / "out", model=None, start="python:boxed_networks:linear", options=options))
+    model = load(f"python:boxed_networks:linear@{tmp_path / 'out'}")
+    test = open_data("digits:test[:300]").scaled(-1.0, 3.0)
+    batch = test.batch(torch.arange(len(test)))
+    assert (float(batch.x.min()), float(batch.x.max())) == (-1, 3)
+    assert report.clean.k == int((model(batch.x).argmax(1) == batch.y).sum()) > 150
+    assert report.data.digest == test.digest
+    sys.modules.pop("boxed_networks")
+
+
+def test_classes_in_another_order_are_not_learnt_further(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
+    for split in ("train", "test"):
+        for number, image in enumerate(images):
+            path = tmp_path / "data" / split / ("cat", "dog")[number % 2] / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+    model = build("mlp", shape=(1, 8, 8), num_classes=2, class_names=("dog", "cat"))
+    save(model, tmp_path / "start", name="mlp")
+    with pytest.raises(DataError, match="classes in the model's order: dog, cat, got cat, dog"):
+        run_training(spec(tmp_path / "x", model=None, start=str(tmp_path / "start"), data=str(tmp_path / "data")))
+    assert not (tmp_path / "x").exists()
 
 
 def test_an_exported_program_cannot_be_trained(tmp_path):

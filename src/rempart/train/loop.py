@@ -173,7 +173,7 @@ def _step(run: Run, data: Data, positions: Tensor, draws: Draws, progress: float
     for chunk in own.tensor_split(min(recipe.accumulate, max(1, len(own)))):
         batch, rng = data.batch(chunk), draws.select(chunk)
         x, y = (tensor.to(device, non_blocking=True) for tensor in (batch.x, batch.y))  # no step waits for the last
-        x = augment(x, flip=recipe.flip, shift=recipe.shift, rng=rng)
+        x = augment(x, flip=recipe.flip, shift=recipe.shift, rng=rng, black=run.classifier.low)
         with run.fabric.autocast():
             loss: Loss = objective(run.classifier, x, y, rng=rng, progress=progress)
         share = len(chunk) / len(positions)

@@ -54,6 +54,9 @@ def run_training(spec: TrainSpec, notify: Notify = silent, *, ranks: Ranks = ALO
     train_data, test_data = _splits(spec.data)
     learn, validation = set_aside(train_data, recipe.validation_images)
     classifier, name, options = _network(spec, learn)
+    _same_order(classifier, learn)
+    learn, test_data = (data.scaled(classifier.low, classifier.high) for data in (learn, test_data))
+    validation = None if validation is None else validation.scaled(classifier.low, classifier.high)
     request = spec.model_dump_json(exclude=_ASIDE)
     if (finished := _finished(spec, request)) is not None:
         return finished
@@ -198,6 +201,15 @@ def _network(spec: TrainSpec, learn: Data) -> tuple[Classifier, str, dict[str, o
         seed=spec.seed,
     )
     return classifier, spec.model, dict(spec.model_options)
+
+
+def _same_order(model: Classifier, data: Data) -> None:
+    if model.class_names != data.class_names and set(model.class_names) == set(data.class_names):
+        raise DataError(
+            f"classes in the model's order: {', '.join(model.class_names)}",
+            got=", ".join(data.class_names),
+            hint="the labels would be read as other classes",
+        )
 
 
 def _finished(spec: TrainSpec, request: str) -> Report | None:
