@@ -237,7 +237,11 @@ def run(spec: Annotated[Path, typer.Argument(help="A spec, or a report.json whos
 @app.command()
 def compare(
     reports: Annotated[
-        list[Path], typer.Argument(help="Audits on the same samples, or training runs on the same data")
+        list[Path],
+        typer.Argument(
+            help="Audits on the same samples, or training runs on the same data; a run that began with your own code "
+            "as python:package.module:factory@FOLDER"
+        ),
     ],
     out: Annotated[Path | None, typer.Option("--out", help="HTML file")] = None,
     threat: Annotated[
