@@ -99,6 +99,37 @@ def test_another_request_does_not_go_on_from_a_checkpoint(tmp_path):
         run_training(spec(tmp_path, seed=8, resume=True))
 
 
+def test_a_recipe_file_or_images_that_changed_are_not_gone_on_with(tmp_path):
+    recipe, data, out = tmp_path / "own.toml", tmp_path / "data.npz", tmp_path / "out"
+    digits = [open_data("digits", split=split).head(300).load() for split in ("train", "test")]
+
+    def store_images(move):
+        arrays = {}
+        for name, part in zip(("train", "test"), digits, strict=True):
+            arrays[f"{name}_images"] = (part.batch(torch.arange(300)).x[:, 0] * 255).byte().numpy() ^ move
+            arrays[f"{name}_labels"] = part.labels.numpy()[:, None]
+        np.savez(data, **arrays)
+
+    def asked(**more):
+        return spec(out, recipe=str(recipe), data=str(data), **more)
+
+    store_images(0)
+    recipe.write_text("learning_rate = 0.002")
+    run_training(asked(), stopped_after(1))
+    recipe.write_text("learning_rate = 0.003")
+    with pytest.raises(SpecError, match=r"learning_rate=0\.003 instead of 0\.002"):
+        run_training(asked(resume=True))
+    recipe.write_text("learning_rate = 0.002")
+    store_images(1)
+    with pytest.raises(SpecError, match="images="):
+        run_training(asked(resume=True))
+    store_images(0)
+    assert run_training(asked(resume=True)).complete
+    recipe.write_text("learning_rate = 0.003")
+    with pytest.raises(SpecError, match="holds a trained model"):
+        run_training(asked(resume=True))
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path):
     run_training(spec(tmp_path), stopped_after(1))
     path = tmp_path / "checkpoint.safetensors"

@@ -1,5 +1,6 @@
 """From a request to a trained model on disk and a report."""
 
+import json
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -57,8 +58,8 @@ def run_training(spec: TrainSpec, notify: Notify = silent, *, ranks: Ranks = ALO
     _same_order(classifier, learn)
     learn, test_data = (data.scaled(classifier.low, classifier.high) for data in (learn, test_data))
     validation = None if validation is None else validation.scaled(classifier.low, classifier.high)
-    request = spec.model_dump_json(exclude=_ASIDE)
-    if (finished := _finished(spec, request)) is not None:
+    request = _request(spec, recipe, learn)
+    if (finished := _finished(spec, recipe, test_data)) is not None:
         return finished
     resume = _resumed(spec, request)
     if ranks.number == 0:
@@ -212,12 +213,25 @@ def _same_order(model: Classifier, data: Data) -> None:
         )
 
 
-def _finished(spec: TrainSpec, request: str) -> Report | None:
+def _request(spec: TrainSpec, recipe: Recipe, learn: Data) -> str:
+    """All that a training is asked for: the spec, what its recipe says today, and what the images are."""
+    settings = recipe.model_dump(mode="json")
+    own = settings.pop("options")
+    return json.dumps({**settings, **own, **spec.model_dump(mode="json", exclude=_ASIDE), "images": learn.digest})
+
+
+def _finished(spec: TrainSpec, recipe: Recipe, test: Data) -> Report | None:
     """The report of this very training, where it is to be resumed and came to its end before."""
     if not spec.resume or not (Path(spec.out) / JSON).exists():
         return None
     report = read(spec.out)
-    same = isinstance(report.spec, TrainSpec) and report.spec.model_dump_json(exclude=_ASIDE) == request
+    same = (
+        isinstance(report.spec, TrainSpec)
+        and report.spec.model_dump_json(exclude=_ASIDE) == spec.model_dump_json(exclude=_ASIDE)
+        and report.training is not None
+        and report.training.recipe == recipe.model_dump(mode="json")
+        and report.data.digest == test.digest
+    )
     return report if same and report.complete else None
 
 
@@ -243,8 +257,8 @@ def _resumed(spec: TrainSpec, request: str) -> tuple[list[Epoch], State] | None:
 
 def _difference(before: str, now: str) -> str:
     """The keys in which two requests differ, with both values."""
-    old, new = (TrainSpec.model_validate_json(text[:-1] + ',"out":""}').model_dump() for text in (before, now))
-    return ", ".join(f"{key}={new[key]!r} instead of {old[key]!r}" for key in new if new[key] != old[key])
+    old, new = json.loads(before), json.loads(now)
+    return ", ".join(f"{key}={new[key]!r} instead of {old.get(key)!r}" for key in new if new[key] != old.get(key))
 
 
 def _report(
