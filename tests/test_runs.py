@@ -118,6 +118,23 @@ def test_audits_are_used_again_until_something_they_depend_on_changes(
     assert made == [f"b/audits/l2-{LIMIT}"], "another version"
 
 
+def test_an_audit_cut_off_before_its_table_is_made_again(fresh: list[Path], monkeypatch: pytest.MonkeyPatch):
+    """Other weights, and an end between the two files of their audit: the table is still that of the old ones."""
+
+    def end(path: Path, arrays: Any) -> None:
+        if path.parent.name.startswith("l2"):
+            raise Cancelled
+
+    shutil.copy(fresh[1] / "weights.safetensors", fresh[0] / "weights.safetensors")
+    monkeypatch.setattr(tasks, "save_arrays", end)
+    with pytest.raises(Cancelled):
+        runs.audited(reports(fresh), threat="linf:0.1", limit=LIMIT)
+    monkeypatch.undo()
+    found = runs.audited(reports(fresh), threat="linf:0.1", limit=LIMIT)
+    assert found["a"].sizes == pytest.approx(found["b"].sizes), "the same weights"
+    assert (fresh[0] / "audits" / f"linf-0.1-{LIMIT}" / "samples.npz").exists()
+
+
 def test_a_stopped_comparison_goes_on(fresh: list[Path], tmp_path: Path):
     def stop(event: Event) -> None:
         if event.stage.startswith("b: ") and event.done:

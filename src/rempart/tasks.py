@@ -116,8 +116,8 @@ def _share(spec: AuditSpec, folder: Path | None, here: Ranks, notify: Notify) ->
     if result is None:
         return None
     if folder is not None:
-        write(result.report, folder)
         save_arrays(folder / "samples.npz", _per_sample(result))
+        write(result.report, folder)  # last: who finds the report can rely on the table
         if result.report.complete:
             shutil.rmtree(folder / "pieces", ignore_errors=True)
     if result.error is not None:
