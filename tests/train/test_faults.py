@@ -362,6 +362,15 @@ def test_tensorboard_and_mlflow_hold_what_the_report_says(tmp_path):
     assert run.data.params["seed"] == "7"
 
 
+def test_a_training_begun_anew_does_not_go_on_in_the_old_run_of_mlflow(tmp_path):
+    run_training(spec(tmp_path, options={"epochs": 2}), stopped_after(1))
+    (tmp_path / "mlflow-run").write_text("old")
+    assert run_training(spec(tmp_path, options={"epochs": 2}, resume=True)).complete
+    assert (tmp_path / "mlflow-run").exists()
+    run_training(spec(tmp_path, options={"epochs": 2}, overwrite=True))
+    assert not (tmp_path / "mlflow-run").exists()
+
+
 def test_a_log_whose_package_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(SpecError, match=r"the package mlflow, got none; pip install 'rempart\[mlflow\]'"):

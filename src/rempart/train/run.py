@@ -22,7 +22,7 @@ from rempart.report.store import JSON, claim, read, write
 from rempart.train import checkpoint
 from rempart.train.checkpoint import State
 from rempart.train.config import Recipe, load_recipe
-from rempart.train.log import open_logs, write_csv
+from rempart.train.log import MLFLOW_RUN, open_logs, write_csv
 from rempart.train.loop import best, collapsed, train
 
 LAST = "last"
@@ -65,7 +65,8 @@ def run_training(spec: TrainSpec, notify: Notify = silent, *, ranks: Ranks = ALO
     if ranks.number == 0:
         claim(out)
         if resume is None:
-            (out / CHECKPOINT).unlink(missing_ok=True)
+            for old in (CHECKPOINT, MLFLOW_RUN):
+                (out / old).unlink(missing_ok=True)
     logs = open_logs(spec.log, out, spec.model_dump(exclude=_ASIDE)) if ranks.number == 0 else []
     record = {"data": learn.source, "digest": learn.digest, "seed": spec.seed, "recipe": recipe.model_dump()}
     epochs: list[Epoch] = list(resume[0]) if resume else []
