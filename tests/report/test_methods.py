@@ -101,7 +101,7 @@ def test_a_fine_tuned_model_is_named_by_what_it_began_as(runs: dict[str, Trained
     run = runs["trades"]
     spec = run.training.spec.model_copy(update={"model": None, "start": "runs/plain"})
     other = Trained(run.training.model_copy(update={"spec": spec}), run.audit, run.minimum, run.sizes)
-    assert compare_methods({"a": run, "b": other}).rows[1].model == "plain, fine-tuned"
+    assert compare_methods({"a": run, "b": other}).rows[1].model == "runs/plain, fine-tuned"
 
 
 def test_what_does_not_compare_is_refused_or_told(runs: dict[str, Trained]):

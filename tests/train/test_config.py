@@ -110,3 +110,10 @@ def test_published_schedules_go_down_at_the_beginning_of_the_epochs_published(na
     recipe = load_recipe(name)
     rates = [schedule(recipe, (epoch - 0.99) / recipe.epochs) for epoch in range(1, recipe.epochs + 1)]
     assert tuple(e for e in range(2, recipe.epochs + 1) if rates[e - 1] < rates[e - 2]) == falls
+
+
+def test_options_in_a_table_are_refused_and_not_taken_for_a_family(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('objective = "pgd-at"\n\n[options]\nsteps = 3\n', "utf-8")
+    with pytest.raises(SpecError, match=r"no table \[options\].*same level"):
+        load_recipe(str(path))

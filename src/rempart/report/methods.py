@@ -177,7 +177,7 @@ def _method(spec: TrainSpec) -> str:
 
 def _model(spec: TrainSpec) -> str:
     if spec.model is None:
-        return f"{PurePath(str(spec.start)).name}, fine-tuned"
+        return f"{spec.start}, fine-tuned"
     return _called(spec.model, spec.model_options)
 
 

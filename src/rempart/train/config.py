@@ -27,7 +27,8 @@ class Settings(Strict):
         objective: A name from `objectives`.
         epochs: Passes over the training data.
         batch_size: Images per step; the batches of an epoch differ by one image at most.
-        accumulate: Parts that each batch is worked off in, to save memory; only batch norm sees a difference.
+        accumulate: Parts that each batch is worked off in, to save memory; batch norm, and objectives that look at
+            a batch as a whole, see the parts.
         optimiser: sgd, with Nesterov momentum 0.9; or adam, with decoupled weight decay.
         learning_rate: The largest of the schedule.
         schedule: Constant; cosine, from the largest to 0; onecycle, a linear rise over the first fifth, then cosine;
@@ -37,7 +38,8 @@ class Settings(Strict):
         weight_decay: Pull of the weights to 0.
         clip: Largest l2 norm of the gradient of a step; longer ones are shortened to it.
         ema: Decay of a running mean of the weights, which is then measured and kept in their place; 0 for none.
-        precision: 32 bit, or mixed precision; logits, losses and the images of attacks stay in 32 bit.
+        precision: 32 bit, or mixed precision; logits, losses and the images of attacks stay in 32 bit. Gradients of
+            attacks are not scaled, so that tiny ones vanish in 16: prefer bf16.
         flip: Mirror every second image left to right, at random.
         shift: Move every image by up to so many pixels in each direction, at random; black comes in.
         awp: Adversarial weight perturbation around the objective, relative to the size of the weights; 0 for none.
@@ -125,6 +127,9 @@ def _read(name: str) -> dict[str, Any]:
         stem, family = name, ""
     keys = _parse(stem)
     tables = _tables(keys)
+    if "options" in tables:
+        hint = "write them on the same level as the other keys; a table is a family of data"
+        raise SpecError("no table [options] in a recipe", got=name, hint=hint)
     if family and family not in tables:
         have = ", ".join(tables) or "none"
         raise SpecError(

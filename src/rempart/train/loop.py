@@ -143,7 +143,8 @@ def fit(run: Run, data: Data, epoch: int, last: Epoch | None = None) -> Epoch:
             for name, part in parts.items():
                 total[name] = total.get(name, 0) + part * len(positions)
             seen += len(positions)
-            if time.monotonic() - heard > _PAUSE or seen == run.samples:
+            due = run.ranks.number == 0 and time.monotonic() - heard > _PAUSE  # one process stops the others
+            if due or seen == run.samples:
                 heard = time.monotonic()
                 mean = _finite(total["loss"] / seen, epoch)
                 values = {"loss": mean, "accuracy": float(total["accuracy"] / seen)}

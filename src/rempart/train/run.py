@@ -65,9 +65,10 @@ def run_training(spec: TrainSpec, notify: Notify = silent, *, ranks: Ranks = ALO
     if ranks.number == 0:
         claim(out)
         if resume is None:
-            for old in (CHECKPOINT, MLFLOW_RUN):
-                (out / old).unlink(missing_ok=True)
+            (out / MLFLOW_RUN).unlink(missing_ok=True)
     logs = open_logs(spec.log, out, spec.model_dump(exclude=_ASIDE)) if ranks.number == 0 else []
+    if ranks.number == 0 and resume is None:
+        (out / CHECKPOINT).unlink(missing_ok=True)
     record = {"data": learn.source, "digest": learn.digest, "seed": spec.seed, "recipe": recipe.model_dump()}
     epochs: list[Epoch] = list(resume[0]) if resume else []
 

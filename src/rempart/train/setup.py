@@ -91,7 +91,7 @@ def setup(
     on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
     gpu = ranks.local % max(1, torch.cuda.device_count())
     fabric = Fabric(
-        accelerator="cuda" if on_gpu else "cpu" if device else "auto",
+        accelerator="cuda" if on_gpu else "cpu",
         devices=[gpu] if on_gpu else 1,
         precision=_PRECISION[recipe.precision],
     )
