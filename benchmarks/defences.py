@@ -35,6 +35,7 @@ from rempart.train import load_recipe, objectives, train
 RESULTS = Path(__file__).parent / "results" / "defences.json"
 EPOCHS = 3
 CALIBRATION = 128  # images of the short run that counts a method's gradient evaluations per image
+MIXED = 1280  # the same for adaptive, which draws an attack for each batch
 PROBE = 1000  # images that sns measures its neurons on, by default
 COMMON = {"batch_size": 64, "optimiser": "adam", "schedule": "onecycle", "weight_decay": 1e-3}
 
@@ -222,7 +223,7 @@ def chosen(place: str, method: str, threat: str, start: Path, source: str, budge
         elif value == "{alpha}":
             options[key] = 1.0  # set below, when the number of steps is known
     learn = open_data(source, split="train")
-    part = learn.take(part_of(len(learn), CALIBRATION)).load()
+    part = learn.take(part_of(len(learn), MIXED if recipe == "adaptive" else CALIBRATION)).load()
     once = {key: value for key, value in options.items() if key != "alpha"}
     name = f"{recipe}:{setting['family']}"
     counted = load_recipe(name, {**once, "epochs": 1, "validation_images": 0})
