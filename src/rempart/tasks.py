@@ -71,10 +71,15 @@ def run(spec: AuditSpec | AttackSpec | TrainSpec | CertifySpec, notify: Notify =
 
 
 def _train(spec: TrainSpec, notify: Notify) -> Report | None:
-    from rempart.train import run_training  # loads Lightning Fabric, which an audit does not need
+    from rempart.train import (  # loads Lightning Fabric, which an audit does not need
+        load_recipe,
+        refuse_alone,
+        run_training,
+    )
 
     if spec.devices == 1 and launched() is None:
         return run_training(spec, notify)
+    refuse_alone(load_recipe(spec.recipe, spec.options))  # before other processes start
     with _processes(spec, Path(spec.out)) as here:
         return run_training(spec, notify if here.number == 0 else silent, ranks=here)
 

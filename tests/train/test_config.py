@@ -117,3 +117,14 @@ def test_options_in_a_table_are_refused_and_not_taken_for_a_family(tmp_path):
     path.write_text('objective = "pgd-at"\n\n[options]\nsteps = 3\n', "utf-8")
     with pytest.raises(SpecError, match=r"no table \[options\].*same level"):
         load_recipe(str(path))
+
+
+def test_a_recipe_names_its_objective_and_takes_no_options_of_another(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("epochs = 1\n", "utf-8")
+    with pytest.raises(SpecError, match="an objective in the recipe"):
+        load_recipe(str(path))
+    with pytest.raises(SpecError, match="beta, an option of ima, trades"):
+        load_recipe("plain", {"beta": 3})
+    with pytest.raises(SpecError, match="pgd-at alone is for something small"):
+        load_recipe("pgd-at:zzz")

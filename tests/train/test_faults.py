@@ -95,8 +95,10 @@ def test_another_request_does_not_go_on_from_a_checkpoint(tmp_path):
     with pytest.raises(SpecError, match="--resume to go on with it, or --overwrite"):
         run_training(spec(tmp_path))
     assert run_training(spec(tmp_path, overwrite=True)).complete
-    with pytest.raises(SpecError, match="holds a trained model"):
+    with pytest.raises(SpecError, match=r"seed=8 instead of 7; that training is complete"):
         run_training(spec(tmp_path, seed=8, resume=True))
+    with pytest.raises(SpecError, match="holds a trained model"):
+        run_training(spec(tmp_path, seed=8))
 
 
 def test_a_recipe_file_or_images_that_changed_are_not_gone_on_with(tmp_path):
@@ -114,19 +116,19 @@ def test_a_recipe_file_or_images_that_changed_are_not_gone_on_with(tmp_path):
         return spec(out, recipe=str(recipe), data=str(data), **more)
 
     store_images(0)
-    recipe.write_text("learning_rate = 0.002")
+    recipe.write_text("objective = 'plain'\nlearning_rate = 0.002")
     run_training(asked(), stopped_after(1))
-    recipe.write_text("learning_rate = 0.003")
+    recipe.write_text("objective = 'plain'\nlearning_rate = 0.003")
     with pytest.raises(SpecError, match=r"learning_rate=0\.003 instead of 0\.002"):
         run_training(asked(resume=True))
-    recipe.write_text("learning_rate = 0.002")
+    recipe.write_text("objective = 'plain'\nlearning_rate = 0.002")
     store_images(1)
     with pytest.raises(SpecError, match="images="):
         run_training(asked(resume=True))
     store_images(0)
     assert run_training(asked(resume=True)).complete
-    recipe.write_text("learning_rate = 0.003")
-    with pytest.raises(SpecError, match="holds a trained model"):
+    recipe.write_text("objective = 'plain'\nlearning_rate = 0.003")
+    with pytest.raises(SpecError, match="another recipe file or other images; that training is complete"):
         run_training(asked(resume=True))
 
 

@@ -488,6 +488,8 @@ class Report(Strict):
     @property
     def title(self) -> str:
         """A short name for headings and legends."""
+        if self.kind == "train":
+            return f"{self.model.name}, trained on {self.data.source.partition(':')[0]}"
         return f"{self.model.name} on {self.data.source}"
 
 

@@ -101,7 +101,14 @@ def load_recipe(name: str, options: Mapping[str, Any] | None = None) -> Recipe:
         SpecError: If there is no such recipe, or a key or a value is wrong; all faults in one message.
     """
     wanted = {**_read(name), **(options or {})}
-    entry = objectives[str(wanted.get("objective", "plain"))]
+    if "objective" not in wanted:
+        raise SpecError(f"an objective in the recipe {name}", got="none", hint='for example objective = "pgd-at"')
+    entry = objectives[str(wanted["objective"])]
+    for key in wanted:
+        owners = [other.name for other in objectives if key in other.params.model_fields]
+        if owners and key not in entry.params.model_fields and key not in Settings.model_fields:
+            hint = "choose one of their recipes; see `rempart list recipes`"
+            raise SpecError(f"options of {entry.name}", got=f"{key}, an option of {', '.join(owners)}", hint=hint)
     schema = create_model("Wanted", __base__=(Settings, entry.params))
     values = Entry(f"recipe {name}", entry.function, None, schema).parse(wanted)
     own = {key: values.pop(key) for key in entry.params.model_fields}
@@ -132,9 +139,8 @@ def _read(name: str) -> dict[str, Any]:
         raise SpecError("no table [options] in a recipe", got=name, hint=hint)
     if family and family not in tables:
         have = ", ".join(tables) or "none"
-        raise SpecError(
-            f"a family of {stem} out of {have}", got=repr(family), hint=suggestion(family, tables).strip(" ()")
-        )
+        hint = suggestion(family, tables).strip(" ()") or f"{stem} alone is for something small"
+        raise SpecError(f"a family of {stem} out of {have}", got=repr(family), hint=hint)
     return {key: value for key, value in keys.items() if key not in tables} | tables.get(family, {})
 
 

@@ -249,6 +249,11 @@ def _resumed(spec: TrainSpec, request: str) -> tuple[list[Epoch], State] | None:
                 hint="repeat it as it was, or choose another --out",
             )
         return epochs, state
+    if not spec.overwrite and spec.resume and (Path(spec.out) / JSON).exists():
+        before = read(spec.out).spec.model_dump_json(exclude=_ASIDE)
+        got = _difference(before, spec.model_dump_json(exclude=_ASIDE)) or "another recipe file or other images"
+        hint = f"that training is complete: train its model further with --from {spec.out}, or choose another --out"
+        raise SpecError(f"the same request as that of the training in {spec.out}", got=got, hint=hint)
     if not spec.overwrite and (path.exists() or (Path(spec.out) / CONFIG).exists()):
         held = "an unfinished training" if path.exists() else "a trained model"
         other = "--resume to go on with it" if path.exists() else "another --out"
@@ -286,6 +291,12 @@ def _report(
             f"{kept.robust_accuracy:.1%} to {epochs[-1].robust_accuracy:.1%}, as it does when a model overfits to a "
             f"weak attack. The model kept is that of epoch {kept.epoch}."
         )
+    clean, chance = _accuracy(model, test, recipe.batch_size), 1 / model.num_classes
+    if clean.low <= chance:
+        notes.append(
+            f"On the test images the model is not surely better than guessing among {model.num_classes} classes "
+            f"({chance:.1%}). Whether it learnt anything is open: look at the course of the loss."
+        )
     if error is not None:
         notes.append(f"The training failed in epoch {len(epochs) + 1}: {type(error).__name__}: {error}")
     missing = f"the last {left} of {recipe.epochs} epochs"
@@ -299,7 +310,7 @@ def _report(
         model=card(model, spec.out),
         data=DataCard.of(test),
         notes=tuple(notes),
-        clean=_accuracy(model, test, recipe.batch_size),
+        clean=clean,
         not_run=(missing,) if left else (),
         epochs=tuple(epochs),
         training=Training(
