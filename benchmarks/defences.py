@@ -15,6 +15,7 @@ Work already done is not repeated; several shares can run at the same time. `--c
 import argparse
 import itertools
 import json
+import math
 import statistics
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,6 +35,8 @@ from rempart.train import load_recipe, objectives, train
 RESULTS = Path(__file__).parent / "results" / "defences.json"
 EPOCHS = 3
 CALIBRATION = 128  # images of the short run that counts a method's gradient evaluations per image
+MIXED = 1280  # the same for adaptive, which draws an attack for each batch
+PROBE = 1000  # images that sns measures its neurons on, by default
 COMMON = {"batch_size": 64, "optimiser": "adam", "schedule": "onecycle", "weight_decay": 1e-3}
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -220,14 +223,17 @@ def chosen(place: str, method: str, threat: str, start: Path, source: str, budge
         elif value == "{alpha}":
             options[key] = 1.0  # set below, when the number of steps is known
     learn = open_data(source, split="train")
-    part = learn.take(part_of(len(learn), CALIBRATION)).load()
+    part = learn.take(part_of(len(learn), MIXED if recipe == "adaptive" else CALIBRATION)).load()
     once = {key: value for key, value in options.items() if key != "alpha"}
     name = f"{recipe}:{setting['family']}"
     counted = load_recipe(name, {**once, "epochs": 1, "validation_images": 0})
     epochs = train(part, None, load(str(start)), counted)
     each = epochs[-1].gradients / len(part)
-    images = min(len(learn), round(budget / EPOCHS / each))
-    images += setting["common"]["validation_images"]  # set aside from these
+    fixed = 0
+    if recipe == "sns":  # its probe of so many images costs the same for every epoch, however many are learnt from
+        fixed, each = options["steps"] * PROBE, each - options["steps"]
+    images = round((budget / EPOCHS - fixed) / each)
+    images = min(len(learn), images + min(setting["common"]["validation_images"], math.ceil(images / 9)))
     step = max(1, len(learn) // images)
     options["images"] = f"0:{images * step}:{step}"
     if "alpha" in options:

@@ -37,6 +37,7 @@ CLAIMS = {  # method: what it is said to do, by whom, and what it is measured ag
     "fast": ("As much as adversarial training at lower cost", "Wong et al. 2020, arXiv:2001.03994"),
     "ima": ("Accuracy under attack at less loss of clean accuracy", "Ma and Liang 2020, arXiv:2005.09147"),
 }
+BOTH = ("reference", "parseval", "deep-defense")  # methods that are the same there and here
 HERE = "(not measured yet: the command is in `benchmarks`)"
 
 
@@ -206,9 +207,14 @@ def published() -> str:
             shown = {"published": "pixels as published", "unit": "pixels of [0, 1]"}[space]
             parts += [f"### {name}, {shown} {{ #deep-defense-{net}-{space} }}"]
             lines = [ours(method, row) for method, row in told["methods"].items()]
-            lines += [theirs(method, row) for method, row in body["published"][net].items() if space == "published"]
+            if space == "published":
+                told_there = body["published"][net]
+                lines += [theirs(method, row) for method, row in told_there.items()]
+                lines += [apart(method, told["methods"][method], told_there[method]) for method in BOTH]
             header = ("method", "accuracy", "rho_2", "of the reference's", "0.2 eps_ref", "0.5 eps_ref", "eps_ref")
             parts += [table(header, lines)]
+            exact = [(method, *under(row, "exact fgs")) for method, row in told["methods"].items()]
+            parts += ["FGS without rounding:", table(("method", *header[-3:]), exact)]
             parts += [
                 "\n".join(f"- {asked}: {'yes' if answer else '**no**'}" for asked, answer in told["acceptance"].items())
             ]
@@ -223,7 +229,19 @@ def published() -> str:
 
 def ours(method: str, row: Mapping[str, Any]) -> Sequence[str]:
     cells = [percent(row["accuracy"], 2), plus_minus(row["rho_2"], 4), plus_minus(row["rho_2 ratio"], 2)]
-    return (method, *cells, *(percent(row[f"fgs {share}"]) for share in (0.2, 0.5, 1.0)))
+    return (method, *cells, *under(row, "fgs"))
+
+
+def under(row: Mapping[str, Any], kind: str) -> Sequence[str]:
+    return [percent(row[f"{kind} {share}"]) for share in (0.2, 0.5, 1.0)]
+
+
+def apart(method: str, row: Mapping[str, Any], there: Sequence[float]) -> Sequence[str]:
+    """Ours minus theirs, in percentage points but for rho_2."""
+    accuracy, rho, *fgs = there
+    shares = [100 * row[f"fgs {share}"]["mean"] - value for share, value in zip((0.2, 0.5, 1.0), fgs, strict=True)]
+    ours = (f"{100 * row['accuracy']['mean'] - accuracy:+.2f}", f"{row['rho_2']['mean'] - rho:+.4f}")
+    return (f"{method}, ours minus published", *ours, "", *(f"{value:+.1f}" for value in shares))
 
 
 def theirs(method: str, row: Sequence[float]) -> Sequence[str]:

@@ -118,6 +118,23 @@ def test_audits_are_used_again_until_something_they_depend_on_changes(
     assert made == [f"b/audits/l2-{LIMIT}"], "another version"
 
 
+def test_an_audit_cut_off_before_its_table_is_made_again(fresh: list[Path], monkeypatch: pytest.MonkeyPatch):
+    """Other weights, and an end between the two files of their audit: the table is still that of the old ones."""
+
+    def end(path: Path, arrays: Any) -> None:
+        if path.parent.name.startswith("l2"):
+            raise Cancelled
+
+    shutil.copy(fresh[1] / "weights.safetensors", fresh[0] / "weights.safetensors")
+    monkeypatch.setattr(tasks, "save_arrays", end)
+    with pytest.raises(Cancelled):
+        runs.audited(reports(fresh), threat="linf:0.1", limit=LIMIT)
+    monkeypatch.undo()
+    found = runs.audited(reports(fresh), threat="linf:0.1", limit=LIMIT)
+    assert found["a"].sizes == pytest.approx(found["b"].sizes), "the same weights"
+    assert (fresh[0] / "audits" / f"linf-0.1-{LIMIT}" / "samples.npz").exists()
+
+
 def test_a_stopped_comparison_goes_on(fresh: list[Path], tmp_path: Path):
     def stop(event: Event) -> None:
         if event.stage.startswith("b: ") and event.done:
@@ -160,3 +177,36 @@ def test_kinds_do_not_mix_and_audits_have_their_own_threat(fresh: list[Path], tm
         runs.compare(fresh[:1], threat="linf:0.1")
     assert "worst case" in runs.compare(audits, out=tmp_path / "audits.html")
     assert (tmp_path / "audits.html").exists()
+
+
+def test_the_folder_of_a_run_cannot_name_code_to_run(
+    fresh: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A report may say that its model began as Python code; only the user may say so, as for every other command."""
+    (fresh[0] / "planted.py").write_text("from pathlib import Path\nPath('ran').touch()\ndef net(): ...\n")
+    monkeypatch.chdir(tmp_path)
+    code = f"python:{fresh[0].name}.planted:net"
+    report = store.read(fresh[0])
+    assert isinstance(report.spec, TrainSpec)
+    store.write(report.model_copy(update={"spec": report.spec.model_copy(update={"start": code})}), fresh[0])
+    with pytest.raises(SpecError, match=f"where you trust that code, give {code}@"):
+        runs.compare(fresh, threat="linf:0.1", limit=LIMIT)
+    assert not Path("ran").exists()
+
+
+OWN = """
+from rempart.models import build
+def net(): return build("mlp", shape=(1, 8, 8), num_classes=10)
+"""
+
+
+def test_runs_of_a_network_of_the_users_own_are_compared_by_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "own_compared.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    code = "python:own_compared:net"
+    for seed, name in enumerate(("a", "b")):
+        tasks.run(
+            TrainSpec(data="digits", start=code, recipe="plain:digits", options={"epochs": 2}, seed=seed, out=name)
+        )
+    table = runs.compare([Path(f"{code}@{name}") for name in ("a", "b")], threat="linf:0.1", limit=LIMIT)
+    assert "worst case" in table and (tmp_path / "a/audits").exists()

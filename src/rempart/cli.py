@@ -31,7 +31,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Data = Annotated[str, typer.Option("--data", help="Data: digits, mnist:DIR, FOLDER, FILE.zip, FILE.npz; :test[:500]")]
+Data = Annotated[
+    str, typer.Option("--data", help="digits, mnist:DIR, cifar10:PATH, FOLDER, FILE.zip, FILE.npz; :test[:500]")
+]
 ThreatText = Annotated[str, typer.Option("--threat", help="Norm and budget in pixel units: linf:8/255, l2:0.5, l1:12")]
 Options = Annotated[list[str] | None, typer.Option("--option", "-o", help="key=value, repeatable")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of every random draw")]
@@ -241,17 +243,28 @@ def certify(
 
 
 @app.command()
-def run(spec: Annotated[Path, typer.Argument(help="A spec, or a report.json whose spec is run again")]) -> None:
-    """Run a spec from a file, or replay a report."""
+def run(
+    spec: Annotated[Path, typer.Argument(help="A spec, or a report.json whose spec is run again")],
+    out: Annotated[str | None, typer.Option("--out", help="Another place for what it writes")] = None,
+) -> None:
+    """Run a spec from a file, or replay a report. A training does not write over its own model: give it another --out.
+
+    It loads the model that the file names, which runs code where that is python:package.module:factory.
+    """
     from rempart.report.store import read_spec
 
-    _run(read_spec(spec))
+    request = read_spec(spec)
+    _run(request if out is None else request.model_copy(update={"out": out}))
 
 
 @app.command()
 def compare(
     reports: Annotated[
-        list[Path], typer.Argument(help="Audits on the same samples, or training runs on the same data")
+        list[Path],
+        typer.Argument(
+            help="Audits on the same samples, or training runs on the same data; a run that began with your own code "
+            "as python:package.module:factory@FOLDER"
+        ),
     ],
     out: Annotated[Path | None, typer.Option("--out", help="HTML file")] = None,
     threat: Annotated[

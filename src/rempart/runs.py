@@ -13,7 +13,7 @@ from rempart.core.errors import Cancelled, SpecError
 from rempart.core.events import Event, Notify, silent
 from rempart.core.repro import environment
 from rempart.core.threat import Threat
-from rempart.models.load import card, load
+from rempart.models.load import PYTHON, card, load
 from rempart.report import compare as comparing
 from rempart.report import text
 from rempart.report.html import methods_page
@@ -40,7 +40,8 @@ def compare(
     Of a training run, the model is audited first (see `audited`), unless that was done before.
 
     Args:
-        paths: Reports or the folders of runs, two or more of one kind.
+        paths: Reports or the folders of runs, two or more of one kind. A training that began with Python code is named
+            with it, as `python:package.module:factory@FOLDER`: what a folder says is never run.
         threat: For training runs, what to audit against. Default: the threat all their recipes measure themselves by.
         limit: For training runs, audit on the first so many test images.
         device: For training runs, where to audit.
@@ -54,6 +55,9 @@ def compare(
         SpecError: If audits and training runs are mixed, or an argument does not belong to the kind.
         DataError: If the reports are not about the same samples.
     """
+    named_code = [str(path).partition("@") if str(path).startswith(PYTHON) else ("", "", path) for path in paths]
+    paths = [Path(place) for _, _, place in named_code]
+    code = {path: name for path, (name, _, _) in zip(paths, named_code, strict=True) if name}
     reports = [read(path) for path in paths]
     trained = [path for path, report in zip(paths, reports, strict=True) if report.kind == "train"]
     if trained and len(trained) < len(reports):
@@ -65,7 +69,7 @@ def compare(
         )
     if trained:
         found = dict(zip(paths, reports, strict=True))
-        methods = compare_methods(audited(found, threat=threat, limit=limit, device=device, notify=notify))
+        methods = compare_methods(audited(found, code=code, threat=threat, limit=limit, device=device, notify=notify))
         table, page = text.methods_table(methods), methods_page(methods)
     else:
         if threat is not None or limit is not None:
@@ -81,6 +85,7 @@ def compare(
 def audited(
     reports: Mapping[Path, Report],
     *,
+    code: Mapping[Path, str] | None = None,
     threat: str | None,
     limit: int | None,
     device: Literal["cpu", "cuda"] = "cpu",
@@ -91,19 +96,29 @@ def audited(
     The audits lie in `audits/` in the folder of the run. One that is complete is used again if request, weights,
     images and versions agree; one that was stopped is taken up where it was.
 
+    Args:
+        reports: Those of the runs, by their places.
+        code: For runs that began with Python code, that code: it is run.
+        threat: What to audit against. Default: the threat all recipes measure themselves by.
+        limit: Audit on the first so many test images.
+        device: Where to audit.
+        notify: Receives progress.
+
     Raises:
-        SpecError: If no threat is given and the recipes do not agree on one.
+        SpecError: If no threat is given and the recipes do not agree on one, or code is needed that was not given.
         Cancelled: If the work was stopped.
     """
     if len(reports) < 2:
         raise SpecError("two or more reports to compare", got=len(reports))
     asked = Threat.parse(threat) if threat else _agreed(reports)
+    folders = {path: path if path.is_dir() else path.parent for path in reports}
+    models = {path: _model(report, folders[path], (code or {}).get(path)) for path, report in reports.items()}
     runs: list[Trained] = []
     for path, report in reports.items():
-        folder = path if path.is_dir() else path.parent
+        folder, model, l2 = folders[path], models[path], Threat(norm="l2")
         told = _prefixed(folder.name, notify)
-        audit = _audit(folder, report, asked, _SUITE, (), limit, device, told)
-        minimum = _audit(folder, report, Threat(norm="l2"), None, (AttackChoice(name=_MINIMUM),), limit, device, told)
+        audit = _audit(folder, model, report, asked, _SUITE, (), limit, device, told)
+        minimum = _audit(folder, model, report, l2, None, (AttackChoice(name=_MINIMUM),), limit, device, told)
         runs.append(Trained(report, audit, minimum, _sizes(minimum)))
     names = comparing.named([run.audit for run in runs])
     return dict(zip(names, runs, strict=True))
@@ -120,6 +135,7 @@ def _agreed(reports: Mapping[Path, Report]) -> Threat:
 
 def _audit(
     folder: Path,
+    model: str,
     training: Report,
     threat: Threat,
     suite: str | None,
@@ -131,7 +147,7 @@ def _audit(
     assert isinstance(training.spec, TrainSpec)
     out = folder / "audits" / f"{str(threat).replace(':', '-')}-{limit or 'all'}"
     spec = AuditSpec(
-        model=_model(training.spec, folder),
+        model=model,
         data=training.spec.data,
         threat=threat.norm if threat.eps is None else f"{threat.norm}:{threat.eps!r}",
         suite=suite,
@@ -149,10 +165,17 @@ def _audit(
     return report
 
 
-def _model(spec: TrainSpec, folder: Path) -> str:
+def _model(report: Report, folder: Path, code: str | None) -> str:
     """The model that a training left, as `load` takes it: one that began as Python code needs the code as well."""
-    code = spec.start is not None and spec.start.startswith("python:")
-    return f"{str(spec.start).partition('@')[0]}@{folder}" if code else str(folder)
+    start = getattr(report.spec, "start", None) or ""
+    if code is None and start.startswith(PYTHON):
+        began = start.partition("@")[0]
+        raise SpecError(
+            "a run whose network needs no code but Rempart's",
+            got=f"{folder}, which says that {began} builds it",
+            hint=f"where you trust that code, give {began}@{folder}",
+        )
+    return f"{code}@{folder}" if code else str(folder)
 
 
 def _kept(out: Path, spec: AuditSpec) -> Report | None:

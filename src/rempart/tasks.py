@@ -90,10 +90,15 @@ def _opened(spec: AuditSpec | AttackSpec | CertifySpec | DetectSpec) -> tuple[Cl
 
 
 def _train(spec: TrainSpec, notify: Notify) -> Report | None:
-    from rempart.train import run_training  # loads Lightning Fabric, which an audit does not need
+    from rempart.train import (  # loads Lightning Fabric, which an audit does not need
+        load_recipe,
+        refuse_alone,
+        run_training,
+    )
 
     if spec.devices == 1 and launched() is None:
         return run_training(spec, notify)
+    refuse_alone(load_recipe(spec.recipe, spec.options))  # before other processes start
     with _processes(spec, Path(spec.out)) as here:
         return run_training(spec, notify if here.number == 0 else silent, ranks=here)
 
@@ -126,6 +131,7 @@ def _share(spec: AuditSpec, folder: Path | None, here: Ranks, notify: Notify) ->
     if spec.device == "cuda":
         if not torch.cuda.is_available():
             raise SpecError("a GPU that torch can use", got="none", hint="leave out --device cuda")
+        torch.backends.cudnn.allow_tf32 = False  # its rounding, 1e-3, would count as a model that depends on the batch
         model = model.to(f"cuda:{here.local % torch.cuda.device_count()}")
     data = open_data(spec.data).head(spec.limit).scaled(model.low, model.high)
     pieces = None if folder is None else folder / "pieces"
@@ -133,8 +139,8 @@ def _share(spec: AuditSpec, folder: Path | None, here: Ranks, notify: Notify) ->
     if result is None:
         return None
     if folder is not None:
-        write(result.report, folder)
         save_arrays(folder / "samples.npz", _per_sample(result))
+        write(result.report, folder)  # last: who finds the report can rely on the table
         if result.report.complete:
             shutil.rmtree(folder / "pieces", ignore_errors=True)
     if result.error is not None:

@@ -224,6 +224,29 @@ def test_frozen_undoes_what_a_forward_pass_does_to_buffers(in_place):
     assert snapshot(model) == before
 
 
+def test_frozen_leaves_buffers_that_did_not_change_alone():
+    """A graph that was built before still gives gradients, also where a neighbour of the same dtype changed."""
+
+    class Scaling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, values in (("count", [0.0]), ("scale", [2.0, 3.0]), ("calls", [0])):
+                self.register_buffer(name, torch.tensor(values))
+
+        def forward(self, x):
+            self.count += 1
+            return x * self.scale
+
+    model, x = Scaling(), torch.ones(2, requires_grad=True)
+    z = model(x)
+    with frozen(model):
+        model(x)
+        assert model.count.tolist() == [2]
+    assert model.count.tolist() == [1] and model.calls.tolist() == [0]
+    z.sum().backward()
+    assert x.grad is not None and x.grad.tolist() == [2, 3]
+
+
 def test_frozen_undoes_a_change_of_mode_inside():
     """An attack that calls `train()` itself does not leave its mark, nor do the running statistics it moved."""
     model = mixed()

@@ -77,7 +77,7 @@ def test_a_training_tells_what_its_accuracies_were_measured_on_and_what_it_cost(
     text = " ".join(table(report).split())
     for words in (
         "objective: trades (beta=6, threat=linf:0.1)",
-        "recipe: epochs=30, learning_rate=0.05 kept:",
+        "recipe: trades: epochs=30, learning_rate=0.05 kept:",
         "the weights of epoch 24",
         "4,500 to learn from, 500 to choose the epoch by",
         "1,485,000 images sent backward, 1,620,000 forward, in 96.3 seconds",

@@ -43,3 +43,8 @@ def test_a_sample_does_not_depend_on_its_batch_mates(untouched_rng):
     whole = augment(X, flip=True, shift=2, rng=RNG)
     assert torch.equal(whole[part], augment(X[part], flip=True, shift=2, rng=RNG.select(part)))
     assert not torch.equal(whole, augment(X, flip=True, shift=2, rng=RNG.at("epoch", 2)))
+
+
+def test_what_comes_in_is_black_in_the_box_of_the_model():
+    z = augment(X * 2 - 1, flip=True, shift=2, rng=RNG, black=-1.0)
+    assert torch.allclose(z, augment(X, flip=True, shift=2, rng=RNG) * 2 - 1)

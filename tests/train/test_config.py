@@ -8,6 +8,7 @@ from rempart.core.model import Classifier
 from rempart.core.repro import Draws
 from rempart.train import load_recipe, objectives, recipe_names
 from rempart.train.config import Settings
+from rempart.train.loop import schedule
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -101,3 +102,29 @@ def test_a_recipe_asks_for_perturbed_weights():
 @pytest.mark.parametrize("entry", objectives, ids=lambda entry: entry.name)
 def test_no_objective_hides_a_setting(entry):
     assert not entry.params.model_fields.keys() & Settings.model_fields.keys()
+
+
+@pytest.mark.parametrize(("name", "falls"), [("trades:cifar10", (75,)), ("mart:cifar10", (75, 90, 100))])
+def test_published_schedules_go_down_at_the_beginning_of_the_epochs_published(name, falls):
+    """The authors' codes count epochs from 1 and compare with >=."""
+    recipe = load_recipe(name)
+    rates = [schedule(recipe, (epoch - 0.99) / recipe.epochs) for epoch in range(1, recipe.epochs + 1)]
+    assert tuple(e for e in range(2, recipe.epochs + 1) if rates[e - 1] < rates[e - 2]) == falls
+
+
+def test_options_in_a_table_are_refused_and_not_taken_for_a_family(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('objective = "pgd-at"\n\n[options]\nsteps = 3\n', "utf-8")
+    with pytest.raises(SpecError, match=r"no table \[options\].*same level"):
+        load_recipe(str(path))
+
+
+def test_a_recipe_names_its_objective_and_takes_no_options_of_another(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("epochs = 1\n", "utf-8")
+    with pytest.raises(SpecError, match="an objective in the recipe"):
+        load_recipe(str(path))
+    with pytest.raises(SpecError, match="beta, an option of ima, trades"):
+        load_recipe("plain", {"beta": 3})
+    with pytest.raises(SpecError, match="pgd-at alone is for something small"):
+        load_recipe("pgd-at:zzz")

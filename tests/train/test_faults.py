@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
+from rempart.core.data import open_data
 from rempart.core.errors import Cancelled, DataError, ModelError, SpecError, TrainError
 from rempart.core.repro import digest_state
-from rempart.models import load
+from rempart.models import build, load, save
 from rempart.report import store
 from rempart.report.schema import TrainSpec
 from rempart.train import run_training
@@ -93,8 +95,41 @@ def test_another_request_does_not_go_on_from_a_checkpoint(tmp_path):
     with pytest.raises(SpecError, match="--resume to go on with it, or --overwrite"):
         run_training(spec(tmp_path))
     assert run_training(spec(tmp_path, overwrite=True)).complete
-    with pytest.raises(SpecError, match="holds a trained model"):
+    with pytest.raises(SpecError, match=r"seed=8 instead of 7; that training is complete"):
         run_training(spec(tmp_path, seed=8, resume=True))
+    with pytest.raises(SpecError, match="holds a trained model"):
+        run_training(spec(tmp_path, seed=8))
+
+
+def test_a_recipe_file_or_images_that_changed_are_not_gone_on_with(tmp_path):
+    recipe, data, out = tmp_path / "own.toml", tmp_path / "data.npz", tmp_path / "out"
+    digits = [open_data("digits", split=split).head(300).load() for split in ("train", "test")]
+
+    def store_images(move):
+        arrays = {}
+        for name, part in zip(("train", "test"), digits, strict=True):
+            arrays[f"{name}_images"] = (part.batch(torch.arange(300)).x[:, 0] * 255).byte().numpy() ^ move
+            arrays[f"{name}_labels"] = part.labels.numpy()[:, None]
+        np.savez(data, **arrays)
+
+    def asked(**more):
+        return spec(out, recipe=str(recipe), data=str(data), **more)
+
+    store_images(0)
+    recipe.write_text("objective = 'plain'\nlearning_rate = 0.002")
+    run_training(asked(), stopped_after(1))
+    recipe.write_text("objective = 'plain'\nlearning_rate = 0.003")
+    with pytest.raises(SpecError, match=r"learning_rate=0\.003 instead of 0\.002"):
+        run_training(asked(resume=True))
+    recipe.write_text("objective = 'plain'\nlearning_rate = 0.002")
+    store_images(1)
+    with pytest.raises(SpecError, match="images="):
+        run_training(asked(resume=True))
+    store_images(0)
+    assert run_training(asked(resume=True)).complete
+    recipe.write_text("objective = 'plain'\nlearning_rate = 0.003")
+    with pytest.raises(SpecError, match="another recipe file or other images; that training is complete"):
+        run_training(asked(resume=True))
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
@@ -124,6 +159,37 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
     assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".part")]
     whole = run_training(spec(tmp_path / "whole"))
     assert losses(run_training(spec(tmp_path, resume=True))) == losses(whole)
+
+
+def test_a_model_that_was_not_written_beside_its_checkpoint_is_written_by_resume(tmp_path, monkeypatch):
+    """The end comes between the checkpoint of the best epoch and its model, by a full disk or kill -9."""
+    whole = run_training(spec(tmp_path / "whole", options={"epochs": 2}))
+    assert whole.training.best_epoch == 2
+    saved = []
+
+    def full(*given, **more):
+        saved.append(given)
+        if len(saved) > 2:  # best and last of the first epoch fit
+            raise OSError(28, "No space left on device")
+        save(*given, **more)
+
+    monkeypatch.setattr("rempart.train.run.save", full)
+    with pytest.raises(TrainError, match="to write epoch 2"):
+        run_training(spec(tmp_path / "cut", options={"epochs": 2}))
+    monkeypatch.undo()
+    done = run_training(spec(tmp_path / "cut", options={"epochs": 2}, resume=True))
+    assert (done.training.best_epoch, done.model.digest) == (2, whole.model.digest)
+    assert digest_state(load(str(tmp_path / "cut/last")).state_dict()) == whole.model.digest
+
+
+def test_a_log_that_fails_loses_no_epoch(tmp_path, monkeypatch):
+    def broken(epoch):
+        raise RuntimeError("no server")
+
+    monkeypatch.setattr("rempart.train.run.open_logs", lambda *given: [broken])
+    with pytest.raises(RuntimeError, match="no server"):
+        run_training(spec(tmp_path))
+    assert [epoch.epoch for epoch in store.read(tmp_path).epochs] == [1]
 
 
 def test_a_loss_that_is_not_finite_keeps_the_epochs_before_it(tmp_path, monkeypatch):
@@ -209,6 +275,44 @@ def test_a_network_of_the_users_own_is_trained_and_loaded_with_its_code_alone(tm
     sys.modules.pop("own_networks")
 
 
+BOXED = """
+import torch
+from rempart import Classifier
+def linear():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    return Classifier(net, shape=(1, 8, 8), num_classes=10, low=-1.0, high=3.0)
+"""
+
+
+def test_a_model_with_a_box_of_its_own_learns_from_the_images_it_is_audited_on(tmp_path, monkeypatch):
+    (tmp_path / "boxed_networks.py").write_text(BOXED)
+    monkeypatch.chdir(tmp_path)
+    options = {"learning_rate": 0.02}
+    report = run_training(spec(tmp_path / "out", model=None, start="python:boxed_networks:linear", options=options))
+    model = load(f"python:boxed_networks:linear@{tmp_path / 'out'}")
+    test = open_data("digits:test[:300]").scaled(-1.0, 3.0)
+    batch = test.batch(torch.arange(len(test)))
+    assert (float(batch.x.min()), float(batch.x.max())) == (-1, 3)
+    assert report.clean.k == int((model(batch.x).argmax(1) == batch.y).sum()) > 150
+    assert report.data.digest == test.digest
+    sys.modules.pop("boxed_networks")
+
+
+def test_classes_in_another_order_are_not_learnt_further(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
+    for split in ("train", "test"):
+        for number, image in enumerate(images):
+            path = tmp_path / "data" / split / ("cat", "dog")[number % 2] / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+    model = build("mlp", shape=(1, 8, 8), num_classes=2, class_names=("dog", "cat"))
+    save(model, tmp_path / "start", name="mlp")
+    with pytest.raises(DataError, match="classes in the model's order: dog, cat, got cat, dog"):
+        run_training(spec(tmp_path / "x", model=None, start=str(tmp_path / "start"), data=str(tmp_path / "data")))
+    assert not (tmp_path / "x").exists()
+
+
 def test_an_exported_program_cannot_be_trained(tmp_path):
     path = tmp_path / "net.pt2"
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
@@ -258,6 +362,15 @@ def test_tensorboard_and_mlflow_hold_what_the_report_says(tmp_path):
     history = sorted(client.get_metric_history(run.info.run_id, "loss"), key=lambda metric: metric.step)
     assert [metric.value for metric in history] == pytest.approx(losses(report))
     assert run.data.params["seed"] == "7"
+
+
+def test_a_training_begun_anew_does_not_go_on_in_the_old_run_of_mlflow(tmp_path):
+    run_training(spec(tmp_path, options={"epochs": 2}), stopped_after(1))
+    (tmp_path / "mlflow-run").write_text("old")
+    assert run_training(spec(tmp_path, options={"epochs": 2}, resume=True)).complete
+    assert (tmp_path / "mlflow-run").exists()
+    run_training(spec(tmp_path, options={"epochs": 2}, overwrite=True))
+    assert not (tmp_path / "mlflow-run").exists()
 
 
 def test_a_log_whose_package_is_missing_is_named(tmp_path, monkeypatch):

@@ -251,7 +251,8 @@ def test_a_resumed_training_repeats_the_losses_and_ends_with_the_same_weights(di
         )
     strip = [epoch.model_copy(update={"seconds": 0}) for epoch in kept[-1][0]]
     assert [epoch.model_copy(update={"seconds": 0}) for epoch in again[-1][0]] == strip
-    assert len(again) == 2 and same(weights(whole), weights(resumed)) and same(kept[-1][1], again[-1][1])
+    assert same(again[0][1], state)  # what was finished is kept once more
+    assert len(again) == 3 and same(weights(whole), weights(resumed)) and same(kept[-1][1], again[-1][1])
 
 
 def enlarged(read):
@@ -363,6 +364,32 @@ def test_a_fall_to_guessing_and_a_model_turned_round_stop_the_training(digits, m
     with expected:
         train(*digits, lenet(), load_recipe("plain", {"epochs": 5}), keep=lambda epochs, state: kept.append(epochs))
     assert len(kept) == (5 if message is None else len(recalls))
+
+
+def test_few_images_of_a_class_are_no_sign_of_a_model_turned_round(digits, monkeypatch):
+    """Two images of a rare class say nothing: a mean recall of 0.33 is 66 % of the others and none of these two."""
+    figures = iter([0.33, 0.9])
+    monkeypatch.setattr(
+        "rempart.train.loop.validate",
+        lambda run, data, epoch: epoch.model_copy(update={"balanced_accuracy": next(figures)}),
+    )
+    learn, validation = digits
+    rare = replace(validation, labels=torch.tensor([0] * 98 + [1] * 2), stamps=None)
+    assert len(train(learn, rare, lenet(), load_recipe("plain", {"epochs": 2}))) == 2
+
+
+def test_validation_images_of_one_class_cannot_tell_guessing(digits):
+    learn, validation = digits
+    ones = validation.take((validation.labels == 1).nonzero().flatten())
+    assert len(train(learn, ones, lenet(), load_recipe("plain", {"epochs": 2}))) == 2
+
+
+def test_a_training_that_ended_in_guessing_does_not_succeed_when_resumed(digits):
+    kept, recipe = [], load_recipe("plain", {"epochs": 1, "learning_rate": 1e-20})
+    with pytest.raises(TrainError, match="guessing"):
+        train(*digits, lenet(), recipe, keep=lambda epochs, state: kept.append((epochs, state)))
+    with pytest.raises(TrainError, match="guessing"):
+        train(*digits, lenet(), recipe, resume=kept[-1])
 
 
 def test_an_objective_of_one_process_refuses_several(digits, monkeypatch):

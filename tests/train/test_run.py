@@ -155,3 +155,9 @@ def test_recipes_reach_their_accuracy(tmp_path, data, model, recipe, least):
         pytest.skip("needs the real data sets: set REMPART_DATA to their directory")
     report = run_training(TrainSpec(data=data, model=model, recipe=recipe, out=str(tmp_path / "out")))
     assert report.clean.value >= least
+
+
+def test_a_model_that_may_have_learnt_nothing_is_told(tmp_path):
+    poor = run_training(spec(tmp_path / "a", data="digits[:9]", options={"epochs": 1, "learning_rate": 1e-6}))
+    assert any("not surely better than guessing among 10 classes (10.0%)" in note for note in poor.notes)
+    assert not any("guessing" in note for note in run_training(spec(tmp_path / "b")).notes)

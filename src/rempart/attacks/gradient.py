@@ -205,14 +205,14 @@ def pgd(
     plan = Plan(steps, length, passes=eot, keep=keep, early_stop=early_stop)
     goal = score(loss, targeted=targeted, num_classes=_classes(model, x))
     rng = rng or Draws(0, torch.arange(len(x)))
+    if restarts == 1 or not random_start:
+        start = threat.start(x, rng.at("pgd", 0)) if random_start else x
+        return ascent(model, x, y, threat, goal, plan=plan, targeted=targeted, start=start, notify=notify)
     best, todo = x.clone(), torch.arange(len(x), device=x.device)
     standing = torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
-    for restart in range(restarts if random_start else 1):
-        draws = rng.select(todo.cpu()).at("pgd", restart)
-        start = threat.start(x[todo], draws) if random_start else x[todo]
+    for restart in range(restarts):
+        start = threat.start(x[todo], rng.select(todo.cpu()).at("pgd", restart))
         found = ascent(model, x[todo], y[todo], threat, goal, plan=plan, targeted=targeted, start=start, notify=notify)
-        if restarts == 1 or not random_start:
-            return found
         with torch.no_grad():
             z = model(found)
         hit, value = reached(z, y[todo], targeted=targeted), goal(z, y[todo])

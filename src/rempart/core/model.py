@@ -117,7 +117,11 @@ def frozen(model: nn.Module) -> Generator[None]:
     """
     modes = [(module, module.training) for module in model.modules()]
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
+    buffers = [(m, name, b) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
+    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for _, _, buffer in buffers:
+        kinds.setdefault((buffer.device, buffer.dtype), []).append(buffer)
+    before = [_joined(kind) for kind in kinds.values()]
     try:
         for module, _ in modes:
             module.training = False
@@ -130,10 +134,18 @@ def frozen(model: nn.Module) -> Generator[None]:
         for parameter, flag in wanted:
             parameter.requires_grad_(flag)
         with torch.no_grad():
-            for module, name, buffer, before in buffers:
+            for module, name, buffer in buffers:
                 setattr(module, name, buffer)  # a forward pass may have put another tensor in its place
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
+            for kind, joined in zip(kinds.values(), before, strict=True):
+                if torch.equal(_joined(kind), joined):  # one question for all: each would make a GPU wait
+                    continue
+                for buffer, flat in zip(kind, joined.split([b.numel() for b in kind]), strict=True):
+                    if not torch.equal(buffer, values := flat.view(buffer.shape)):
+                        buffer.copy_(values)
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
 
 
 def placed(model: nn.Module, x: Images) -> Images:

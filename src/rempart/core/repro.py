@@ -59,7 +59,7 @@ class Draws:
 
     def _unit(self, like: Tensor) -> Tensor:
         """Float64 numbers inside (0, 1), one for each element of `like`."""
-        index = self.index.to(like.device)
+        index = self.index.to(like.device, non_blocking=like.device.type != "cpu")  # a GPU goes on
         key = _mix(torch.full_like(index, _wrap(self.seed + crc32("/".join(self.stage).encode()) * _GOLDEN % 2**62)))
         start = _mix(key + index * _GOLDEN)
         counter = torch.arange(1, like[0].numel() + 1, device=like.device) if len(like) else index

@@ -165,8 +165,7 @@ class Threat:
 
     def _fill(self, x: Tensor, gradient: Tensor, length: float | Tensor, share: float) -> Tensor:
         room = torch.where(gradient > 0, self.high - x, x - self.low)
-        cap = torch.as_tensor(length, dtype=x.dtype, device=x.device) / max(1, round(share * x.shape[1]))
-        room = torch.minimum(room, cap.expand_as(room)) if share else room
+        room = room.clamp_max(length / max(1, round(share * x.shape[1]))) if share else room
         order = torch.where(room > 0, gradient.abs(), 0.0).argsort(dim=1, descending=True, stable=True)
         room = room.gather(1, order) * (gradient.gather(1, order) != 0)
         before = room.cumsum(1) - room

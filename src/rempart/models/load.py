@@ -68,6 +68,8 @@ def architecture(source: str) -> tuple[str, dict[str, Any]]:
     """
     if source.startswith(PYTHON):
         return source.partition("@")[0], {}
+    if not Path(source).exists():
+        raise ModelError(FORMS, got=f"{source!r}, which does not exist")
     if Path(source).is_dir():
         config = _config(Path(source))
         return config.architecture, config.options

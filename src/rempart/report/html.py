@@ -12,7 +12,7 @@ from rempart.core.stats import Auroc, Difference, Mean, Rate
 from rempart.report import figures
 from rempart.report.compare import CLEAN, WORST, Comparison
 from rempart.report.methods import Methods, Row
-from rempart.report.schema import Curve, Report
+from rempart.report.schema import Curve, Report, TrainSpec
 from rempart.report.text import (
     amount,
     budget_of,
@@ -60,14 +60,19 @@ def page(report: Report) -> str:
             created=_moment(report.created),
             budget=_budget(report),
             charts={chart.key: chart for chart in _charts(report)},
-            training=[] if report.training is None else list(training_facts(report.training)),
-            replay="rempart run report.json",
+            training=list(_training(report)),
+            replay=f"rempart run report.json{' --out NEW' if report.kind == 'train' else ''}",
             spec=report.spec.model_dump_json(indent=2),
             level=_level(report),
             symbols=_SYMBOLS,
             name_of=lambda k: report.model.classes[k] if 0 <= k < len(report.model.classes) else str(k),
         )
     )
+
+
+def _training(report: Report) -> Iterator[tuple[str, str]]:
+    if report.training is not None and isinstance(report.spec, TrainSpec):
+        yield from training_facts(report.training, report.spec)
 
 
 def compare_page(comparison: Comparison, reports: Mapping[str, Report]) -> str:

@@ -177,7 +177,7 @@ def _method(spec: TrainSpec) -> str:
 
 def _model(spec: TrainSpec) -> str:
     if spec.model is None:
-        return f"{PurePath(str(spec.start)).name}, fine-tuned"
+        return f"from {spec.start}"
     return _called(spec.model, spec.model_options)
 
 
@@ -250,8 +250,12 @@ def _notes(runs: Mapping[str, Trained]) -> Iterator[str]:
     unknown = [name for name, run in runs.items() if run.training.training is None]
     if unknown:
         yield f"Trained by an earlier version, which did not count the cost: {', '.join(unknown)}."
-    if told := _differing({name: _model(_spec(run)) for name, run in runs.items()}):
-        yield f"The runs differ in the model, too ({told}): a difference between them may come from that."
+    if told := _differing({name: f"{run.training.model.parameters:,}" for name, run in runs.items()}):
+        yield f"The runs differ in the number of parameters, too ({told}): a difference may come from that."
+    begun = {name: _spec(run).start for name, run in runs.items()}
+    if any(begun.values()):
+        told = ", ".join(f"{name} with {start}" for name, start in begun.items() if start)
+        yield f"Some runs began with a trained model ({told}): what that one cost is not counted."
     costs = {name: run.training.training for name, run in runs.items()}
     if told := _differing({name: f"{cost.train_images:,}" for name, cost in costs.items() if cost is not None}):
         yield f"The runs learnt from different numbers of images ({told})."

@@ -629,6 +629,8 @@ class Report(Strict):
     @property
     def title(self) -> str:
         """A short name for headings and legends."""
+        if self.kind == "train":
+            return f"{self.model.name}, trained on {self.data.source.partition(':')[0]}"
         behind = " behind " + " and ".join(name.partition(":")[0] for name in self.model.defences)
         return f"{self.model.name}{behind if self.model.defences else ''} on {self.data.source}"
 

@@ -41,8 +41,9 @@ def table(report: Report) -> str:
         blocks.append(_grid(*_results(report)))
         if any(attack.survivors for attack in report.attacks[1:]):
             blocks.append(_wrap("> ran only on the images left standing; its accuracy is that after all before it too"))
-    if report.training is not None:
-        blocks.append("\n".join(_wrap(f"{name}: {value}") for name, value in training_facts(report.training)))
+    if report.training is not None and isinstance(report.spec, TrainSpec):
+        told = training_facts(report.training, report.spec)
+        blocks.append("\n".join(_wrap(f"{name}: {value}") for name, value in told))
     if report.epochs:
         blocks.append(_grid(*_epochs(report)))
     return "\n\n".join(blocks) + "\n"
@@ -133,7 +134,8 @@ def stamp(report: Report) -> str:
         fired = f": {', '.join(report.fired)}" if report.stamp != "valid" else ""
         return f"complete, {report.stamp}{fired}" if report.stamp else "complete"
     missing = f", not run: {', '.join(report.not_run)}" if report.not_run else ""
-    return f"partial: interrupted{missing}"
+    again = "; the same command with --resume goes on" if report.kind == "train" else ""
+    return f"partial: interrupted{missing}{again}"
 
 
 def verdict(report: Report) -> str:
@@ -217,12 +219,15 @@ def limits(report: Report) -> Iterator[str]:
         )
 
 
-def training_facts(training: Training) -> Iterator[tuple[str, str]]:
+def training_facts(training: Training, spec: TrainSpec) -> Iterator[tuple[str, str]]:
     """How a model was trained and at what cost, as names and values."""
     settings = {key: value for key, value in training.recipe.items() if key not in ("summary", "objective", "options")}
     options = options_of(training.recipe.get("options", {}))
+    if spec.start is not None:
+        yield "began with", spec.start
     yield "objective", f"{training.objective} ({options})" if options else training.objective
-    yield "recipe", options_of({key: value for key, value in settings.items() if value is not None})
+    told = options_of({key: value for key, value in settings.items() if value is not None})
+    yield "recipe", f"{spec.recipe}: {told}"
     yield "kept", f"the weights of epoch {training.best_epoch}"
     yield "images", f"{training.train_images:,} to learn from, {training.validation_images:,} to choose the epoch by"
     sent = f"{training.gradients:,} images sent backward, {training.queries:,} forward"

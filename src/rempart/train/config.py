@@ -27,7 +27,8 @@ class Settings(Strict):
         objective: A name from `objectives`.
         epochs: Passes over the training data.
         batch_size: Images per step; the batches of an epoch differ by one image at most.
-        accumulate: Parts that each batch is worked off in, to save memory; only batch norm sees a difference.
+        accumulate: Parts that each batch is worked off in, to save memory; batch norm, and objectives that look at
+            a batch as a whole, see the parts.
         optimiser: sgd, with Nesterov momentum 0.9; or adam, with decoupled weight decay.
         learning_rate: The largest of the schedule.
         schedule: Constant; cosine, from the largest to 0; onecycle, a linear rise over the first fifth, then cosine;
@@ -37,7 +38,8 @@ class Settings(Strict):
         weight_decay: Pull of the weights to 0.
         clip: Largest l2 norm of the gradient of a step; longer ones are shortened to it.
         ema: Decay of a running mean of the weights, which is then measured and kept in their place; 0 for none.
-        precision: 32 bit, or mixed precision; logits, losses and the images of attacks stay in 32 bit.
+        precision: 32 bit, or mixed precision; logits, losses and the images of attacks stay in 32 bit. Gradients of
+            attacks are not scaled, so that tiny ones vanish in 16: prefer bf16.
         flip: Mirror every second image left to right, at random.
         shift: Move every image by up to so many pixels in each direction, at random; black comes in.
         awp: Adversarial weight perturbation around the objective, relative to the size of the weights; 0 for none.
@@ -99,7 +101,14 @@ def load_recipe(name: str, options: Mapping[str, Any] | None = None) -> Recipe:
         SpecError: If there is no such recipe, or a key or a value is wrong; all faults in one message.
     """
     wanted = {**_read(name), **(options or {})}
-    entry = objectives[str(wanted.get("objective", "plain"))]
+    if "objective" not in wanted:
+        raise SpecError(f"an objective in the recipe {name}", got="none", hint='for example objective = "pgd-at"')
+    entry = objectives[str(wanted["objective"])]
+    for key in wanted:
+        owners = [other.name for other in objectives if key in other.params.model_fields]
+        if owners and key not in entry.params.model_fields and key not in Settings.model_fields:
+            hint = "choose one of their recipes; see `rempart list recipes`"
+            raise SpecError(f"options of {entry.name}", got=f"{key}, an option of {', '.join(owners)}", hint=hint)
     schema = create_model("Wanted", __base__=(Settings, entry.params))
     values = Entry(f"recipe {name}", entry.function, None, schema).parse(wanted)
     own = {key: values.pop(key) for key in entry.params.model_fields}
@@ -125,11 +134,13 @@ def _read(name: str) -> dict[str, Any]:
         stem, family = name, ""
     keys = _parse(stem)
     tables = _tables(keys)
+    if "options" in tables:
+        hint = "write them on the same level as the other keys; a table is a family of data"
+        raise SpecError("no table [options] in a recipe", got=name, hint=hint)
     if family and family not in tables:
         have = ", ".join(tables) or "none"
-        raise SpecError(
-            f"a family of {stem} out of {have}", got=repr(family), hint=suggestion(family, tables).strip(" ()")
-        )
+        hint = suggestion(family, tables).strip(" ()") or f"{stem} alone is for something small"
+        raise SpecError(f"a family of {stem} out of {have}", got=repr(family), hint=hint)
     return {key: value for key, value in keys.items() if key not in tables} | tables.get(family, {})
 
 

@@ -13,6 +13,7 @@ from rempart.core.errors import SpecError
 from rempart.report.schema import Epoch
 
 Log = Callable[[Epoch], None]
+MLFLOW_RUN = "mlflow-run"
 
 
 def figures(epoch: Epoch) -> dict[str, float]:
@@ -72,7 +73,7 @@ def _mlflow(folder: Path, settings: Mapping[str, Any]) -> Log:
     name = "rempart"
     experiment = client.get_experiment_by_name(name)
     number = client.create_experiment(name) if experiment is None else experiment.experiment_id
-    mark = folder / "mlflow-run"
+    mark = folder / MLFLOW_RUN
     if mark.exists():
         run = mark.read_text()
     else:

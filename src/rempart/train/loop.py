@@ -25,7 +25,7 @@ from rempart.train.processes import added_up, connected, share_statistics, toget
 from rempart.train.setup import Run, setup
 
 Keep = Callable[[tuple[Epoch, ...], State], None]
-"""Called after each finished epoch with all so far, while the classifier holds the weights that were measured."""
+"""Called with all epochs finished so far, while the classifier holds the weights measured after the last of them."""
 
 _PAUSE = 0.4  # seconds between two events
 _RISE = 0.2  # share of a onecycle schedule in which the learning rate grows
@@ -65,7 +65,8 @@ def train(
         resume: Epochs finished before, and the state that `keep` was given after the last of them.
         device: cpu or cuda. Default: the best there is.
         ranks: This process among those that train together.
-        keep: Called after each finished epoch, to save it; in the first process only.
+        keep: Called after each finished epoch, to save it, and after a resume with the epochs that were finished, as
+            they may not have been saved whole; in the first process only.
         notify: Receives loss and accuracy so far, about twice a second.
 
     Returns:
@@ -94,6 +95,11 @@ def train(
         run = setup(classifier, recipe, seed=seed, samples=len(learn), device=device, ranks=ranks, notify=notify)
         if resume:
             restore(run, resume[1])
+            with _averaged(run):
+                if ranks.number == 0:
+                    keep(tuple(epochs), resume[1])
+            if validation is not None:
+                _check_learned(epochs, validation.labels, last=len(epochs) == recipe.epochs)
         stack.enter_context(_whole_logits(run))
         while len(epochs) < recipe.epochs and not collapsed(recipe, epochs):
             number, begun = len(epochs) + 1, time.perf_counter()
@@ -137,7 +143,8 @@ def fit(run: Run, data: Data, epoch: int, last: Epoch | None = None) -> Epoch:
             for name, part in parts.items():
                 total[name] = total.get(name, 0) + part * len(positions)
             seen += len(positions)
-            if time.monotonic() - heard > _PAUSE or seen == run.samples:
+            due = run.ranks.number == 0 and time.monotonic() - heard > _PAUSE  # one process stops the others
+            if due or seen == run.samples:
                 heard = time.monotonic()
                 mean = _finite(total["loss"] / seen, epoch)
                 values = {"loss": mean, "accuracy": float(total["accuracy"] / seen)}
@@ -166,9 +173,10 @@ def _step(run: Run, data: Data, positions: Tensor, draws: Draws, progress: float
     run.optimiser.zero_grad()
     for chunk in own.tensor_split(min(recipe.accumulate, max(1, len(own)))):
         batch, rng = data.batch(chunk), draws.select(chunk)
-        x = augment(batch.x.to(device), flip=recipe.flip, shift=recipe.shift, rng=rng)
+        x, y = (tensor.to(device, non_blocking=True) for tensor in (batch.x, batch.y))  # no step waits for the last
+        x = augment(x, flip=recipe.flip, shift=recipe.shift, rng=rng, black=run.classifier.low)
         with run.fabric.autocast():
-            loss: Loss = objective(run.classifier, x, batch.y.to(device), rng=rng, progress=progress)
+            loss: Loss = objective(run.classifier, x, y, rng=rng, progress=progress)
         share = len(chunk) / len(positions)
         run.fabric.backward(loss.value if share == 1 else loss.value * share)
         for name, part in {"loss": loss.value, **loss.parts}.items():
@@ -290,21 +298,26 @@ def _finite(loss: Tensor, epoch: int) -> float:
 def _check_learned(epochs: Sequence[Epoch], labels: Tensor, *, last: bool) -> None:
     """Refuse a model whose mean recall lies within two standard errors of guessing: that of one constant answer.
 
-    Not before the last epoch, unless it knew better before; and at any time one that is surely worse than guessing.
+    Not before the last epoch, unless it knew better before; and at any time one that is surely worse than guessing,
+    by three standard errors of a guess that is as likely in each class, however few images a class has.
     """
-    classes = len(labels.unique())
+    counts = labels.unique(return_counts=True)[1].tolist()
+    classes = len(counts)
+    if classes == 1:
+        return
     chance = 1 / classes
     error = math.sqrt(chance * (1 - chance) / len(labels))
+    worst_error = chance * math.sqrt(chance * (1 - chance) * sum(1 / count for count in counts))
     recalls = [e.balanced_accuracy for e in epochs if e.balanced_accuracy is not None]
     came = f"{recalls[-1]:.3f} after epoch {len(epochs)}"
-    if recalls[-1] < chance - 3 * error:
+    if recalls[-1] < chance - 3 * worst_error:
         raise TrainError(
             f"a mean recall of {chance:.3f} or more, which is guessing among {classes} classes",
             got=f"{came}: the model has learnt to answer wrong",
             hint="try a smaller weight of the penalty, or a longer warmup",
         )
     learnt = max(recalls) > chance + _LEARNT * (1 - chance)
-    if classes > 1 and (last or learnt) and recalls[-1] <= chance + 2 * error:
+    if (last or learnt) and recalls[-1] <= chance + 2 * error:
         raise TrainError(
             f"a mean recall above {chance + 2 * error:.3f}, which is guessing among {classes} classes",
             got=f"{came}, where it was {max(recalls):.3f} before" if learnt else came,

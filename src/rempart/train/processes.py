@@ -58,8 +58,9 @@ def share_statistics(run: Run) -> None:
 
 def added_up(run: Run, meter: Meter) -> tuple[int, int]:
     """Images sent forward and backward by all processes."""
+    if run.ranks.world == 1:
+        return meter.queries, meter.gradients
     counts = torch.tensor([meter.queries, meter.gradients], device=run.fabric.device)
-    if run.ranks.world > 1:
-        distributed.all_reduce(counts)
+    distributed.all_reduce(counts)
     queries, gradients = counts.tolist()
     return queries, gradients

@@ -1,5 +1,6 @@
 """From a request to a trained model on disk and a report."""
 
+import json
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from rempart.core.data import Data, open_data
 from rempart.core.errors import Cancelled, DataError, SpecError, TrainError
 from rempart.core.events import Notify, silent
-from rempart.core.model import Classifier, frozen
+from rempart.core.model import Classifier, frozen, placed
 from rempart.core.ranks import ALONE, Ranks
 from rempart.core.repro import Draws, environment
 from rempart.core.stats import Rate, wilson
@@ -21,7 +22,7 @@ from rempart.report.store import JSON, claim, read, write
 from rempart.train import checkpoint
 from rempart.train.checkpoint import State
 from rempart.train.config import Recipe, load_recipe
-from rempart.train.log import open_logs, write_csv
+from rempart.train.log import MLFLOW_RUN, open_logs, write_csv
 from rempart.train.loop import best, collapsed, train
 
 LAST = "last"
@@ -54,22 +55,29 @@ def run_training(spec: TrainSpec, notify: Notify = silent, *, ranks: Ranks = ALO
     train_data, test_data = _splits(spec.data)
     learn, validation = set_aside(train_data, recipe.validation_images)
     classifier, name, options = _network(spec, learn)
-    request = spec.model_dump_json(exclude=_ASIDE)
-    if (finished := _finished(spec, request)) is not None:
+    _same_order(classifier, learn)
+    learn, test_data = (data.scaled(classifier.low, classifier.high) for data in (learn, test_data))
+    validation = None if validation is None else validation.scaled(classifier.low, classifier.high)
+    request = _request(spec, recipe, learn)
+    if (finished := _finished(spec, recipe, test_data)) is not None:
         return finished
     resume = _resumed(spec, request)
     if ranks.number == 0:
         claim(out)
         if resume is None:
-            (out / CHECKPOINT).unlink(missing_ok=True)
+            (out / MLFLOW_RUN).unlink(missing_ok=True)
     logs = open_logs(spec.log, out, spec.model_dump(exclude=_ASIDE)) if ranks.number == 0 else []
+    if ranks.number == 0 and resume is None:
+        (out / CHECKPOINT).unlink(missing_ok=True)
     record = {"data": learn.source, "digest": learn.digest, "seed": spec.seed, "recipe": recipe.model_dump()}
     epochs: list[Epoch] = list(resume[0]) if resume else []
 
     def keep(done: tuple[Epoch, ...], state: State) -> None:
         history = {**record, "epochs": [epoch.model_dump() for epoch in done]}
+        new = done[len(epochs) :]
         try:
-            checkpoint.write(out / CHECKPOINT, done, state, request)
+            if new:  # not after a resume, which goes on from this very checkpoint
+                checkpoint.write(out / CHECKPOINT, done, state, request)
             if best(done) is done[-1]:
                 save(classifier, out, name=name, options=options, training=history)
             save(classifier, out / LAST, name=name, options=options, training=history)
@@ -79,9 +87,10 @@ def run_training(spec: TrainSpec, notify: Notify = silent, *, ranks: Ranks = ALO
             raise TrainError(
                 f"to write epoch {len(done)} to {out}", got=error.strerror or str(error), hint=hint
             ) from None
-        for log in logs:
-            log(done[-1])
         epochs[:] = done
+        for epoch in new:
+            for log in logs:
+                log(epoch)
 
     error: Exception | None = None
     try:
@@ -197,12 +206,34 @@ def _network(spec: TrainSpec, learn: Data) -> tuple[Classifier, str, dict[str, o
     return classifier, spec.model, dict(spec.model_options)
 
 
-def _finished(spec: TrainSpec, request: str) -> Report | None:
+def _same_order(model: Classifier, data: Data) -> None:
+    if model.class_names != data.class_names and set(model.class_names) == set(data.class_names):
+        raise DataError(
+            f"classes in the model's order: {', '.join(model.class_names)}",
+            got=", ".join(data.class_names),
+            hint="the labels would be read as other classes",
+        )
+
+
+def _request(spec: TrainSpec, recipe: Recipe, learn: Data) -> str:
+    """All that a training is asked for: the spec, what its recipe says today, and what the images are."""
+    settings = recipe.model_dump(mode="json")
+    own = settings.pop("options")
+    return json.dumps({**settings, **own, **spec.model_dump(mode="json", exclude=_ASIDE), "images": learn.digest})
+
+
+def _finished(spec: TrainSpec, recipe: Recipe, test: Data) -> Report | None:
     """The report of this very training, where it is to be resumed and came to its end before."""
     if not spec.resume or not (Path(spec.out) / JSON).exists():
         return None
     report = read(spec.out)
-    same = isinstance(report.spec, TrainSpec) and report.spec.model_dump_json(exclude=_ASIDE) == request
+    same = (
+        isinstance(report.spec, TrainSpec)
+        and report.spec.model_dump_json(exclude=_ASIDE) == spec.model_dump_json(exclude=_ASIDE)
+        and report.training is not None
+        and report.training.recipe == recipe.model_dump(mode="json")
+        and report.data.digest == test.digest
+    )
     return report if same and report.complete else None
 
 
@@ -218,6 +249,11 @@ def _resumed(spec: TrainSpec, request: str) -> tuple[list[Epoch], State] | None:
                 hint="repeat it as it was, or choose another --out",
             )
         return epochs, state
+    if not spec.overwrite and spec.resume and (Path(spec.out) / JSON).exists():
+        before = read(spec.out).spec.model_dump_json(exclude=_ASIDE)
+        got = _difference(before, spec.model_dump_json(exclude=_ASIDE)) or "another recipe file or other images"
+        hint = f"that training is complete: train its model further with --from {spec.out}, or choose another --out"
+        raise SpecError(f"the same request as that of the training in {spec.out}", got=got, hint=hint)
     if not spec.overwrite and (path.exists() or (Path(spec.out) / CONFIG).exists()):
         held = "an unfinished training" if path.exists() else "a trained model"
         other = "--resume to go on with it" if path.exists() else "another --out"
@@ -228,8 +264,8 @@ def _resumed(spec: TrainSpec, request: str) -> tuple[list[Epoch], State] | None:
 
 def _difference(before: str, now: str) -> str:
     """The keys in which two requests differ, with both values."""
-    old, new = (TrainSpec.model_validate_json(text[:-1] + ',"out":""}').model_dump() for text in (before, now))
-    return ", ".join(f"{key}={new[key]!r} instead of {old[key]!r}" for key in new if new[key] != old[key])
+    old, new = json.loads(before), json.loads(now)
+    return ", ".join(f"{key}={new[key]!r} instead of {old.get(key)!r}" for key in new if new[key] != old.get(key))
 
 
 def _report(
@@ -243,6 +279,8 @@ def _report(
     seconds: float,
 ) -> Report:
     model = load(_source(spec))
+    if torch.cuda.is_available() if spec.device is None else spec.device == "cuda":
+        model.to("cuda")
     stopped = collapsed(recipe, epochs)
     left = recipe.epochs - len(epochs)
     kept = best(epochs)
@@ -252,6 +290,12 @@ def _report(
             f"Stopped after epoch {len(epochs)}: the accuracy under attack on the validation images fell from "
             f"{kept.robust_accuracy:.1%} to {epochs[-1].robust_accuracy:.1%}, as it does when a model overfits to a "
             f"weak attack. The model kept is that of epoch {kept.epoch}."
+        )
+    clean, chance = _accuracy(model, test, recipe.batch_size), 1 / model.num_classes
+    if clean.low <= chance:
+        notes.append(
+            f"On the test images the model is not surely better than guessing among {model.num_classes} classes "
+            f"({chance:.1%}). Whether it learnt anything is open: look at the course of the loss."
         )
     if error is not None:
         notes.append(f"The training failed in epoch {len(epochs) + 1}: {type(error).__name__}: {error}")
@@ -266,7 +310,7 @@ def _report(
         model=card(model, spec.out),
         data=DataCard.of(test),
         notes=tuple(notes),
-        clean=_accuracy(model, test, recipe.batch_size),
+        clean=clean,
         not_run=(missing,) if left else (),
         epochs=tuple(epochs),
         training=Training(
@@ -290,5 +334,7 @@ def _source(spec: TrainSpec) -> str:
 
 def _accuracy(model: Classifier, data: Data, batch_size: int) -> Rate:
     with frozen(model), torch.no_grad():
-        right = sum(int((model(batch.x).argmax(1) == batch.y).sum()) for batch in data.batches(batch_size))
+        right = sum(
+            int((model(placed(model, batch.x)).argmax(1).cpu() == batch.y).sum()) for batch in data.batches(batch_size)
+        )
     return wilson(right, len(data))

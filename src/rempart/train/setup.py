@@ -58,6 +58,16 @@ class Run:
         return getattr(self.fabric.strategy.precision, "scaler", None)
 
 
+def refuse_alone(recipe: Recipe) -> None:
+    """Raise SpecError where the objective cannot be shared by several processes."""
+    if recipe.build_objective().alone:
+        raise SpecError(
+            "one process for an objective that keeps images or margins of its own",
+            got=f"several for {recipe.objective}",
+            hint="leave out --devices, or choose another recipe",
+        )
+
+
 def setup(
     classifier: Classifier,
     recipe: Recipe,
@@ -73,13 +83,9 @@ def setup(
     Fabric chooses the device, scales losses in half precision and steps. The model is not wrapped by it: attacks and
     regularisers take gradients of their own, which its wrapper takes for backward passes that went astray.
     """
+    if ranks.world > 1:
+        refuse_alone(recipe)
     objective = recipe.build_objective()
-    if objective.alone and ranks.world > 1:
-        raise SpecError(
-            "one process for an objective that keeps images or margins of its own",
-            got=f"{recipe.objective} in {ranks.world}",
-            hint="leave out --devices, or choose another recipe",
-        )
     if objective.repeats > 1 and recipe.accumulate > 1:
         raise SpecError("accumulate=1 for an objective that repeats each batch", got=recipe.accumulate)
     if samples // math.ceil(samples / recipe.batch_size) < ranks.world:
@@ -91,7 +97,7 @@ def setup(
     on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
     gpu = ranks.local % max(1, torch.cuda.device_count())
     fabric = Fabric(
-        accelerator="cuda" if on_gpu else "cpu" if device else "auto",
+        accelerator="cuda" if on_gpu else "cpu",
         devices=[gpu] if on_gpu else 1,
         precision=_PRECISION[recipe.precision],
     )

@@ -263,3 +263,17 @@ def test_with_dropout_and_batch_norm_the_loss_is_that_of_the_loop_with_the_masks
     assert model.net.norm.weight.grad is None and model.net.norm.bias.grad is None
     assert int(model.net.norm.num_batches_tracked) == 0 and model.net.norm.weight.requires_grad
     assert model.net.drop.training and model.net.planes.training
+
+
+def test_an_image_near_the_origin_that_is_right_spoils_no_gradient():
+    """Its ratio is so large that exp(d r), which is not its term, overflows; its own term is 0."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    model = Classifier(net, shape=(1, 8, 8), num_classes=3).train()
+    with torch.no_grad():
+        net[1].weight.copy_(torch.eye(3, 64))
+        net[1].bias.copy_(torch.tensor([1.0, 0.0, 0.0]))
+    x = torch.zeros(2, 1, 8, 8)
+    x[0, 0, 0, 0], x[1, 0, 0, 1] = 1e-4, 0.5
+    loss = deep_defense()(model, x, torch.tensor([0, 0]), rng=RNG.select(torch.arange(2)))
+    loss.value.backward()
+    assert bool(loss.value.isfinite()) and bool(net[1].weight.grad.isfinite().all())

@@ -82,8 +82,8 @@ def deep_defense(
             delta = perturbations(forward, x, y, z, plan, create_graph=True)
         right = z.argmax(1) == y
         r = ratios(delta, x.detach(), _origin(state, origin, x))
-        push, pull = torch.exp(-c * r), torch.exp((d * r).clamp_max(math.log(cap) if cap else math.inf))
-        value = F.cross_entropy(z, y) + weight * torch.where(right, push, pull).mean()
+        pull = (d * r).clamp_max(math.log(cap) if cap else math.inf)
+        value = F.cross_entropy(z, y) + weight * torch.where(right, -c * r, pull).exp().mean()
         mean = (r.detach() * right).sum() / right.sum().clamp_min(1)
         return Loss(value, {"accuracy": hits(z, y), "r": mean})
 

@@ -80,7 +80,7 @@ def sns(
         last = int(state.get("epoch", torch.tensor(0)))
         if last > 0 and (refresh is None or epoch - last < refresh):
             return
-        fixed = replace(rng, stage=("sns",))
+        fixed, device = replace(rng, stage=("sns",)), next(model.parameters()).device
         order = fixed.at("probe").uniform(torch.empty(len(data), 1, dtype=torch.float64)).flatten().argsort(stable=True)
 
         def pairs() -> Iterator[tuple[Images, Images]]:
@@ -90,7 +90,7 @@ def sns(
                 yield x, attack(model, x, batch.y.to(x.device), rng=fixed.select(positions), progress=1.0)
 
         for layer, sigma in sensitivity(model, pairs(), _layers(model)).items():
-            state[_CHOSEN + layer] = _chosen(sigma, share, choose, fixed.at(layer))
+            state[_CHOSEN + layer] = _chosen(sigma, share, choose, fixed.at(layer)).to(device)
         state["epoch"] = torch.tensor(epoch)
 
     def loss(model: nn.Module, x: Images, x_adv: Images, y: Labels, *, rng: Draws, progress: float) -> Loss:
