@@ -401,7 +401,7 @@ def make(
 def predict(
     folder: Annotated[Path, typer.Argument(metavar="GUARD", help="Folder that `rempart guard make` wrote")],
     out: Annotated[Path, typer.Option("--out", help="CSV file: class, confidence, verdict and score of each image")],
-    images: Annotated[list[Path] | None, typer.Argument(metavar="[IMAGE]...", help="Image files")] = None,
+    images: Annotated[list[Path] | None, typer.Argument(metavar="IMAGE", help="Image files")] = None,
     data: Annotated[str | None, typer.Option("--data", help="Data in place of image files")] = None,
     model: Annotated[
         str | None, typer.Option("--model", help="python:package.module:factory, where the guard's model needs it")
