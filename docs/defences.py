@@ -175,7 +175,7 @@ def verdict(row: Mapping[str, Any] | None) -> str:
     if row is None:
         return "did not finish"
     plain, trained, random = (row.get(f"to {name}") for name in ("plain", "pgd-at", "sns, random neurons"))
-    if any(stamp != "valid" for stamp in row["stamps"]):
+    if row["worst"]["mean"] > 0 and any(stamp != "valid" for stamp in row["stamps"]):
         return "**not to be trusted**: " + ", ".join(
             sorted({check for seed in row["seeds"] for check in seed["fired"]})
         )
