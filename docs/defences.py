@@ -6,11 +6,12 @@ calls, know mkdocs; the tests read the others directly. Where a JSON file is mis
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from hooks import table
 from matplotlib import style
 from matplotlib.figure import Figure
 
@@ -45,8 +46,8 @@ def on_files(files: Any, *, config: Any) -> Any:
     """Add the figures to the site."""
     from mkdocs.structure.files import File
 
-    for name, table in by_threat(read("defences")).items():
-        files.append(File.generated(config, f"results/{name}.svg", content=figure(table)))
+    for name, rows in by_threat(read("defences")).items():
+        files.append(File.generated(config, f"results/{name}.svg", content=figure(rows)))
     return files
 
 
@@ -299,7 +300,3 @@ def points(gap: Mapping[str, Any] | None) -> str:
 
 def kept(words: str) -> str:
     return words.replace(" ", "\N{NO-BREAK SPACE}")
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *rows])

@@ -14,7 +14,8 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
 @pytest.fixture
-def page() -> ModuleType:
+def page(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(DOCS)  # as mkdocs does for what lies beside a hook
     spec = importlib.util.spec_from_file_location("docs_defences", DOCS / "defences.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
