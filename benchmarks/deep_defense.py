@@ -26,8 +26,6 @@ What is done is kept in --runs, and not repeated with the same settings.
 
 import argparse
 import json
-import math
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -37,7 +35,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import t as student
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -46,7 +43,7 @@ from rempart.attacks.losses import climb_direction, score
 from rempart.core.data import Data, open_data
 from rempart.core.model import Classifier, frozen
 from rempart.core.repro import Draws, environment
-from rempart.core.stats import wilson
+from rempart.core.stats import student, wilson
 from rempart.train.objectives.deep_defense import Plan, deep_defense, perturbations, ratios
 
 RESULT = Path(__file__).parent / "results" / "deep_defense.json"
@@ -463,11 +460,9 @@ def accepted(net: str, methods: dict[str, Any]) -> dict[str, bool]:
 
 def spread(values: list[float]) -> dict[str, Any]:
     """Mean, its t-interval at 95 %, and the values of the seeds."""
-    mean, n = statistics.fmean(values), len(values)
-    if n < 2:
-        return {"mean": mean, "seeds": values}
-    wide = float(student.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
-    return {"mean": mean, "low": mean - wide, "high": mean + wide, "seeds": values}
+    told = student(values)
+    ends = {"low": told.low, "high": told.high} if len(values) > 1 else {}
+    return {"mean": told.value, **ends, "seeds": values}
 
 
 def rate(k: int, n: int) -> dict[str, Any]:

@@ -21,10 +21,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rempart.core.data import open_data
 from rempart.core.errors import TrainError
 from rempart.core.repro import environment
 from rempart.core.stats import student
+from rempart.core.threat import Threat
 from rempart.models import load
 from rempart.report import store
 from rempart.report.compare import WORST, compare
@@ -210,7 +213,7 @@ def chosen(place: str, method: str, threat: str, start: Path, source: str, budge
     """Recipe and options of a method, with as many images as its gradient evaluations leave room for."""
     setting = SETTINGS[place]
     recipe, own = {**AGAINST_A_THREAT, **WITHOUT}[method]
-    eps = read_eps(threat)
+    eps = Threat.parse(threat).budget
     options: dict[str, Any] = {**COMMON, **setting["common"], "epochs": EPOCHS, "validation_threat": threat}
     if method in WITHOUT:
         options["validation_threat"] = setting["threats"][0]
@@ -223,7 +226,8 @@ def chosen(place: str, method: str, threat: str, start: Path, source: str, budge
         elif value == "{alpha}":
             options[key] = 1.0  # set below, when the number of steps is known
     learn = open_data(source, split="train")
-    part = learn.take(part_of(len(learn), MIXED if recipe == "adaptive" else CALIBRATION)).load()
+    few = MIXED if recipe == "adaptive" else CALIBRATION
+    part = learn.take(torch.arange(0, len(learn), max(1, len(learn) // few))[:few]).load()
     once = {key: value for key, value in options.items() if key != "alpha"}
     name = f"{recipe}:{setting['family']}"
     counted = load_recipe(name, {**once, "epochs": 1, "validation_images": 0})
@@ -239,18 +243,6 @@ def chosen(place: str, method: str, threat: str, start: Path, source: str, budge
     if "alpha" in options:
         options["alpha"] = eps / max(1, EPOCHS * images // options["batch_size"])
     return name, options
-
-
-def part_of(n: int, images: int) -> Any:
-    import torch
-
-    return torch.arange(0, n, max(1, n // images))[:images]
-
-
-def read_eps(threat: str) -> float:
-    amount = threat.partition(":")[2]
-    top, slash, bottom = amount.partition("/")
-    return float(top) / float(bottom) if slash else float(top)
 
 
 # ---- the results

@@ -6,11 +6,12 @@ calls, know mkdocs; the tests read the others directly. Where a JSON file is mis
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from hooks import table
 from matplotlib import style
 from matplotlib.figure import Figure
 
@@ -45,8 +46,8 @@ def on_files(files: Any, *, config: Any) -> Any:
     """Add the figures to the site."""
     from mkdocs.structure.files import File
 
-    for name, table in by_threat(read("defences")).items():
-        files.append(File.generated(config, f"results/{name}.svg", content=figure(table)))
+    for name, rows in by_threat(read("defences")).items():
+        files.append(File.generated(config, f"results/{name}.svg", content=figure(rows)))
     return files
 
 
@@ -175,7 +176,7 @@ def verdict(row: Mapping[str, Any] | None) -> str:
     if row is None:
         return "did not finish"
     plain, trained, random = (row.get(f"to {name}") for name in ("plain", "pgd-at", "sns, random neurons"))
-    if any(stamp != "valid" for stamp in row["stamps"]):
+    if row["worst"]["mean"] > 0 and any(stamp != "valid" for stamp in row["stamps"]):
         return "**not to be trusted**: " + ", ".join(
             sorted({check for seed in row["seeds"] for check in seed["fired"]})
         )
@@ -299,7 +300,3 @@ def points(gap: Mapping[str, Any] | None) -> str:
 
 def kept(words: str) -> str:
     return words.replace(" ", "\N{NO-BREAK SPACE}")
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *rows])

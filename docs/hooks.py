@@ -78,7 +78,7 @@ def _cli() -> str:
             f"## {name} {{ #{name.replace(' ', '-')} }}",
             command.help or "",
             f"```text\nrempart {_plain_usage(command.get_usage(context))}\n```",
-            _table(("argument or option", "meaning", "default and bounds"), rows),
+            table(("argument or option", "meaning", "default and bounds"), rows),
         ]
     return "\n\n".join(parts) + "\n"
 
@@ -111,7 +111,7 @@ def _statuses() -> str:
         kinds[3].exit_code: "the run failed",
         kinds[130].exit_code: "interrupted; what was finished is kept",
     }
-    return _table(("status", "meaning"), [(str(status), meaning) for status, meaning in meanings.items()])
+    return table(("status", "meaning"), [(str(status), meaning) for status, meaning in meanings.items()])
 
 
 def _attacks() -> str:
@@ -148,7 +148,7 @@ def _suites() -> str:
         ]
         how = "Each attack runs on the samples that all before it left standing." if chosen.cascade else ""
         told = " ".join([*(inspect.getdoc(make) or "").split("\n"), how])
-        parts += [f"## {name} {{ #{name} }}", told[:1].upper() + told[1:], _table(("attack", "options"), rows)]
+        parts += [f"## {name} {{ #{name} }}", told[:1].upper() + told[1:], table(("attack", "options"), rows)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -200,7 +200,7 @@ def _recipes() -> str:
         recipe = load_recipe(name).model_dump()
         rows = [(_code(k), _code(_value(v))) for k, v in recipe.items() if k not in ("summary", "options")]
         rows += [(_code(k), _code(_value(v))) for k, v in recipe["options"].items()]
-        parts += [f"## {name} {{ #{name} }}", f"{recipe['summary']}.", _table(("key", "value"), rows)]
+        parts += [f"## {name} {{ #{name} }}", f"{recipe['summary']}.", table(("key", "value"), rows)]
     parts += ["## Keys of every recipe { #keys }", _options(Settings.model_fields, told)]
     parts += ["## Objectives { #objectives }", "What a training run minimises. Their options are keys of the recipe."]
     for entry in objectives:
@@ -215,7 +215,7 @@ def _data() -> str:
             "# Data",
             "What `--data` takes. Training reads the train split; everything else reads the test split unless the "
             "spec names another.",
-            _table(("form", "meaning"), rows),
+            table(("form", "meaning"), rows),
             "## In detail",
             "::: rempart.core.data.open_data",
             "::: rempart.core.data.Data",
@@ -297,7 +297,7 @@ def _options(fields: Mapping[str, Any], told: str) -> str:
         (_code(key), _code(_value(field.default)), _code(bounds_of(field)), meanings.get(key, ""))
         for key, field in fields.items()
     ]
-    return _table(("option", "default", "values", "meaning"), rows) if rows else "No options."
+    return table(("option", "default", "values", "meaning"), rows) if rows else "No options."
 
 
 def _value(value: Any) -> str:
@@ -375,7 +375,7 @@ def _report(report: Report) -> str:
     options = (
         (a.label, ", ".join(f"{key}={_value(value)}" for key, value in a.options.items())) for a in report.attacks
     )
-    return "\n\n".join([title, _table(header, rows), "\n".join(f"- {label}: {_code(told)}" for label, told in options)])
+    return "\n\n".join([title, table(header, rows), "\n".join(f"- {label}: {_code(told)}" for label, told in options)])
 
 
 def _median(attack: AttackResult) -> str:
@@ -394,7 +394,7 @@ def _grid(value: Any) -> str:
     columns = list(dict.fromkeys(key for _, row in rows for key in row))
     depth = max((len(path) for path, _ in rows), default=0)
     cells = [[*path, *[""] * (depth - len(path)), *(_cell(row.get(key, "")) for key in columns)] for path, row in rows]
-    return _table([*[" "] * depth, *(column.replace("_", " ") for column in columns)], cells) if rows else ""
+    return table([*[" "] * depth, *(column.replace("_", " ") for column in columns)], cells) if rows else ""
 
 
 def _rows(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
@@ -417,7 +417,8 @@ def _cell(value: Any) -> str:
 # ---- Markdown
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table; the page about training methods makes its own with it."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(map(_cell_text, line))} |" for line in lines)
 

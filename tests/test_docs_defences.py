@@ -14,7 +14,8 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
 @pytest.fixture
-def page() -> ModuleType:
+def page(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(DOCS)  # as mkdocs does for what lies beside a hook
     spec = importlib.util.spec_from_file_location("docs_defences", DOCS / "defences.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -68,6 +69,8 @@ def test_a_network_that_is_not_stamped_valid_gets_no_praise(page: ModuleType) ->
     stamped = {"stamps": {"valid": 2, "suspicious": 1}, "seeds": [{"fired": ["square-beats-gradient"]}]}
     told = page.verdict(row("gfa FIRST", 0.9, (0.5, 0.6), (0.1, 0.2), **stamped))
     assert told == "**not to be trusted**: square-beats-gradient"
+    nothing = {**row("gfa FIRST", 0.9, (0.0, 0.0), (-0.2, -0.1), **stamped), "worst": {"mean": 0.0}}
+    assert page.verdict(nothing) == "no difference to plain"
 
 
 def test_neurons_are_set_against_random_ones(page: ModuleType) -> None:

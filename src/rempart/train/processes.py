@@ -8,7 +8,7 @@ from torch import Tensor, distributed
 
 from rempart.core.model import Meter
 from rempart.core.ranks import Ranks
-from rempart.train.setup import Run
+from rempart.train.setup import Run, uses_gpu
 
 
 @contextmanager
@@ -17,10 +17,9 @@ def connected(ranks: Ranks, device: str | None) -> Generator[None]:
     if ranks.world == 1:
         yield
         return
-    on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
     meeting = distributed.PrefixStore("train", ranks.store)  # pyright: ignore[reportPrivateImportUsage]
     distributed.init_process_group(
-        "nccl" if on_gpu else "gloo", store=meeting, rank=ranks.number, world_size=ranks.world
+        "nccl" if uses_gpu(device) else "gloo", store=meeting, rank=ranks.number, world_size=ranks.world
     )
     try:
         yield

@@ -24,6 +24,7 @@ from rempart.train.checkpoint import State
 from rempart.train.config import Recipe, load_recipe
 from rempart.train.log import MLFLOW_RUN, open_logs, write_csv
 from rempart.train.loop import best, collapsed, train
+from rempart.train.setup import uses_gpu
 
 LAST = "last"
 CHECKPOINT = "checkpoint.safetensors"
@@ -279,7 +280,7 @@ def _report(
     seconds: float,
 ) -> Report:
     model = load(_source(spec))
-    if torch.cuda.is_available() if spec.device is None else spec.device == "cuda":
+    if uses_gpu(spec.device):
         model.to("cuda")
     stopped = collapsed(recipe, epochs)
     left = recipe.epochs - len(epochs)

@@ -58,6 +58,11 @@ class Run:
         return getattr(self.fabric.strategy.precision, "scaler", None)
 
 
+def uses_gpu(device: str | None) -> bool:
+    """Whether a training on `device` runs on a GPU: where there is one, unless something else is asked for."""
+    return torch.cuda.is_available() if device is None else device == "cuda"
+
+
 def refuse_alone(recipe: Recipe) -> None:
     """Raise SpecError where the objective cannot be shared by several processes."""
     if recipe.build_objective().alone:
@@ -94,7 +99,7 @@ def setup(
             got=f"batches of {recipe.batch_size} in {ranks.world} processes",
             hint="raise batch_size, or lower --devices",
         )
-    on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
+    on_gpu = uses_gpu(device)
     gpu = ranks.local % max(1, torch.cuda.device_count())
     fabric = Fabric(
         accelerator="cuda" if on_gpu else "cpu",
