@@ -303,7 +303,7 @@ Attacks = Annotated[
     list[str] | None, typer.Option("--attack", help="NAME or NAME:key=value,key=value; default fgsm, pgd and deepfool")
 ]
 Fpr = Annotated[float, typer.Option("--fpr", help="Share of clean images that may be flagged, in (0, 1)")]
-FitLimit = Annotated[int | None, typer.Option("--fit-limit", min=1, help="Use the first N training images")]
+FitLimit = Annotated[int | None, typer.Option("--fit-limit", min=1, help="Fit on the first N images only")]
 
 
 @detect.command()
@@ -324,7 +324,7 @@ def evaluate(
     batch_size: BatchSize = 64,
     seed: Seed = 0,
 ) -> None:
-    """Fit detectors on the train split, set thresholds on the rest of it, and judge them on the test split."""
+    """Fit detectors on the train split, set thresholds on a part of the test split, and judge them on the rest."""
     from rempart.report.schema import DefenceChoice, DetectSpec
 
     _run(

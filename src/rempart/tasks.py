@@ -40,7 +40,7 @@ from rempart.core.stats import Rate, wilson
 from rempart.core.threat import Norm, Threat
 from rempart.detect import detectors
 from rempart.detect import save as save_detector
-from rempart.detect.run import crafts, judged, means, sets
+from rempart.detect.run import crafts, judged, means, parts, sets
 from rempart.models.load import card, load
 from rempart.preprocess import defended, described
 from rempart.report.html import page
@@ -295,9 +295,9 @@ def _detect(spec: DetectSpec, notify: Notify) -> Report:
     threat = Threat.parse(spec.threat, low=model.low, high=model.high)
     crafts(spec, threat)
     claim(out)
-    train = open_data(spec.data, split="train").head(spec.fit_limit).scaled(model.low, model.high)
-    test = open_data(spec.data, split="test").head(spec.limit).scaled(model.low, model.high)
-    model, checks = preflight(model, test)
+    train, test = (open_data(spec.data, split=name).scaled(model.low, model.high) for name in ("train", "test"))
+    learn, calibration, judge = parts(train, test, spec)
+    model, checks = preflight(model, judge)
     random = is_random(checks)
     found: list[Detection] = []
     table: dict[str, np.ndarray] = {}
@@ -305,7 +305,7 @@ def _detect(spec: DetectSpec, notify: Notify) -> Report:
     complete = False
     error: Exception | None = None
     try:
-        on = sets(model, train, test, spec, threat, random=random, notify=notify)
+        on = sets(model, learn, calibration, judge, spec, threat, random=random, notify=notify)
         clean = wilson(len(on.test.x), on.n)
         table = {"index": on.test.index.numpy(), "label": on.test.y.numpy()}
         for fitted, detection, scores in judged(model, on, spec, threat, notify=notify):
@@ -331,7 +331,7 @@ def _detect(spec: DetectSpec, notify: Notify) -> Report:
         seconds=perf_counter() - started,
         environment=environment(),
         model=about,
-        data=DataCard.of(test),
+        data=DataCard.of(judge),
         notes=(*means(spec, random=random), *told),
         preflight=checks,
         clean=clean,

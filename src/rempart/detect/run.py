@@ -31,8 +31,12 @@ from rempart.models import load as load_model
 from rempart.preprocess import defended
 from rempart.report.schema import DefenceChoice, Detection, DetectorChoice, DetectSpec, Separation
 
-SHARES = (0.7, 0.3)
-"""Of the training images: what detectors are fitted on, and what thresholds are set on."""
+TO_CALIBRATE = 0.3
+"""Share of the test images that thresholds are set on; the others judge. A model is surer of what it was trained on."""
+IN_ONE = (0.5, 0.2, 0.3)
+"""Shares of a data set with one split: to fit on, to set thresholds on, and to judge on."""
+MOST = 1000
+"""Images that thresholds are set on."""
 SURROGATE = "mahalanobis"
 """Whose gradient stands in for that of a detector that has none."""
 
@@ -79,22 +83,36 @@ def means(spec: DetectSpec, *, random: bool) -> tuple[str, ...]:
     return averaged(choice.name for choice in spec.attacks if random and mean_gradient(choice.name, choice.options))
 
 
+def parts(train: Data, test: Data, spec: DetectSpec) -> tuple[Data, Data, Data]:
+    """What is fitted on, what thresholds are set on, and what judges: no image is in two of them.
+
+    Raises:
+        DataError: If there are too few images.
+    """
+    if train.split == test.split:
+        learn, calibration, judge = split(test, IN_ONE, seed=spec.seed)
+    else:
+        calibration, judge = split(test, (TO_CALIBRATE, 1 - TO_CALIBRATE), seed=spec.seed)
+        learn = train
+    return learn.head(spec.fit_limit), calibration.head(MOST), judge.head(spec.limit)
+
+
 def sets(
     model: Classifier,
-    train: Data,
-    test: Data,
+    learn: Data,
+    calibration: Data,
+    judge: Data,
     spec: DetectSpec,
     threat: Threat,
     *,
     random: bool = False,
     notify: Notify = silent,
 ) -> Sets:
-    """Attack what is needed; no source image is in two of the sets.
+    """Attack what is needed.
 
     Raises:
         DataError: If there are too few images, those of the calibration first: they need no attack.
     """
-    learn, calibration = split(train, SHARES, seed=spec.seed)
     made = crafts(spec, threat, random=random)
     learnt = made if any(detectors[choice.name].function().learns_attacks for choice in spec.detectors) else {}
     further = {
@@ -110,8 +128,8 @@ def sets(
         learning=gather(model, learn, learnt, noise=threat, notify=named("to learn from", notify), **given),
         calibration=calm,
         random=random,
-        test=gather(model, test, {**made, **further}, noise=threat, notify=named("to judge", notify), **given),
-        n=len(test),
+        test=gather(model, judge, {**made, **further}, noise=threat, notify=named("to judge", notify), **given),
+        n=len(judge),
     )
 
 

@@ -150,7 +150,9 @@ class CertifySpec(Strict):
 
 
 class DetectSpec(Strict):
-    """Detectors fitted on the train split, and judged on the test split.
+    """Detectors fitted on the train split, calibrated on a part of the test split, and judged on the rest of it.
+
+    Where the data have one split, it is parted in three.
 
     Attributes:
         detectors: Names with options.
@@ -159,8 +161,8 @@ class DetectSpec(Strict):
         threat: What the attacks may do; those for the smallest perturbation search on their own.
         budgets: Further budgets of the threat to judge by.
         fpr: False-positive rate the threshold is set for.
-        fit_limit: Training images used, for fitting and for calibration.
-        limit: Test images used.
+        fit_limit: Images to fit on.
+        limit: Images to judge by.
         adaptive: Also attack each detector by an attacker who knows it.
     """
 

@@ -392,9 +392,8 @@ def _limits_of_detection(report: Report) -> Iterator[str]:
         "within the threat; attacks for the smallest perturbation do not, and their images may be larger."
     )
     yield (
-        "Thresholds were set on images of the train split. Where the model was trained on them, it is surer of them "
-        "than of others, and false alarms are more than asked for: the share seen on the test images is in the table. "
-        "On images from another source, device or site they may be many more."
+        "Thresholds hold for images from the source they were set on, if the model was trained on none of these. On "
+        "images from another source, device or site false alarms may be many more than asked for."
     )
     yield "Images that the model gets wrong without an attack count as not held, whether they are flagged or not."
 
