@@ -1,5 +1,7 @@
 """Recipes: files, overrides, and messages that name every fault."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -40,6 +42,20 @@ def test_options_override_recipe_and_objective_as_text():
 
 def test_defaults_of_the_objective_are_recorded():
     assert load_recipe("plain", {"objective": "pgd-at"}).options == {"threat": "linf:8/255", "steps": 10, "step": None}
+
+
+@pytest.mark.parametrize(
+    ("given", "step"),
+    [
+        ({}, 0.01),
+        ({"steps": "40", "threat": "linf:0.3"}, 0.01),
+        ({"threat": "l2:1.5"}, None),  # 40 steps of 0.01 do not get to its edge
+        ({"steps": 7}, None),
+        ({"threat": "l2:1.5", "step": 0.2}, 0.2),
+    ],
+)
+def test_the_step_of_a_recipe_is_for_its_own_threat(given: dict[str, Any], step: float | None) -> None:
+    assert load_recipe("trades:mnist", given).options["step"] == step
 
 
 def test_all_faults_come_in_one_message():

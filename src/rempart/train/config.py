@@ -95,12 +95,16 @@ def load_recipe(name: str, options: Mapping[str, Any] | None = None) -> Recipe:
     """Read a packaged recipe by name, or a TOML file by path, and override it.
 
     Keys are those of `Settings` and, on the same level, the options of the objective. A table, such as `[medical]`,
-    holds what differs for a family of data, and is asked for as `NAME:medical`.
+    holds what differs for a family of data, and is asked for as `NAME:medical`. The `step` of a recipe belongs to its
+    `threat` and `steps`: with another of these, and no step of its own, the objective's default counts.
 
     Raises:
         SpecError: If there is no such recipe, or a key or a value is wrong; all faults in one message.
     """
-    wanted = {**_read(name), **(options or {})}
+    written, given = _read(name), options or {}
+    if any(str(given.get(key, written.get(key))) != str(written.get(key)) for key in ("threat", "steps")):
+        written.pop("step", None)
+    wanted = {**written, **given}
     if "objective" not in wanted:
         raise SpecError(f"an objective in the recipe {name}", got="none", hint='for example objective = "pgd-at"')
     entry = objectives[str(wanted["objective"])]
