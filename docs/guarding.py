@@ -1,0 +1,237 @@
+"""The page about guarding: tables and figures made from `benchmarks/results/*.json` when the site is built.
+
+`rendered()` replaces the marks of `guarding.md`, `figures()` draws. Only `on_files` and `on_page_markdown`, which
+mkdocs calls, know mkdocs; the tests read the others directly. Where a JSON file is missing, its table says so.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from io import StringIO
+from typing import Any
+
+from hooks import table
+from matplotlib import style
+from matplotlib.figure import Figure
+
+from defences import HERE, kept, read
+
+PLACES = {"mnist": "MNIST, LeNet", "mri": "Brain MRI, mri-cnn"}
+ATTACKS = ("fgsm", "bim", "mim", "pgd", "cw", "deepfool")
+SHARES = {
+    "preprocessing": {"clean": "no attack", "oblivious": "attack without it", "adaptive": "attack through it"},
+    "detectors": {
+        "none": "no attack",
+        "all of these": "attacks without it",
+        "knows the detector": "attack that knows it",
+    },
+}
+LOOKS = (("o", "none", "#555555"), ("s", "none", "#E69F00"), ("o", "full", "#0072B2"))
+
+
+def on_files(files: Any, *, config: Any) -> Any:
+    """Add the figures to the site."""
+    from mkdocs.structure.files import File
+
+    for name, drawn in figures():
+        files.append(File.generated(config, f"results/{name}.svg", content=drawn))
+    return files
+
+
+def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
+    """Put tables and figures where the page asks for them."""
+    return rendered(markdown) if page.file.src_uri == "guarding.md" else markdown
+
+
+def rendered(markdown: str) -> str:
+    """The page with its marks replaced."""
+    made = {"preprocessing": preprocessing, "detectors": detectors, "attack-types": attack_types, "latency": latency}
+    return re.sub(r"<!-- (preprocessing|detectors|attack-types|latency) -->", lambda found: made[found[1]](), markdown)
+
+
+def rows(name: str) -> Iterator[tuple[str, Mapping[str, Any], list[dict[str, Any]]]]:
+    """The rows of each setting, the best under the attacker who knows first."""
+    body = read(name)
+    worst = list(SHARES[name])[-1]
+    for place, setting in body.get("settings", {}).items():
+        found = [row for row in body["table"] if row["setting"] == place]
+        if found:
+            yield place, setting, sorted(found, key=lambda row: -shares(row)[worst]["share"])
+
+
+def shares(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The three shares of a row: without attack, under attacks that do not know of the defence, under one that does."""
+    return row.get("held", row)
+
+
+def named(row: Mapping[str, Any]) -> str:
+    return row.get("detector") or row["defence"]
+
+
+# ---- preprocessing
+
+
+def preprocessing() -> str:
+    """A figure and a table for each data set."""
+    parts: list[str] = []
+    for place, setting, found in rows("preprocessing"):
+        bare = next(row for row in found if row["defence"] == "none")
+        lines = [
+            (
+                row["defence"],
+                *(percent(row[key]) for key in SHARES["preprocessing"]),
+                points(row["oblivious"]["share"] - row["adaptive"]["share"]),
+                survives(row, bare),
+            )
+            for row in found
+        ]
+        header = ("defence", *SHARES["preprocessing"].values(), "what forgetting it would claim", "survives")
+        told = f"{setting['threat']}, {bare['clean']['n']} test images."
+        parts += [*headed("preprocessing", place), told, table(header, lines)]
+    return "\n\n".join(parts) or HERE
+
+
+def survives(row: Mapping[str, Any], bare: Mapping[str, Any]) -> str:
+    """Whether the attack through a defence leaves surely more than the attack on the network alone."""
+    if row is bare:
+        return ""
+    if row["stamp"] != "valid":
+        return "not to be trusted: " + ", ".join(row["fired"])
+    return "yes" if row["adaptive"]["low"] > bare["adaptive"]["high"] else "**no**"
+
+
+# ---- detectors
+
+
+def detectors() -> str:
+    """A figure and two tables for each data set."""
+    parts: list[str] = []
+    for place, setting, found in rows("detectors"):
+        alone = found[0]["alone"]
+        told = (
+            f"{setting['threat']}, {alone['clean']['n']} test images, {found[0]['fitted_on']} to fit on and "
+            f"{found[0]['calibrated_on']} for the threshold. Without a detector the network holds "
+            f"{percent(alone['attacked'])} under the attacks within the budget, {percent(alone['clean'])} without one."
+        )
+        held = [
+            (
+                row["detector"],
+                percent(row["false_alarms"]["0.05"]),
+                *(percent(row["held"][key]) for key in SHARES["detectors"]),
+                worth(row),
+            )
+            for row in found
+        ]
+        header = ("detector", "false alarms", *SHARES["detectors"].values(), "adds something")
+        parts += [*headed("detectors", place), told, table(header, held), "Area under the ROC curve:"]
+        parts += [table(("detector", *ATTACKS), list(areas(found)))]
+    return "\n\n".join(parts) or HERE
+
+
+def areas(found: Sequence[Mapping[str, Any]]) -> Iterator[Sequence[str]]:
+    """One line per detector, and one more where it learnt from attacks: without the one in question."""
+    for row in found:
+        for key, more in (("seen", ""), ("unseen", ", the attack unseen")):
+            if row[key]:
+                yield (row["detector"] + more, *(area(row[key].get(name)) for name in ATTACKS))
+
+
+def area(found: Mapping[str, Any] | None) -> str:
+    return "" if found is None else kept(f"{found['area']:.3f} [{found['low']:.3f}, {found['high']:.3f}]")
+
+
+def worth(row: Mapping[str, Any]) -> str:
+    """Whether network and detector surely hold more, under the attacker who knows, than the network alone."""
+    return "yes" if row["held"]["knows the detector"]["low"] > row["alone"]["attacked"]["high"] else "**no**"
+
+
+# ---- attack types and latency
+
+
+def attack_types() -> str:
+    """What the classifier of attack types names each set."""
+    parts: list[str] = []
+    for told in read("attack_types").get("rows", []):
+        for how in ("rounding", "not rounding"):
+            if how not in told:
+                continue
+            sets = told[how]["sets"]
+            kinds = list(next(iter(sets.values()))["named"])
+            where = "8-bit files" if told["eight_bit"] else "images in memory"
+            scores = told[how]["accuracy"]
+            parts += [
+                f"{where.capitalize()}, {how} before it looks: accuracy over the six classes {100 * scores:.1f} %."
+            ]
+            lines = [
+                (name, *(str(row["named"][kind]) for kind in kinds), interval(row["flagged"]))
+                for name, row in sets.items()
+            ]
+            parts += [table(("images of", *(f"named {kind}" for kind in kinds), "flagged"), lines)]
+    return "\n\n".join(parts) or HERE
+
+
+def interval(flagged: Sequence[float]) -> str:
+    value, low, high = flagged
+    return kept(f"{100 * value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]")
+
+
+def latency() -> str:
+    """Milliseconds of one image, and how many times the bare classifier that is."""
+    found = read("guard_latency").get("results", {})
+    lines = [
+        (name, f"{row['ms']:.2f} ms", kept(f"{row['times']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"))
+        for name, row in sorted(found.items(), key=lambda pair: pair[1]["times"])
+    ]
+    return table(("guard", "median", "times the bare classifier"), lines) if lines else HERE
+
+
+# ---- figures and Markdown
+
+
+def figures() -> Iterator[tuple[str, str]]:
+    for name, keys in SHARES.items():
+        for place, _, found in rows(name):
+            yield f"{name}-{place}", figure(found, keys)
+
+
+def figure(found: Sequence[Mapping[str, Any]], keys: Mapping[str, str]) -> str:
+    """The three shares of each row with their intervals, as SVG."""
+    with style.context({"svg.hashsalt": "rempart", "svg.fonttype": "none", "font.size": 10}):
+        drawn = Figure(figsize=(6.4, 0.9 + 0.3 * len(found)), layout="constrained")
+        axes = drawn.add_subplot()
+        for (key, label), (marker, fill, colour), shift in zip(keys.items(), LOOKS, (-0.2, 0.0, 0.2), strict=True):
+            told = [shares(row)[key] for row in found]
+            reach = [[one["share"] - one["low"] for one in told], [one["high"] - one["share"] for one in told]]
+            axes.errorbar(
+                [one["share"] for one in told],
+                [place + shift for place in range(len(found))],
+                xerr=reach,
+                fmt=marker,
+                fillstyle=fill,
+                color=colour,
+                elinewidth=1.2,
+                markersize=5,
+                label=label,
+            )
+        axes.set_yticks(range(len(found)), [named(row) for row in found])
+        axes.set_ylim(len(found) - 0.5, -0.5)
+        axes.set_xlim(-0.02, 1.02)
+        axes.xaxis.set_major_formatter("{x:.0%}")
+        axes.grid(axis="x", alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        drawn.legend(loc="outside upper right", ncols=3, frameon=False)
+        buffer = StringIO()
+        drawn.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
+def headed(name: str, place: str) -> Sequence[str]:
+    title = PLACES[place]
+    return (f"### {title} {{ #{name}-{place} }}", f"![{title}: shares of images](results/{name}-{place}.svg)")
+
+
+def percent(rate: Mapping[str, Any]) -> str:
+    return kept(f"{100 * rate['share']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]")
+
+
+def points(value: float) -> str:
+    return kept(f"{100 * value:+.1f} points")
