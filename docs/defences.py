@@ -38,6 +38,7 @@ CLAIMS = {  # method: what it is said to do, by whom, and what it is measured ag
     "fast": ("As much as adversarial training at lower cost", "Wong et al. 2020, arXiv:2001.03994"),
     "ima": ("Accuracy under attack at less loss of clean accuracy", "Ma and Liang 2020, arXiv:2005.09147"),
 }
+NETS = (("mlp", "MLP"), ("lenet", "LeNet"))
 BOTH = ("reference", "parseval", "deep-defense")  # methods that are the same there and here
 HERE = "(not measured yet: the command is in `benchmarks`)"
 
@@ -201,8 +202,8 @@ def sign(gap: Mapping[str, Any]) -> int:
 def published() -> str:
     """Our figures beside the published ones, for each network and space."""
     parts: list[str] = []
-    for net, name in (("mlp", "MLP"), ("lenet", "LeNet")):
-        body = read(f"deep_defense_{net}")
+    for net, name, file in ((*pair, f"deep_defense_{pair[0]}{kind}") for kind in ("", "_unit") for pair in NETS):
+        body = read(file)
         for key, told in body.get("results", {}).items():
             space = key.split()[0]
             shown = {"published": "pixels as published", "unit": "pixels of [0, 1]"}[space]
