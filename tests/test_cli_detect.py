@@ -18,7 +18,18 @@ from rempart.detect import run as running
 from rempart.detect.protocol import split
 from rempart.models import load
 from rempart.report import store
-from rempart.report.schema import ALL, KNOWS, AttackChoice, DefenceChoice, Detection, DetectorChoice, DetectSpec, Report
+from rempart.report.schema import (
+    ALL,
+    KNOWS,
+    AttackChoice,
+    AttackSpec,
+    CertifySpec,
+    DefenceChoice,
+    Detection,
+    DetectorChoice,
+    DetectSpec,
+    Report,
+)
 from test_cli import rempart
 
 MODEL = "python:means_of_digits:classifier"
@@ -175,6 +186,14 @@ def test_no_image_is_in_two_parts(source: str, sizes: tuple[int, ...], tmp_path:
     assert not held[1] & held[2] and (source == "digits" or not held[0] & (held[1] | held[2]))
 
 
+def test_a_detector_that_learns_from_attacks_by_an_option_gets_some(tmp_path: Path) -> None:
+    choice = DetectorChoice(name="mahalanobis", options={"combine": "logistic", "layers": "last"})
+    report = tasks.run(spec(tmp_path, detectors=(choice,), adaptive=False, budgets=()))
+    assert report is not None
+    assert report.detection[0].learnt == ("fgsm", "deepfool")
+    assert [row.attack for row in report.detection[0].left_out] == ["fgsm", "deepfool"]
+
+
 # ---- cut short
 
 
@@ -305,3 +324,21 @@ def test_a_random_defence_is_noted_and_the_attacker_who_knows_takes_means_too(
     )
     report = tasks.run(wanted.model_copy(update={"limit": 10, "fit_limit": 60, "fpr": 0.3}))
     assert report is not None and passes == [20] and "The model is random: pgd climbed" in report.notes[0]
+
+
+def test_the_seed_of_a_request_is_that_of_a_random_defence_too(tmp_path: Path) -> None:
+    """What is run again gives the same figures, and leaves the random numbers of the caller alone."""
+    noise, pgd = (DefenceChoice(name="gaussian-noise"),), AttackChoice(name="pgd", options={"steps": 1, "eot": 1})
+    given = {"model": MODEL, "data": "digits:test", "threat": "linf:0.1", "defences": noise, "limit": 10}
+    state = torch.get_rng_state()
+    for run in ("first", "second"):
+        torch.manual_seed(len(run))
+        changes = {"defences": noise, "attacks": (pgd,), "budgets": (), "adaptive": False, "fit_limit": 60, "fpr": 0.3}
+        tasks.run(spec(tmp_path / run, **changes, limit=10))
+        tasks.run(AttackSpec(attack=pgd, out=str(tmp_path / run / "attack.npz"), **given))
+        kept = CertifySpec(sigma=0.1, samples=100, selection=10, out=str(tmp_path / run / "certify"), **given)
+        tasks.run(kept)
+    torch.set_rng_state(state)
+    for file in ("samples.npz", "attack.npz", "certify/samples.npz"):
+        with np.load(tmp_path / "first" / file) as first, np.load(tmp_path / "second" / file) as second:
+            assert first.files and all(np.array_equal(first[key], second[key]) for key in first.files), file

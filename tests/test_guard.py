@@ -5,8 +5,10 @@ import importlib
 import json
 import shutil
 import sys
+import time
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -182,6 +184,16 @@ def test_what_is_said_of_an_image_depends_on_no_other(folders: Path, tmp_path: P
     torch.testing.assert_close(both.scores[5:], alone.scores, rtol=1e-5, atol=1e-6)
     twice = noisy.predict(torch.stack([X[0], X[0]])).scores
     torch.testing.assert_close(twice[0], twice[1], rtol=1e-5, atol=1e-6)
+
+
+def test_threads_do_not_read_the_layers_of_each_others_images(guarded: Guarded) -> None:
+    """Two threads show one image each, to a network that is slow enough for them to meet in it."""
+    alone = [float(guarded.predict(X[i]).scores) for i in range(2)]
+    last = [module for module in guarded.classifier.modules() if isinstance(module, torch.nn.Linear)][-1]
+    last.register_forward_hook(lambda *_: time.sleep(0.02))
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(lambda i: float(guarded.predict(X[i % 2]).scores), range(6)))
+    assert together == alone * 3 and alone[0] != alone[1]
 
 
 def test_bytes_arrays_and_wider_floats_are_the_same_images(guarded: Guarded) -> None:

@@ -5,10 +5,11 @@ import hashlib
 import io
 import os
 import shutil
+import threading
 import zlib
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,6 +102,7 @@ class Guarded:
         namer: A detector that names the attack, asked about rejected images alone.
         source: Where the network came from, as `models.load` takes it.
         defences: The preprocessing that is inside.
+        turn: Held by the thread whose images are judged: detectors read the layers of the one network all share.
     """
 
     classifier: Classifier
@@ -108,6 +110,7 @@ class Guarded:
     namer: Fitted | None = None
     source: str
     defences: tuple[DefenceChoice, ...] = ()
+    turn: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def predict(self, images: "Tensor | np.ndarray[Any, Any]") -> Prediction:
         """Classify images, and reject those the detector flags.
@@ -115,7 +118,7 @@ class Guarded:
         The detector and the prediction share a forward pass: the logits are those of the first pass in which the
         detector shows the model the image itself, and of a pass of their own where it does not. What is said of an
         image depends on its pixels, not on its batch mates; random defences draw anew at each call. An image whose
-        score or confidence is no number is rejected.
+        score or confidence is no number is rejected. Calls from several threads take turns.
 
         Args:
             images: One image (*shape) or a batch (n, *shape): floating point in the box of the model, or uint8, where
@@ -127,14 +130,15 @@ class Guarded:
         x = self._checked(images)
         index = _numbers(x)
         x = placed(self.classifier, x)
-        with torch.no_grad(), _heard(self.classifier, x) as passes:
-            scores = self.detector.score(x, index)
-            if not passes:
-                with frozen(self.classifier):
-                    self.classifier(x)
-        confidence, labels = passes[0].double().softmax(1).max(1)
-        rejected = self.detector.flags(scores) | ~confidence.isfinite()
-        attacks, probabilities = self._named(x, index, rejected)
+        with self.turn, torch.no_grad():
+            with _heard(self.classifier, x) as passes:
+                scores = self.detector.score(x, index)
+                if not passes:
+                    with frozen(self.classifier):
+                        self.classifier(x)
+            confidence, labels = passes[0].double().softmax(1).max(1)
+            rejected = self.detector.flags(scores) | ~confidence.isfinite()
+            attacks, probabilities = self._named(x, index, rejected)
         assert self.detector.card.threshold is not None  # `flags` raises without one
         return Prediction(
             labels=labels.cpu(),
@@ -201,8 +205,6 @@ def guard(
     chain = [(choice.name, choice.options) for choice in defences]
     described(chain)  # a wrong option is told before the model is loaded
     classifier = defended(load(model), chain)
-    for module in classifier.modules():
-        module.training = False  # for good: `frozen` would put it back between the calls of several threads
     _refuse_undeclared(classifier)
     judge = detect.load(Path(detector), classifier)
     if judge.card.threshold is None:

@@ -17,6 +17,7 @@ from rempart.attacks import Verdict, attack_data, attacks
 from rempart.attacks.losses import score
 from rempart.attacks.run import native, targets
 from rempart.audit import Audit, Planned, audit, averaged, is_random, mean_gradient, measure, preflight
+from rempart.audit.pieces import seeded
 from rempart.certify import (
     Attacked,
     Certificates,
@@ -74,11 +75,12 @@ def run(spec: AnySpec, notify: Notify = silent) -> Report | None:
     """
     if isinstance(spec, TrainSpec):
         return _train(spec, notify)
-    if isinstance(spec, CertifySpec):
-        return _certify(spec, notify)
-    if isinstance(spec, DetectSpec):
-        return _detect(spec, notify)
-    return _audit(spec, notify) if isinstance(spec, AuditSpec) else _attack(spec, notify)
+    if isinstance(spec, AuditSpec):
+        return _audit(spec, notify)
+    with seeded(spec.seed, torch.device("cpu")):  # for models that draw random numbers
+        if isinstance(spec, CertifySpec):
+            return _certify(spec, notify)
+        return _detect(spec, notify) if isinstance(spec, DetectSpec) else _attack(spec, notify)
 
 
 def _opened(spec: AuditSpec | AttackSpec | CertifySpec | DetectSpec) -> tuple[Classifier, ModelCard]:

@@ -129,6 +129,20 @@ def test_a_random_detector_is_attacked_through_other_noise_than_it_is_judged_by(
     assert len({call[2] for call in climbed}) == len(climbed) >= 8, "new noise in each pass, eight to a step"
 
 
+def test_noise_of_a_detector_does_not_hold_what_its_mean_lets_through():
+    """At least as many get through as of those who know the best point and have one try."""
+
+    def score(x, rng):
+        return hole(x, rng) + 0.05 * rng.normal(x[:, 0, 0, 0][:, None])[:, 0]
+
+    x, y, _ = right_and_accepted(150)
+    eps = 0.3
+    got, _ = through(planted(first_pixel(), score, LIMIT, random=True, seed=7), x, y, eps, steps=30)
+    least = 0.5 - 0.5 * (x[:, 0, 0, 1] + eps).clamp_max(1)
+    chance = torch.special.ndtr((LIMIT - least) / 0.05)[0.5 - x[:, 0, 0, 0] < eps]
+    assert int(got.sum()) >= float(chance.sum()) - 1
+
+
 def test_a_random_model_is_climbed_by_mean_gradients(monkeypatch):
     from rempart.detect import adaptive
 
@@ -137,7 +151,7 @@ def test_a_random_model_is_climbed_by_mean_gradients(monkeypatch):
     x, y, _ = right_and_accepted(2)
     for random, passes in ((False, 1), (True, 1), (False, 20), (True, 20)):
         through(planted(first_pixel(), hole, LIMIT, random=random), x, y, 0.1, passes=passes)
-    assert asked == [1] * 2 + [8] * 2 + [20] * 4
+    assert asked == [1] * 2 + [8] * 4 + [20] * 8, "twice as many where anything is random"
 
 
 def test_verdicts_are_given_in_inference_mode():

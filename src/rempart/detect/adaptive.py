@@ -1,6 +1,6 @@
 """The attack on a classifier and its detector together: wrong, and not flagged."""
 
-from collections.abc import Sequence
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,9 @@ def evade(
 
     APGD on the network of `Rejecting`, aimed at each of the most likely wrong classes in turn, on two losses. A sample
     leaves once it is found. Noise of a random detector is averaged over 8 passes or more, and is not the noise it is
-    judged by; it is drawn for the images attacked together, so that here the batch counts.
+    judged by; it is drawn for the images attacked together, so that here the batch counts. Where detector or model is
+    random, what lies just below the threshold is flagged by every other draw: what is left is attacked once more, with
+    the threshold one spread lower.
 
     Args:
         fitted: A calibrated detector with its classifier.
@@ -105,15 +107,18 @@ def evade(
         After Carlini & Wagner 2017, arXiv:1705.07263, and Tramer et al. 2020, arXiv:2002.08347.
     """
     joint = Rejecting(fitted, spread, surrogate)
+    level = joint.threshold
     best, order = x.clone(), _wrong_first(fitted, x, y)[:, :targets]
     fooled = torch.zeros(len(x), dtype=torch.bool)
     todo = torch.arange(len(x))
-    plans: Sequence[tuple[int, str]] = [(k, loss) for loss in ("margin", "ce") for k in range(order.shape[1])]
+    depths = (0.0, 1.0) if fitted.detector.random or passes > 1 else (0.0,)
+    plans = list(product(depths, ("margin", "ce"), range(order.shape[1])))
     with frozen(fitted.model):
-        for done, (k, loss) in enumerate(plans):
+        for done, (depth, loss, k) in enumerate(plans):
             notify(Event(stage="evade", done=done, total=len(plans), values={"left": len(todo) / max(1, len(x))}))
             if len(todo) == 0:
                 break
+            joint.threshold = level - depth * joint.spread
             found = apgd(
                 joint,
                 x[todo],
@@ -123,7 +128,7 @@ def evade(
                 loss=loss,  # pyright: ignore[reportArgumentType]
                 eot=max(passes, 8) if fitted.detector.random else passes,
                 targeted=True,
-                rng=rng.select(todo).at("evade", k, loss),
+                rng=rng.select(todo).at("evade", k, loss, *(["deeper"] if depth else [])),
             )
             wrong, accepted = verdict(fitted, found, y[todo], rng.index[todo], passes=passes)
             first = wrong & ~fooled[todo]

@@ -212,7 +212,9 @@ def load(folder: Path, model: Classifier) -> Fitted:
     except OSError as error:
         raise ModelError(f"a folder with {CARD} and {STATE}", got=f"{folder} ({error})") from None
     except (ValidationError, SafetensorError) as error:
-        raise ModelError("a detector that `rempart detect fit` wrote", got=f"{folder}, damaged ({error})") from None
+        raise ModelError(
+            "a detector that `rempart detect evaluate` wrote", got=f"{folder}, damaged ({error})"
+        ) from None
     if digest_state(state) != card.state:
         raise ModelError(f"the {STATE} that belongs to {CARD}", got=f"another one in {folder}", hint="fit it again")
     if (digest := digest_state(model.state_dict())) != card.model:

@@ -114,7 +114,7 @@ def sets(
         DataError: If there are too few images, those of the calibration first: they need no attack.
     """
     made = crafts(spec, threat, random=random)
-    learnt = made if any(detectors[choice.name].function().learns_attacks for choice in spec.detectors) else {}
+    learnt = made if any(map(_learns, spec.detectors)) else {}
     further = {
         f"{name} at {budget:g}": replace(craft, threat=replace(craft.threat, eps=budget))
         for budget in spec.budgets
@@ -131,6 +131,12 @@ def sets(
         test=gather(model, judge, {**made, **further}, noise=threat, notify=named("to judge", notify), **given),
         n=len(judge),
     )
+
+
+def _learns(choice: DetectorChoice) -> bool:
+    """Whether a detector, with these options, learns from attacks."""
+    entry = detectors[choice.name]
+    return entry.function(**entry.parse(choice.options)).learns_attacks
 
 
 def judged(
