@@ -198,14 +198,14 @@ def test_a_detector_that_learns_from_attacks_by_an_option_gets_some(tmp_path: Pa
 
 
 def after_the_first(monkeypatch: pytest.MonkeyPatch, failure: BaseException) -> None:
-    judge = running._judged
+    judge = tasks.judged
 
-    def once(label, *rest):
+    def once(label, *rest, **given):
         if label != NAMES[0]:
             raise failure
-        return judge(label, *rest)
+        return judge(label, *rest, **given)
 
-    monkeypatch.setattr(running, "_judged", once)
+    monkeypatch.setattr(tasks, "judged", once)
 
 
 def assert_the_first_is_kept(out: Path, whole: Path) -> Report:

@@ -32,7 +32,7 @@ from rempart.certify import (
 )
 from rempart.core.data import open_data
 from rempart.core.disk import replace
-from rempart.core.errors import Cancelled, SpecError
+from rempart.core.errors import Cancelled, RempartError, SpecError
 from rempart.core.events import Notify, silent
 from rempart.core.model import Classifier
 from rempart.core.ranks import ALONE, Ranks, launched, ranks
@@ -41,7 +41,7 @@ from rempart.core.stats import Rate, wilson
 from rempart.core.threat import Norm, Threat
 from rempart.detect import detectors
 from rempart.detect import save as save_detector
-from rempart.detect.run import crafts, judged, means, parts, sets
+from rempart.detect.run import crafts, judged, labelled, means, parts, sets
 from rempart.models.load import card, load
 from rempart.preprocess import defended, described
 from rempart.report.html import page
@@ -305,26 +305,29 @@ def _detect(spec: DetectSpec, notify: Notify) -> Report:
     table: dict[str, np.ndarray] = {}
     clean: Rate | None = None
     complete = False
-    error: Exception | None = None
+    failed: dict[str, Exception] = {}
     try:
         on = sets(model, learn, calibration, judge, spec, threat, random=random, notify=notify)
         clean = wilson(len(on.test.x), on.n)
         table = {"index": on.test.index.numpy(), "label": on.test.y.numpy()}
-        for fitted, detection, scores in judged(model, on, spec, threat, notify=notify):
+        for label, choice in labelled(spec).items():
+            try:
+                fitted, detection, scores = judged(label, choice, model, on, spec, threat, notify=notify)
+            except Cancelled:
+                raise
+            except (RempartError, RuntimeError, ValueError) as failure:
+                failed[label] = failure
+                continue
             save_detector(fitted, out / "detectors" / detection.label.replace(" ", "-"))
             columns = {"clean": scores.clean, "noisy": scores.noisy}
             for attack, (at, values) in scores.attacked.items():
                 columns |= {f"{attack}/position": at, f"{attack}/score": values}
             table |= {f"{detection.label}/{name}": column.numpy() for name, column in columns.items()}
             found.append(detection)
-        complete = True
+        complete = not failed
     except (KeyboardInterrupt, Cancelled):
         pass  # the report says what is missing
-    except Exception as failure:
-        if not found:
-            raise
-        error = failure
-    told = () if error is None else (f"The evaluation failed: {type(error).__name__}: {error}",)
+    told = tuple(f"{label} failed: {type(error).__name__}: {error}" for label, error in failed.items())
     report = Report(
         kind="detect",
         complete=complete,
@@ -338,11 +341,11 @@ def _detect(spec: DetectSpec, notify: Notify) -> Report:
         preflight=checks,
         clean=clean,
         detection=tuple(found),
-        not_run=tuple(choice.name for choice in spec.detectors[len(found) :]),
+        not_run=tuple(label for label in labelled(spec) if label not in {detection.label for detection in found}),
     )
     save_arrays(out / "samples.npz", table)
     write(report, out)
-    if error is not None:
+    for error in failed.values():
         raise error
     return report
 

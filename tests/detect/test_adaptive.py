@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 import toys
 from detect.planted import first_pixel, planted
 from rempart.core.errors import DataError
+from rempart.core.model import Classifier
 from rempart.core.repro import Draws
 from rempart.core.threat import Threat
 from rempart.detect.adaptive import Rejecting, evade, verdict
@@ -171,3 +173,15 @@ def test_scores_that_never_vary_have_a_network_all_the_same():
     detector = planted(first_pixel(), hole, LIMIT)
     x, _, _ = right_and_accepted(4)
     assert bool(Rejecting(replace(detector), 0.0)(x).isfinite().all())
+
+
+def test_what_is_left_is_aimed_at_the_other_classes_too():
+    """Of five classes only the least likely wrong one lies within reach and is not flagged."""
+    layer = nn.utils.skip_init(nn.Linear, 2, 5)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]))
+        layer.bias.copy_(torch.tensor([0.0, -0.20, -0.21, -0.22, -0.30]))
+    model = Classifier(nn.Sequential(nn.Flatten(), layer), shape=(1, 1, 2), num_classes=5).eval()
+    x, y = torch.zeros((3, 1, 1, 2)), torch.zeros(3, dtype=torch.int64)
+    got, _ = through(planted(model, lambda x, rng: x[:, 0, 0, 0], 0.1), x, y, 0.4)
+    assert bool(got.all())

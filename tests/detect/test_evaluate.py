@@ -134,3 +134,18 @@ def test_the_attacker_who_knows_adds_what_is_wrong_unseen_and_within_the_threat(
 def test_where_nothing_is_accepted_there_is_no_share_of_it():
     held, evaded = under_evasion(flagged_above(-1.0), FOUND, TEST, 8, LINF, steps=1)
     assert (held.held.k, evaded) == (0, None)
+
+
+def test_a_score_that_is_no_number_counts_as_flagged():
+    def broken_score(x, rng):
+        return torch.where(x[:, 0, 0, 1] > 0.9, torch.nan, x[:, 0, 0, 1])
+
+    fitted = planted(first_pixel(), broken_score, 0.5)
+    x = torch.tensor([[0.1, 0.2], [0.1, 0.3]]).view(2, 1, 1, 2)
+    attacked = torch.tensor([[0.9, 0.95], [0.9, 0.1]]).view(2, 1, 1, 2)
+    at = torch.arange(2)
+    test = Learning(x=x, y=torch.zeros(2, dtype=torch.int64), index=at, attacked={"a": (at, attacked)})
+    many = x[:1].expand(40, -1, -1, -1)
+    calm = Learning(x=many, y=torch.zeros(40, dtype=torch.int64), index=torch.arange(40))
+    (row,) = separations(scored(fitted, calm, test))
+    assert row.caught["0.05"].k == 1 and row.auroc.value == 0.5  # 0.1 lies below both clean scores

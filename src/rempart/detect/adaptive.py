@@ -15,6 +15,7 @@ from rempart.core.threat import Threat
 from rempart.core.types import Images, Labels, Logits, Mask, Scores
 from rempart.detect.fitted import Fitted
 
+_CLASSES = 9  # wrong classes aimed at in all
 _LEAST = 1e-9
 """Spread of scores that are all the same."""
 
@@ -80,11 +81,11 @@ def evade(
 ) -> Images:
     """Look for images that the model gets wrong and the detector accepts.
 
-    APGD on the network of `Rejecting`, aimed at each of the most likely wrong classes in turn, on two losses. A sample
-    leaves once it is found. Noise of a random detector is averaged over 8 passes or more, and is not the noise it is
-    judged by; it is drawn for the images attacked together, so that here the batch counts. Where detector or model is
-    random, what lies just below the threshold is flagged by every other draw: what is left is attacked once more, with
-    the threshold one spread lower.
+    APGD on the network of `Rejecting`, aimed at each of the most likely wrong classes in turn, on two losses, then at
+    the other classes on one. A sample leaves once it is found. Noise of a random detector is averaged over 8 passes or
+    more, and is not the noise it is judged by; it is drawn for the images attacked together, so that here the batch
+    counts. Where detector or model is random, what lies just below the threshold is flagged by every other draw: what
+    is left is attacked once more, with the threshold one spread lower.
 
     Args:
         fitted: A calibrated detector with its classifier.
@@ -94,7 +95,7 @@ def evade(
         spread: Standard deviation of the detector's scores of clean images.
         surrogate: A fitted detector whose gradient stands in for one that has none, and the standard deviation of its
             scores of clean images.
-        targets: Wrong classes to aim at, at most all.
+        targets: Wrong classes to aim at on both losses, at most all; on one, up to 9.
         steps: Steps of each ascent.
         passes: Passes over which gradients are averaged: more than one where the model is random.
         rng: Draws of the samples.
@@ -108,11 +109,13 @@ def evade(
     """
     joint = Rejecting(fitted, spread, surrogate)
     level = joint.threshold
-    best, order = x.clone(), _wrong_first(fitted, x, y)[:, :targets]
+    best, order = x.clone(), _wrong_first(fitted, x, y)[:, : max(targets, _CLASSES)]
     fooled = torch.zeros(len(x), dtype=torch.bool)
     todo = torch.arange(len(x))
     depths = (0.0, 1.0) if fitted.detector.random or passes > 1 else (0.0,)
-    plans = list(product(depths, ("margin", "ce"), range(order.shape[1])))
+    likely, others = range(min(targets, order.shape[1])), range(targets, order.shape[1])
+    aims = [*product(("margin", "ce"), likely), *product(("margin",), others)]
+    plans = [(depth, loss, k) for depth in depths for loss, k in aims]
     with frozen(fitted.model):
         for done, (depth, loss, k) in enumerate(plans):
             notify(Event(stage="evade", done=done, total=len(plans), values={"left": len(todo) / max(1, len(x))}))

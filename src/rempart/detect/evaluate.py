@@ -21,6 +21,9 @@ RATES = (0.01, 0.05)
 """False-positive rates that true-positive rates are given at."""
 
 
+_LARGEST = torch.finfo(torch.float64).max
+
+
 @dataclass(frozen=True, slots=True)
 class Scored:
     """Scores of a detector on the three sets, all made from the same source images.
@@ -39,16 +42,19 @@ class Scored:
 
 
 def scored(fitted: Fitted, calibration: Learning, test: Learning, *, batch_size: int = 256) -> Scored:
-    """Score the three sets."""
+    """Score the three sets. A score that is no number is the largest, as it is flagged; thresholds take none."""
 
-    def of(x: Tensor, index: Tensor) -> Scores:
+    def raw(x: Tensor, index: Tensor) -> Scores:
         with torch.no_grad():
             parts = [fitted.score(a, b) for a, b in zip(x.split(batch_size), index.split(batch_size), strict=True)]
         return torch.cat(parts).double() if parts else torch.empty(0, dtype=torch.float64)
 
+    def of(x: Tensor, index: Tensor) -> Scores:
+        return raw(x, index).nan_to_num(nan=torch.inf).clamp(-_LARGEST, _LARGEST)
+
     noisy = test.x[:0] if test.noisy is None else test.noisy
     return Scored(
-        calibration=of(calibration.x, calibration.index),
+        calibration=raw(calibration.x, calibration.index),
         clean=of(test.x, test.index),
         noisy=of(noisy, test.index[: len(noisy)]),
         attacked={name: (at, of(x, test.index[at])) for name, (at, x) in test.attacked.items()},

@@ -30,7 +30,7 @@ class Threshold(Strict):
 
     Attributes:
         value: Flagged is what scores above it.
-        fpr: Share of clean images it was set for.
+        fpr: Share it was set for, of clean images that the model classifies rightly.
         n: Clean images it was set on.
     """
 
@@ -149,6 +149,8 @@ def fit(name: str, options: Mapping[str, Any], model: Classifier, learning: Lear
 
 def calibrate(fitted: Fitted, scores: Scores, fpr: float = 0.05) -> Fitted:
     """Set the threshold so that a fresh clean image is flagged with a chance of at most `fpr`.
+
+    Where the scores are of images that the model classifies rightly, so is that image: others are flagged more often.
 
     It is the k-th smallest of n scores with k = ceil((n + 1)(1 - fpr)): the split conformal quantile, valid for images
     from the same source whatever the scores look like (Vovk et al. 2005; Lei et al. 2018, arXiv:1604.04173).

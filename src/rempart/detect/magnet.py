@@ -12,6 +12,7 @@ from rempart.core.model import placed as on_model
 from rempart.core.repro import Draws
 from rempart.core.types import Images, Logits, Scores
 from rempart.detect.catalogue import Detector, Learning, State, detectors
+from rempart.detect.combine import held_out
 from rempart.detect.networks import convolutions, convolve, descend, placed
 
 TEMPERATURES = (10.0, 40.0)
@@ -53,8 +54,8 @@ def magnet(
     def fit(model: Classifier, learning: Learning, *, rng: Draws) -> State:
         generator = torch.Generator().manual_seed(rng.seed % 2**63)
         x = ((learning.x - model.low) / (model.high - model.low)).float().cpu()
-        aside = torch.arange(len(x)) % 5 == 4 if len(x) >= 5 else torch.ones(len(x), dtype=torch.bool)
-        known = x[~aside] if len(x) >= 5 else x
+        aside = held_out(rng) if len(x) >= 4 else torch.ones(len(x), dtype=torch.bool)
+        known = x[~aside] if len(x) >= 4 else x
         channels, axes = x.shape[1], x.ndim - 2
         state: State = {}
         for prefix, layers in (("pooled", 3), ("plain", 2)):

@@ -139,26 +139,31 @@ def _learns(choice: DetectorChoice) -> bool:
     return entry.function(**entry.parse(choice.options)).learns_attacks
 
 
+def labelled(spec: DetectSpec) -> dict[str, DetectorChoice]:
+    """The detectors of a request by name; one that is asked for twice is numbered."""
+    found: dict[str, DetectorChoice] = {}
+    for choice in spec.detectors:
+        found[_free(choice.name, found)] = choice
+    return found
+
+
 def judged(
-    model: Classifier, on: Sets, spec: DetectSpec, threat: Threat, *, notify: Notify = silent
-) -> Iterator[tuple[Fitted, Detection, Scored]]:
-    """Fit, calibrate and judge one detector after the other.
+    label: str,
+    choice: DetectorChoice,
+    model: Classifier,
+    on: Sets,
+    spec: DetectSpec,
+    threat: Threat,
+    *,
+    notify: Notify = silent,
+) -> tuple[Fitted, Detection, Scored]:
+    """Fit, calibrate and judge one detector.
 
     Raises:
         SpecError: If there is no such detector, or an option is wrong.
         DataError: If there are too few images.
     """
-    taken: dict[str, DetectorChoice] = {}
-    for choice in spec.detectors:
-        label = _free(choice.name, taken)
-        taken[label] = choice
-        yield _judged(label, choice, model, on, spec, threat, named(label, notify))
-
-
-def _judged(
-    label: str, choice: DetectorChoice, model: Classifier, on: Sets, spec: DetectSpec, threat: Threat, notify: Notify
-) -> tuple[Fitted, Detection, Scored]:
-    started = time.perf_counter()
+    notify, started = named(label, notify), time.perf_counter()
     fitted = fit(choice.name, choice.options, model, on.learning, seed=spec.seed)
     found = scored(fitted, on.calibration, on.test, batch_size=spec.batch_size)
     fitted = calibrate(fitted, found.calibration, spec.fpr)
