@@ -1,6 +1,7 @@
 """`rempart detect`: figures against the scores kept beside them, detectors that come back, and runs cut short."""
 
 import csv
+import shutil
 import sys
 from pathlib import Path
 
@@ -18,7 +19,19 @@ from rempart.detect import run as running
 from rempart.detect.protocol import split
 from rempart.models import load
 from rempart.report import store
-from rempart.report.schema import ALL, KNOWS, AttackChoice, DefenceChoice, Detection, DetectorChoice, DetectSpec, Report
+from rempart.report.schema import (
+    ALL,
+    KNOWS,
+    AttackChoice,
+    AttackSpec,
+    AuditSpec,
+    CertifySpec,
+    DefenceChoice,
+    Detection,
+    DetectorChoice,
+    DetectSpec,
+    Report,
+)
 from test_cli import rempart
 
 MODEL = "python:means_of_digits:classifier"
@@ -227,6 +240,43 @@ def test_an_interruption_before_any_detector_leaves_a_report_without(
     report = tasks.run(spec(tmp_path))
     assert report is not None and not report.complete and report.not_run == NAMES and report.clean is None
     assert store.read(tmp_path) == report
+
+
+# ---- run folders
+
+
+def test_a_folder_with_a_trained_model_is_no_run_folder(tmp_path: Path) -> None:
+    """The report of the training would be set aside for that of another command."""
+    for name in ("config.json", "weights.safetensors", "report.json"):
+        (tmp_path / name).write_text("{}")
+    given = {"model": MODEL, "data": "digits", "threat": "linf:0.1"}
+    requests = [
+        spec(tmp_path),
+        AuditSpec(**given, out=str(tmp_path)),
+        AttackSpec(**given, attack=AttackChoice(name="fgsm"), out=str(tmp_path / "adv.npz")),
+        CertifySpec(**given, sigma=0.1, out=str(tmp_path)),
+    ]
+    for request in requests:
+        with pytest.raises(SpecError, match=r"run folder of its own, got .* which holds a trained model; choose anoth"):
+            tasks.run(request)
+    kept = ["config.json", "report.json", "weights.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
+
+
+def test_detectors_of_two_runs_are_never_mixed(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "again"
+    shutil.copytree(whole, out)
+    (out / "detectors" / "mine").mkdir()
+    (out / "detectors" / "mine" / "notes.txt").write_text("of the user")
+    (out / "detectors" / "energy" / "notes.txt").write_text("of the user")
+    monkeypatch.setattr(tasks, "sets", stop)
+    tasks.run(spec(out))
+    left = {str(path.relative_to(out)) for path in (out / "detectors").rglob("*") if path.is_file()}
+    assert left == {"detectors/mine/notes.txt", "detectors/energy/notes.txt"}
+    assert not (out / "detectors" / "max-softmax").exists()
 
 
 # ---- requests that cannot be met, told before the attacks run
