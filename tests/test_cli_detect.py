@@ -19,6 +19,7 @@ from rempart.detect import run as running
 from rempart.detect.protocol import split
 from rempart.models import load
 from rempart.report import store
+from rempart.report.compare import compare, gate
 from rempart.report.schema import (
     ALL,
     KNOWS,
@@ -137,6 +138,15 @@ def test_the_figures_are_those_of_the_scores_kept(whole: Path) -> None:
         assert detection.evaded.k == accepted.sum() - held(detection)[KNOWS]
         assert detection.fitted_on <= 200 and detection.calibrated_on <= 139
         assert detection.evaded.k > 0, "the example must have images that get through"
+    kept = right[right].numpy()
+    for name in attacks[::2]:
+        kept[table[f"energy/{name}/position"]] = False
+    assert report.worst_case is not None and report.worst_case.n == 40
+    assert report.worst_case.k <= kept.sum(), "deepfool breaks some within the threat as well"
+    passed, reason = gate(report, 0.0)
+    assert not passed and "only an audit can pass" in reason
+    with pytest.raises(DataError, match="a detect report without"):
+        compare({"a": report, "b": report})
     page = (whole / "report.html").read_text("utf-8")
     assert "Model and detector together" in page and KNOWS in page
 

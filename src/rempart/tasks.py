@@ -40,6 +40,7 @@ from rempart.core.stats import Rate, wilson
 from rempart.core.threat import Norm, Threat
 from rempart.detect import detectors
 from rempart.detect import save as save_detector
+from rempart.detect.evaluate import alone
 from rempart.detect.fitted import CARD, STATE
 from rempart.detect.run import crafts, judged, means, parts, sets
 from rempart.models.load import card, load
@@ -323,11 +324,12 @@ def _detect(spec: DetectSpec, notify: Notify) -> Report:
     found: list[Detection] = []
     table: dict[str, np.ndarray] = {}
     clean: Rate | None = None
+    without: Rate | None = None
     complete = False
     error: Exception | None = None
     try:
         on = sets(model, learn, calibration, judge, spec, threat, random=random, notify=notify)
-        clean = wilson(len(on.test.x), on.n)
+        clean, without = wilson(len(on.test.x), on.n), alone(on.test, on.n, threat)
         table = {"index": on.test.index.numpy(), "label": on.test.y.numpy()}
         for fitted, detection, scores in judged(model, on, spec, threat, notify=notify):
             save_detector(fitted, out / DETECTORS / detection.label.replace(" ", "-"))
@@ -356,6 +358,7 @@ def _detect(spec: DetectSpec, notify: Notify) -> Report:
         notes=(*means(spec, random=random), *told),
         preflight=checks,
         clean=clean,
+        worst_case=without,
         detection=tuple(found),
         not_run=tuple(choice.name for choice in spec.detectors[len(found) :]),
     )

@@ -528,8 +528,10 @@ class Separation(Strict):
     caught: dict[str, Rate]
 
 
-ALL, KNOWS = "all of these", "knows the detector"
-"""Names of what is held under all attacks that do not know the detector, and under the one that does."""
+NONE, ALL, KNOWS = "none", "all of these", "knows the detector"
+"""Names of what is held without an attack, under all attacks that do not know the detector, and under who does."""
+NO_DETECTOR = "no detector"
+"""Name of the model alone beside its detectors."""
 
 
 class Held(Strict):
@@ -596,6 +598,9 @@ class Report(Strict):
         notes: Sentences a reader must see before the figures.
         checks: What was checked after the attacks.
         stamp: What those checks come to.
+        clean: Share of all samples that the model gets right without an attack.
+        worst_case: Share of all samples that it keeps right under all attacks; where detectors are judged, that of the
+            model without one, under the attacks within the threat.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
