@@ -1,6 +1,7 @@
 """`rempart detect`: figures against the scores kept beside them, detectors that come back, and runs cut short."""
 
 import csv
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -298,8 +299,11 @@ def test_detectors_of_two_runs_are_never_mixed(whole: Path, tmp_path: Path, monk
         ({"detectors": (DetectorChoice(name="energyy"),)}, SpecError, "energy"),
         ({"detectors": (DetectorChoice(name="energy", options={"temperature": -1}),)}, SpecError, "temperature"),
         ({"attacks": (AttackChoice(name="pgdd"),)}, SpecError, "pgd"),
-        ({"fpr": 0.001}, DataError, "999 or more clean images"),
-        ({"fpr": 5.0}, DataError, "0.05 for 5 %"),
+        (
+            {"fpr": 0.001},
+            DataError,
+            "999 or more clean.*part of the test split.* --limit .* larger --fpr",
+        ),
     ],
 )
 def test_wrong_requests_are_told_before_an_attack_runs(tmp_path, monkeypatch, changes, error, told) -> None:
@@ -309,6 +313,53 @@ def test_wrong_requests_are_told_before_an_attack_runs(tmp_path, monkeypatch, ch
     with pytest.raises(error, match=told):
         tasks.run(spec(tmp_path, **changes))
     assert not any(asked)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--fpr", "5"], "--fpr in (0, 1), got 5.0; write 0.05 for 5 %"),
+        (["--fpr", "0"], "--fpr in (0, 1)"),
+        (["--fpr", "nan"], "--fpr in (0, 1)"),
+        (["--budget", "8/0"], "--budget in pixel units, such as 8/255 or 0.03, got '8/0'"),
+        (["--budget", "-0.1"], "--budget in pixel units"),
+        (["--budget", "linf:0.1"], "--budget in pixel units"),
+    ],
+)
+def test_wrong_numbers_are_told_before_anything_is_loaded(
+    given: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["detect", "evaluate", "nowhere", "--data", "nothing", "--threat", "linf:0.1", "--detector", "margin"]
+    status, _, said = rempart(*command, *given, "--out", tmp_path / "run", capsys=capsys)
+    assert status == 2 and told in said and not (tmp_path / "run").exists()
+
+
+def test_bounds_hold_for_a_spec_from_a_file_too(tmp_path: Path) -> None:
+    for wrong in ({"fpr": 5}, {"fpr": 1}, {"budgets": [0]}, {"budgets": ["x"]}):
+        given = spec(tmp_path).model_dump(mode="json") | wrong
+        (tmp_path / "spec.json").write_text(json.dumps(given))
+        with pytest.raises(SpecError, match=next(iter(wrong))):
+            store.read_spec(tmp_path / "spec.json")
+
+
+def test_budgets_are_read_as_those_of_the_threat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    asked = []
+
+    def stop(spec, notify):
+        asked.append(spec)
+        raise SpecError("no more")
+
+    monkeypatch.setattr(tasks, "run", stop)
+    command = ["detect", "evaluate", MODEL, "--data", "digits", "--threat", "linf:0.1", "--detector", "margin"]
+    rempart(*command, "--budget", "8/255", "--budget", "0.2", "--out", tmp_path, capsys=capsys)
+    assert asked[0].budgets == (8 / 255, 0.2)
+
+
+def test_too_few_images_to_fit_name_the_option(tmp_path: Path) -> None:
+    for detector in ("lid", "knn", "lof"):
+        few = spec(tmp_path, detectors=(DetectorChoice(name=detector),), fit_limit=15, limit=5, budgets=())
+        with pytest.raises(DataError, match="a larger --fit-limit, or none"):
+            tasks.run(few.model_copy(update={"attacks": few.attacks[:1]}))
 
 
 def test_a_detector_belongs_to_its_model_and_its_defences(whole: Path, tmp_path: Path) -> None:

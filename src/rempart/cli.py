@@ -314,7 +314,9 @@ def evaluate(
     detector: Detectors,
     out: Annotated[str, typer.Option("--out", help="Run folder: report, scores, and the detectors, calibrated")],
     attack: Attacks = None,
-    budget: Annotated[list[float] | None, typer.Option("--budget", help="Further budgets of the threat")] = None,
+    budget: Annotated[
+        list[str] | None, typer.Option("--budget", help="A further budget of the threat, such as 8/255; repeatable")
+    ] = None,
     fpr: Fpr = 0.05,
     fit_limit: FitLimit = None,
     limit: Limit = None,
@@ -327,6 +329,8 @@ def evaluate(
     """Fit detectors on the train split, set thresholds on a part of the test split, and judge them on the rest."""
     from rempart.report.schema import DefenceChoice, DetectSpec
 
+    if not 0 < fpr < 1:
+        raise SpecError("--fpr in (0, 1)", got=fpr, hint="write 0.05 for 5 %")
     _run(
         DetectSpec(
             model=model,
@@ -335,7 +339,7 @@ def evaluate(
             detectors=_detectors(detector),
             attacks=_attacks(attack),
             threat=threat,
-            budgets=tuple(budget or ()),
+            budgets=tuple(map(_budget, budget or ())),
             fpr=fpr,
             fit_limit=fit_limit,
             limit=limit,
@@ -421,6 +425,16 @@ def _detectors(texts: list[str]) -> "tuple[DetectorChoice, ...]":
     from rempart.report.schema import DetectorChoice
 
     return tuple(DetectorChoice(name=name, options=options) for name, options in map(_named, texts))
+
+
+def _budget(text: str) -> float:
+    """Read what stands behind the norm in --threat."""
+    from rempart.core.types import read_number
+
+    found = read_number(text)
+    if isinstance(found, str) or not 0 < found < float("inf"):
+        raise SpecError("--budget in pixel units, such as 8/255 or 0.03", got=repr(text))
+    return found
 
 
 def _attacks(texts: list[str] | None) -> "tuple[AttackChoice, ...]":

@@ -179,8 +179,10 @@ def enough(n: int, fpr: float) -> None:
     if not 0 < fpr < 1:
         raise DataError("a false-positive rate in (0, 1)", got=fpr, hint="write 0.05 for 5 %")
     if _rank(n, fpr) > n:
-        needed, hint = math.ceil(1 / fpr - 1e-9) - 1, "give more images or a larger rate"
-        raise DataError(f"{needed} or more clean images to calibrate at {fpr:g}", got=n, hint=hint)
+        needed = math.ceil(1 / fpr - 1e-9) - 1
+        expected = f"{needed} or more clean, rightly classified images to calibrate at {fpr:g}"
+        hint = "they are a part of the test split, at most 1000, which --limit and --fit-limit do not change: give more"
+        raise DataError(expected, got=n, hint=f"{hint} test images or a larger --fpr")
 
 
 def threshold(scores: Scores, fpr: float) -> float | None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
-from annotated_types import Ge
+from annotated_types import Ge, Gt, Lt
 from pydantic import BaseModel, ConfigDict, Field
 
 from rempart.core.data import Data
@@ -173,8 +173,8 @@ class DetectSpec(Strict):
     attacks: tuple[AttackChoice, ...]
     defences: tuple[DefenceChoice, ...] = ()
     threat: str
-    budgets: tuple[float, ...] = ()
-    fpr: float = 0.05
+    budgets: tuple[Annotated[Pixels, Gt(0)], ...] = ()
+    fpr: Annotated[float, Gt(0), Lt(1)] = 0.05
     fit_limit: Annotated[int, Ge(1)] | None = None
     limit: Annotated[int, Ge(1)] | None = None
     adaptive: bool = True
