@@ -171,6 +171,7 @@ def test_saved_detectors_give_the_scores_of_the_report(
     rows = list(csv.DictReader(out.read_text("utf-8").splitlines()))
     assert status == 0 and [int(row["index"]) for row in rows] == data.index.tolist()
     limit = report.detection[1].threshold
+    assert {float(row["threshold"]) for row in rows} == {limit}
     assert [row["flagged"] == "1" for row in rows] == [float(row["score"]) > limit for row in rows]
     assert f"{sum(row['flagged'] == '1' for row in rows)} of 40 images flagged" in told
     kept = dict(zip(table["index"].tolist(), table["energy/clean"].tolist(), strict=True))
@@ -368,6 +369,12 @@ def test_a_detector_belongs_to_its_model_and_its_defences(whole: Path, tmp_path:
     with pytest.raises(ModelError, match="which the detector"):
         running.score_data(where, MODEL, "digits:test[:5]", out, defences=defences)
     assert not out.exists()
+
+
+def test_scores_are_not_written_over_a_folder(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["detect", "score", whole / "detectors" / "energy", "nowhere", "--data", "digits"]
+    status, _, told = rempart(*command, "--out", tmp_path, capsys=capsys)
+    assert status == 2 and f"--out to name a file, got {tmp_path}, which is a folder" in told
 
 
 def test_outputs_that_were_mended_for_the_fit_are_mended_for_the_scores(tmp_path: Path) -> None:

@@ -315,11 +315,14 @@ def test_damage_is_noticed(saved: Path, name: str) -> None:
 def test_the_card_is_closed(saved: Path, change: dict[str, Any]) -> None:
     card = json.loads((saved / GUARD).read_text())
     (saved / GUARD).write_text(json.dumps(card | change))
-    with pytest.raises(ModelError, match="damaged"):
+    with pytest.raises(ModelError, match=r"damaged \(.+: [^\n]+\); make it again") as error:
         load_guard(saved)
+    assert "pydantic" not in str(error.value)
     (saved / GUARD).unlink()
-    with pytest.raises(ModelError, match=GUARD):
+    with pytest.raises(ModelError, match=f"a folder with {GUARD}, got {saved} without {GUARD}$"):
         load_guard(saved)
+    with pytest.raises(ModelError, match=r"got nowhere/guard, which does not exist$"):
+        load_guard("nowhere/guard")
 
 
 def test_no_half_of_a_folder_is_left(guarded: Guarded, folders: Path, tmp_path: Path) -> None:
@@ -412,7 +415,10 @@ def test_the_commands(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         ([tmp_path / "wide.png"], "expected an image of 8x8, got 9x8"),
         ([tmp_path / "gone.png"], "a file that can be read"),
         ([], "image files or --data"),
+        ([*images, "--out", tmp_path], "--out to name a file"),
         ([*images, *data], "image files or --data"),
     ):
-        status, _, told = command("guard", "predict", out, *arguments, "--out", table, capsys=capsys)
+        status, _, told = command("guard", "predict", out, "--out", table, *arguments, capsys=capsys)
         assert status == 2 and message in told
+    status, _, told = command("guard", "predict", tmp_path / "gone", *images, "--out", tmp_path, capsys=capsys)
+    assert status == 2 and "--out to name a file" in told, "before the guard is loaded"

@@ -357,7 +357,7 @@ def score(
     detector: Annotated[Path, typer.Argument(help="Folder of a fitted detector")],
     model: Annotated[str, typer.Argument(metavar="MODEL")],
     data: Data,
-    out: Annotated[Path, typer.Option("--out", help="CSV file: number, score and verdict of each image")],
+    out: Annotated[Path, typer.Option("--out", help="CSV file: number, score, threshold and verdict of each image")],
     defence: Defence = None,
     limit: Limit = None,
     batch_size: BatchSize = 64,

@@ -20,7 +20,7 @@ from torch import Tensor
 from rempart import detect
 from rempart.core import files
 from rempart.core.data import open_data
-from rempart.core.disk import replace
+from rempart.core.disk import refuse_folder, replace, unread
 from rempart.core.errors import DataError, ModelError, SpecError
 from rempart.core.model import Classifier, frozen, placed
 from rempart.core.types import Images, Labels, Logits, Mask, Scores
@@ -29,7 +29,7 @@ from rempart.detect.fitted import CARD
 from rempart.models.load import PYTHON, load
 from rempart.models.save import CONFIG, WEIGHTS
 from rempart.preprocess import defended, described
-from rempart.report.schema import DefenceChoice, Strict
+from rempart.report.schema import DefenceChoice, Strict, fault
 
 GUARD = "guard.json"
 _EXPORT = "model.pt2"
@@ -261,9 +261,10 @@ def load_guard(folder: str | Path, *, model: str | None = None) -> Guarded:
     try:
         card = Card.model_validate_json((folder / GUARD).read_bytes())
     except OSError as error:
-        raise ModelError(f"a folder with {GUARD}", got=f"{folder} ({error.strerror})") from None
+        raise ModelError(f"a folder with {GUARD}", got=unread(error)) from None
     except ValidationError as error:
-        raise ModelError("a guard that `rempart guard make` wrote", got=f"{folder}, damaged ({error})") from None
+        came = f"{folder}, damaged ({fault(error)})"
+        raise ModelError("a guard that `rempart guard make` wrote", got=came, hint="make it again") from None
     if model != card.code:
         if card.code is None:
             raise ModelError("no model beside a guard that holds its own", got=model)
@@ -273,7 +274,7 @@ def load_guard(folder: str | Path, *, model: str | None = None) -> Guarded:
         try:
             found = _sha256(folder / name)
         except OSError as error:
-            raise ModelError(f"{name} in {folder}", got=error.strerror) from None
+            raise ModelError(f"{name} in {folder}", got=unread(error)) from None
         if found != digest:
             raise ModelError(f"the {name} that {GUARD} names", got=f"another one in {folder}", hint="make it again")
     namer = folder / "namer" if f"namer/{CARD}" in card.files else None
@@ -297,6 +298,7 @@ def predict_data(
     """
     if (data is None) == (not images):
         raise SpecError("image files or --data", got="both" if images else "neither")
+    refuse_folder(out)
     guarded = load_guard(folder, model=model)
     lines = io.StringIO()
     table = csv.writer(lines, lineterminator="\n")
@@ -385,7 +387,7 @@ def _copy(source: Path, to: Path) -> None:
     try:
         content = source.read_bytes()
     except OSError as error:
-        raise ModelError("the model where it was", got=f"{source} ({error.strerror})") from None
+        raise ModelError("the model where it was", got=unread(error)) from None
     replace(to, content)
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 from annotated_types import Ge, Gt, Lt
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rempart.core.data import Data
 from rempart.core.errors import DataError
@@ -640,6 +640,12 @@ class Report(Strict):
             return f"{self.model.name}, trained on {self.data.source.partition(':')[0]}"
         behind = " behind " + " and ".join(name.partition(":")[0] for name in self.model.defences)
         return f"{self.model.name}{behind if self.model.defences else ''} on {self.data.source}"
+
+
+def fault(error: ValidationError) -> str:
+    """The first thing that is wrong with what was read, and where."""
+    first = error.errors()[0]
+    return ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
 
 
 def pack(flags: Any) -> str:
