@@ -194,6 +194,21 @@ def test_bytes_arrays_and_wider_floats_are_the_same_images(guarded: Guarded) -> 
     torch.testing.assert_close(one.scores, said.scores[3:4])
 
 
+def test_arrays_in_any_memory_order_are_taken(guarded: Guarded) -> None:
+    array = X.numpy()
+    for view, same in ((array[::-1], X.flip(0)), (array[..., ::-1], X.flip(3)), (np.asfortranarray(array), X)):
+        assert torch.equal(guarded.predict(view).scores, guarded.predict(same).scores)
+
+
+def test_a_line_says_what_a_guard_and_a_prediction_are(guarded: Guarded, folders: Path) -> None:
+    told = f"Guarded({str(folders / 'model')!r}, shape=(1, 8, 8), classes=3, defences=['bit-depth'], detector='knn'"
+    assert repr(guarded) == f"{told}, namer='attack-type')"
+    assert repr(replace(guarded, namer=None)) == f"{told})"
+    said = guarded.predict(X)
+    rejected = N - int(said.accepted.sum())
+    assert repr(said) == f"Prediction(images=40, rejected={rejected}, threshold={said.threshold:.4g})"
+
+
 def test_bytes_span_the_box_of_the_model(folders: Path, tmp_path: Path) -> None:
     model = network()
     model.low, model.high = -1.0, 3.0
@@ -207,15 +222,23 @@ def test_bytes_span_the_box_of_the_model(folders: Path, tmp_path: Path) -> None:
     ("images", "message"),
     [
         (torch.zeros(1, 1, 8, 9), r"image of shape \(1, 8, 8\).*got \(1, 1, 8, 9\)"),
-        (torch.zeros(8, 8), "image of shape"),
-        (torch.zeros(0, 1, 8, 8), "image of shape"),
+        (torch.zeros(1, 9, 8), r"got \(1, 9, 8\); resize images"),
+        (torch.zeros(8, 8), r"image of shape .*got \(8, 8\); add the axis of channels: images\[None\]"),
+        (torch.zeros(5, 8, 8), r"add the axis of channels: images\[:, None\]"),
+        (torch.zeros(8, 8, 1), r"axis of channels first: np.moveaxis\(images, -1, -3\)"),
+        (torch.zeros(5, 8, 8, 1), r"axis of channels first: np.moveaxis\(images, -1, -3\)"),
+        (torch.zeros(3), "3 axes an image, channels first"),
+        (torch.zeros(0, 1, 8, 8), "one image or more, got an empty batch"),
+        (None, "an array of numbers, got NoneType"),
+        (Path("scan.png"), "an array of numbers, got PosixPath"),
+        ("scan.png", "an array of numbers, got str"),
         (torch.full(SHAPE, torch.nan), "finite pixels"),
         (torch.full(SHAPE, torch.inf), "finite pixels"),
         (torch.full(SHAPE, 255.0), r"pixels in \[0, 1\], got \[255, 255\]; give bytes as uint8"),
         (torch.full(SHAPE, -0.01), "pixels in"),
         (torch.zeros(SHAPE, dtype=torch.int64), "uint8, or floating-point"),
         (torch.zeros(SHAPE, dtype=torch.complex64), "uint8, or floating-point"),
-        (np.array(["a"]), "tensor or an array"),
+        (np.array(["a"]), "tensor or an array of numbers, got an array of <U1"),
     ],
 )
 def test_images_it_cannot_judge_are_refused(guarded: Guarded, images: Any, message: str) -> None:

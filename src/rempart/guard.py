@@ -61,7 +61,7 @@ class Card(Strict):
     files: dict[_File, str]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Prediction:
     """What a guard says of images; tensors on the CPU, one entry per image.
 
@@ -85,13 +85,17 @@ class Prediction:
     attacks: tuple[str | None, ...]
     probabilities: tuple[float | None, ...]
 
+    def __repr__(self) -> str:
+        n = len(self.accepted)
+        return f"Prediction(images={n}, rejected={n - int(self.accepted.sum())}, threshold={self.threshold:.4g})"
+
     @property
     def verdicts(self) -> tuple[Literal["accepted", "rejected"], ...]:
         """The same as `accepted` in words."""
         return tuple("accepted" if passed else "rejected" for passed in self.accepted.tolist())
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Guarded:
     """A classifier that tells which images it takes no responsibility for; made by `guard` or `load_guard`.
 
@@ -108,6 +112,12 @@ class Guarded:
     namer: Fitted | None = None
     source: str
     defences: tuple[DefenceChoice, ...] = ()
+
+    def __repr__(self) -> str:
+        names = [choice.name for choice in self.defences]
+        namer = "" if self.namer is None else f", namer={self.namer.card.detector!r}"
+        seen = f"shape={self.classifier.shape}, classes={self.classifier.num_classes}"
+        return f"Guarded({self.source!r}, {seen}, defences={names}, detector={self.detector.card.detector!r}{namer})"
 
     def predict(self, images: "Tensor | np.ndarray[Any, Any]") -> Prediction:
         """Classify images, and reject those the detector flags.
@@ -159,14 +169,16 @@ class Guarded:
     def _checked(self, images: "Tensor | np.ndarray[Any, Any]") -> Images:
         """A batch of float32 images in the box."""
         try:
-            x = torch.as_tensor(images)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise DataError("images as a tensor or an array of numbers", got=error) from None
+            x = torch.as_tensor(np.ascontiguousarray(images) if isinstance(images, np.ndarray) else images)
+        except (TypeError, ValueError, RuntimeError):
+            came = f"an array of {images.dtype}" if isinstance(images, np.ndarray) else type(images).__name__
+            raise DataError("images as a tensor or an array of numbers", got=came) from None
         shape, low, high = self.classifier.shape, self.classifier.low, self.classifier.high
         came, x = tuple(x.shape), x[None] if x.ndim == len(shape) else x
-        if tuple(x.shape[1:]) != shape or not len(x):
-            hint = "resize images as those of the training were"
-            raise DataError(f"an image of shape {shape}, or a batch of them", got=came, hint=hint)
+        if tuple(x.shape[1:]) != shape:
+            raise DataError(f"an image of shape {shape}, or a batch of them", got=came, hint=_mend(came, shape))
+        if not len(x):
+            raise DataError("one image or more", got=f"an empty batch, {came}")
         if x.dtype == torch.uint8:
             return files.unit(x) * (high - low) + low
         if not x.is_floating_point():
@@ -180,6 +192,18 @@ class Guarded:
             hint = "give bytes as uint8" if most > 1.5 else ""
             raise DataError(f"pixels in [{low:g}, {high:g}]", got=f"[{least:g}, {most:g}]", hint=hint)
         return x
+
+
+def _mend(came: tuple[int, ...], shape: tuple[int, ...]) -> str:
+    """What to do to an array of another shape."""
+    channels, *space = shape
+    if space and channels == 1 and came[-len(space) :] == tuple(space) and len(came) <= len(shape):
+        return f"add the axis of channels: {'images[None]' if len(came) == len(space) else 'images[:, None]'}"
+    if space and came[-len(shape) :] == (*space, channels):
+        return f"put the axis of channels first: np.moveaxis(images, -1, {-len(shape)})"
+    if len(came) not in (len(shape), len(shape) + 1):
+        return f"{len(shape)} axes an image, channels first"
+    return "resize images as those of the training were"
 
 
 def guard(
