@@ -406,6 +406,21 @@ def test_an_exported_program_is_copied(folders: Path, tmp_path: Path) -> None:
 # ---- from the command line
 
 
+def test_images_of_an_attack_are_data_for_a_guard(
+    folders: Path, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(tmp_path / "d.npz", test_images=BYTES[:, 0].numpy(), test_labels=Y.numpy())
+    adversarial, table = tmp_path / "adv.npz", tmp_path / "said.csv"
+    attack = ["--data", tmp_path / "d.npz", "--attack", "fgsm", "--threat", "linf:0.2", "--out", adversarial]
+    assert command("attack", folders / "model", *attack, capsys=capsys)[0] == 0
+    status, printed, _ = command("guard", "predict", saved, "--data", adversarial, "--out", table, capsys=capsys)
+    x = torch.from_numpy(np.load(adversarial)["x_adv"])
+    assert status == 0 and float((x - X).abs().max()) == pytest.approx(0.2)
+    said = load_guard(saved).predict(x)
+    assert [float(row["score"]) for row in rows(table)] == pytest.approx(said.scores.tolist(), rel=1e-4)
+    assert [int(row["label"]) for row in rows(table)] == Y.tolist() and "of 40 images rejected" in printed
+
+
 def rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
@@ -415,7 +430,10 @@ def test_the_commands(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     model, out, table = folders / "model", tmp_path / "guard", tmp_path / "said.csv"
     detectors = ["--detector", folders / "knn", "--namer", folders / "namer", "--defence", "bit-depth:bits=3"]
     status, printed, _ = command("guard", "make", model, *detectors, "--out", out, capsys=capsys)
-    assert (status, printed.strip()) == (0, str(out))
+    limit = load_guard(out).detector.card.threshold
+    assert status == 0 and limit is not None
+    told = f"knn rejects above {limit.value:.4g}, set for 0.5 false alarms on 40 clean images"
+    assert printed.split("\n\n") == [told, f"{out}\n"]
 
     for i in range(3):
         Image.fromarray(BYTES[i, 0].numpy()).save(tmp_path / f"{i}.png")
@@ -430,7 +448,13 @@ def test_the_commands(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
 
     np.savez(tmp_path / "d.npz", test_images=BYTES[:, 0].numpy(), test_labels=Y.numpy())
     data = ["--data", tmp_path / "d.npz", "--limit", "7", "--batch-size", "3"]
-    assert command("guard", "predict", out, *data, "--out", table, capsys=capsys)[0] == 0
+    assert "right class" not in printed and "label" not in rows(table)[0]
+    status, printed, _ = command("guard", "predict", out, *data, "--out", table, capsys=capsys)
+    assert status == 0 and [int(row["label"]) for row in rows(table)] == Y[:7].tolist()
+    for verdict in ("accepted", "rejected"):
+        right = [row["class"] == row["label"] for row in rows(table) if row["verdict"] == verdict]
+        share = f"{np.mean(right):.1%} of the {len(right)} {verdict} have the right class"
+        assert share in printed if right else f" {verdict} have" not in printed
     assert [float(row["score"]) for row in rows(table)] == pytest.approx(load_guard(out).predict(X[:7]).scores.tolist())
 
     Image.fromarray(np.zeros((8, 9), np.uint8)).save(tmp_path / "wide.png")

@@ -397,8 +397,12 @@ def make(
     from rempart.report.schema import DefenceChoice
 
     chain = tuple(DefenceChoice(name=name, options=own) for name, own in map(_named, defence or []))
-    save_guard(make_guard(model, chain, detector, namer), out)
-    print(out)
+    guarded = make_guard(model, chain, detector, namer)
+    save_guard(guarded, out)
+    card = guarded.detector.card
+    assert card.threshold is not None  # `guard` refuses a detector without one
+    limit = f"{card.detector} rejects above {card.threshold.value:.4g}"
+    print(f"{limit}, set for {card.threshold.fpr:g} false alarms on {card.threshold.n} clean images\n\n{out}")
 
 
 @guard.command()
@@ -417,8 +421,14 @@ def predict(
     from rempart.guard import predict_data
 
     given: Any = {"data": data, "images": images or (), "model": model, "limit": limit, "batch_size": batch_size}
-    n, rejected = predict_data(folder, out, **given)
-    print(f"{rejected} of {n} images rejected\n\n{out}")
+    found = predict_data(folder, out, **given)
+    told = f"{found.rejected} of {found.accepted + found.rejected} images rejected"
+    for name, n, right in (
+        ("accepted", found.accepted, found.right_accepted),
+        ("rejected", found.rejected, found.right_rejected),
+    ):
+        told += f"\n{right / n:.1%} of the {n} {name} have the right class" if n and right is not None else ""
+    print(f"{told}\n\n{out}")
 
 
 def _detectors(texts: list[str]) -> "tuple[DetectorChoice, ...]":

@@ -6,6 +6,7 @@ import io
 import os
 import shutil
 import zlib
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -305,6 +306,16 @@ def load_guard(folder: str | Path, *, model: str | None = None) -> Guarded:
     return guard(_source(card, folder), card.defences, folder / "detector", namer)
 
 
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """How many images a guard accepted and rejected, and of how many the class was right; None without true classes."""
+
+    accepted: int
+    rejected: int
+    right_accepted: int | None = None
+    right_rejected: int | None = None
+
+
 def predict_data(
     folder: Path,
     out: Path,
@@ -314,8 +325,8 @@ def predict_data(
     model: str | None = None,
     limit: int | None = None,
     batch_size: int = 64,
-) -> tuple[int, int]:
-    """Write a CSV of what a guard says of a data set or of image files; return how many, and how many it rejected.
+) -> Tally:
+    """Write a CSV of what a guard says of a data set, with its true classes, or of image files, and count.
 
     Raises:
         SpecError: If both or none of `data` and `images` are given, or an image does not fit the model.
@@ -326,26 +337,33 @@ def predict_data(
     guarded = load_guard(folder, model=model)
     lines = io.StringIO()
     table = csv.writer(lines, lineterminator="\n")
-    table.writerow(("image", "class", "name", "confidence", "verdict", "score", "threshold", "attack", "probability"))
-    n = rejected = 0
+    columns = ("image", "class", "name", "confidence", "verdict", "score", "threshold", "attack", "probability")
+    table.writerow((*columns, "label") if data is not None else columns)
+    counts: Counter[tuple[bool, bool]] = Counter()
     box = guarded.classifier.low, guarded.classifier.high
     source = _read(guarded, images[:limit]) if data is None else _batches(data, limit, box, batch_size)
-    for keys, x in source:
+    for keys, x, true in source:
         said = guarded.predict(x)
-        n, rejected = n + len(x), rejected + int((~said.accepted).sum())
+        right = [False] * len(x) if true is None else (said.labels == true).tolist()
+        counts.update(zip(said.accepted.tolist(), right, strict=True))
         judged = (said.labels.tolist(), said.names, said.confidence.tolist(), said.verdicts, said.scores.tolist())
         named = (said.attacks, said.probabilities)
-        table.writerows(zip(keys, *judged, [said.threshold] * len(x), *named, strict=True))
+        rest = (*named,) if true is None else (*named, true.tolist())
+        table.writerows(zip(keys, *judged, [said.threshold] * len(x), *rest, strict=True))
     replace(out, lines.getvalue().encode())
-    return n, rejected
+    right = (None, None) if data is None else (counts[True, True], counts[False, True])
+    return Tally(counts[True, True] + counts[True, False], counts[False, True] + counts[False, False], *right)
 
 
-def _batches(spec: str, limit: int | None, box: tuple[float, float], size: int) -> Iterator[tuple[list[int], Images]]:
+_Keyed = tuple[list[int] | list[Path], Images, Labels | None]
+
+
+def _batches(spec: str, limit: int | None, box: tuple[float, float], size: int) -> Iterator[_Keyed]:
     for batch in open_data(spec).head(limit).scaled(*box).batches(size):
-        yield batch.index.tolist(), batch.x
+        yield batch.index.tolist(), batch.x, batch.y
 
 
-def _read(guarded: Guarded, images: Sequence[Path]) -> Iterator[tuple[list[Path], Images]]:
+def _read(guarded: Guarded, images: Sequence[Path]) -> Iterator[_Keyed]:
     """Image files one by one, grey or colour as the model takes them."""
     shape, low, high = guarded.classifier.shape, guarded.classifier.low, guarded.classifier.high
     if len(shape) != 3:
@@ -358,7 +376,7 @@ def _read(guarded: Guarded, images: Sequence[Path]) -> Iterator[tuple[list[Path]
             expected, hint = f"an image of {width}x{height}", "resize it as the training images were"
             raise DataError(expected, got=f"{found[1]}x{found[0]} in {path}", hint=hint)
         x = files.Files(store, (str(path),), (channels, height, width), resize=False)(torch.zeros(1, dtype=torch.int64))
-        yield [path], x * (high - low) + low
+        yield [path], x * (high - low) + low, None
 
 
 def _refuse_undeclared(classifier: Classifier) -> None:

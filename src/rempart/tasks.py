@@ -29,7 +29,7 @@ from rempart.certify import (
     join,
     section,
 )
-from rempart.core.data import open_data
+from rempart.core.data import ADVERSARIAL, TRUE, open_data
 from rempart.core.disk import replace
 from rempart.core.errors import Cancelled, SpecError
 from rempart.core.events import Notify, silent
@@ -198,7 +198,7 @@ def _attack(spec: AttackSpec, notify: Notify) -> Report:
         notify=notify,
     )
     rounded = None if outcome.right_after_rounding is None else outcome.right_after_rounding.numpy()
-    arrays = {"index": data.index.numpy(), "x_adv": outcome.x_adv.numpy(), "y": data.labels.numpy()}
+    arrays = {"index": data.index.numpy(), ADVERSARIAL: outcome.x_adv.numpy(), TRUE: data.labels.numpy()}
     save_arrays(Path(spec.out), {**arrays, **_columns(outcome)})
     correct = int(outcome.correct.sum())
     report = Report(
