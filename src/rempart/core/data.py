@@ -152,8 +152,8 @@ def open_data(spec: str, *, split: str = "test") -> Data:
     (`train/CLASS/NAME.jpg`, or `CLASS/NAME.jpg` for one split that answers to every name), `cifar10:PATH` being the
     same; the path of a MedMNIST-style `.npz`, or of one that `rempart attack` wrote, whose adversarial images with
     their true classes are one split that answers to every name. A folder or zip takes `@64` or `@64x48` (width x
-    height; resizes, antialiased) and `@grey` or `@rgb` (default: as the first image of the data set). Then optionally `:train`, `:val`
-    or `:test`, and a Python slice: `brain-mri.zip@64@grey:test[:500]`.
+    height; resizes, antialiased) and `@grey` or `@rgb` (default: as the first image of the data set). Then optionally
+    `:train`, `:val` or `:test`, and a Python slice: `brain-mri.zip@64@grey:test[:500]`.
 
     Folders and zips are ordered by the SHA-1 of CLASS/NAME, so that the first N images are a fixed mix of classes;
     their classes are numbered in sorted order. Arrays keep the order of their file. 8-bit values are divided by 255,
