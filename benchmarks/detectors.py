@@ -40,7 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "threat": "linf:0.2",
         "budgets": (0.1, 0.3),
         "fit_limit": 1000,
-        "limit": 300,
+        "limit": 200,
         "steps": 100,
     },
     "mri": {
@@ -48,8 +48,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "train": {"model": "mri-cnn", "recipe": "plain:medical", "options": {"epochs": 10}},
         "threat": "linf:4/255",
         "budgets": (2 / 255, 8 / 255),
-        "fit_limit": 400,
-        "limit": 120,
+        "fit_limit": 300,
+        "limit": 100,
         "steps": 50,
     },
 }

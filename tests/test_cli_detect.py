@@ -1,6 +1,8 @@
 """`rempart detect`: figures against the scores kept beside them, detectors that come back, and runs cut short."""
 
 import csv
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -18,11 +20,13 @@ from rempart.detect import run as running
 from rempart.detect.protocol import split
 from rempart.models import load
 from rempart.report import store
+from rempart.report.compare import compare, gate
 from rempart.report.schema import (
     ALL,
     KNOWS,
     AttackChoice,
     AttackSpec,
+    AuditSpec,
     CertifySpec,
     DefenceChoice,
     Detection,
@@ -135,6 +139,15 @@ def test_the_figures_are_those_of_the_scores_kept(whole: Path) -> None:
         assert detection.evaded.k == accepted.sum() - held(detection)[KNOWS]
         assert detection.fitted_on <= 200 and detection.calibrated_on <= 139
         assert detection.evaded.k > 0, "the example must have images that get through"
+    kept = right[right].numpy()
+    for name in attacks[::2]:
+        kept[table[f"energy/{name}/position"]] = False
+    assert report.worst_case is not None and report.worst_case.n == 40
+    assert report.worst_case.k <= kept.sum(), "deepfool breaks some within the threat as well"
+    passed, reason = gate(report, 0.0)
+    assert not passed and "only an audit can pass" in reason
+    with pytest.raises(DataError, match="a detect report without"):
+        compare({"a": report, "b": report})
     page = (whole / "report.html").read_text("utf-8")
     assert "Model and detector together" in page and KNOWS in page
 
@@ -158,6 +171,7 @@ def test_saved_detectors_give_the_scores_of_the_report(
     rows = list(csv.DictReader(out.read_text("utf-8").splitlines()))
     assert status == 0 and [int(row["index"]) for row in rows] == data.index.tolist()
     limit = report.detection[1].threshold
+    assert {float(row["threshold"]) for row in rows} == {limit}
     assert [row["flagged"] == "1" for row in rows] == [float(row["score"]) > limit for row in rows]
     assert f"{sum(row['flagged'] == '1' for row in rows)} of 40 images flagged" in told
     kept = dict(zip(table["index"].tolist(), table["energy/clean"].tolist(), strict=True))
@@ -248,6 +262,43 @@ def test_an_interruption_before_any_detector_leaves_a_report_without(
     assert store.read(tmp_path) == report
 
 
+# ---- run folders
+
+
+def test_a_folder_with_a_trained_model_is_no_run_folder(tmp_path: Path) -> None:
+    """The report of the training would be set aside for that of another command."""
+    for name in ("config.json", "weights.safetensors", "report.json"):
+        (tmp_path / name).write_text("{}")
+    given = {"model": MODEL, "data": "digits", "threat": "linf:0.1"}
+    requests = [
+        spec(tmp_path),
+        AuditSpec(**given, out=str(tmp_path)),
+        AttackSpec(**given, attack=AttackChoice(name="fgsm"), out=str(tmp_path / "adv.npz")),
+        CertifySpec(**given, sigma=0.1, out=str(tmp_path)),
+    ]
+    for request in requests:
+        with pytest.raises(SpecError, match=r"run folder of its own, got .* which holds a trained model; choose anoth"):
+            tasks.run(request)
+    kept = ["config.json", "report.json", "weights.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
+
+
+def test_detectors_of_two_runs_are_never_mixed(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "again"
+    shutil.copytree(whole, out)
+    (out / "detectors" / "mine").mkdir()
+    (out / "detectors" / "mine" / "notes.txt").write_text("of the user")
+    (out / "detectors" / "energy" / "notes.txt").write_text("of the user")
+    monkeypatch.setattr(tasks, "sets", stop)
+    tasks.run(spec(out))
+    left = {str(path.relative_to(out)) for path in (out / "detectors").rglob("*") if path.is_file()}
+    assert left == {"detectors/mine/notes.txt", "detectors/energy/notes.txt"}
+    assert not (out / "detectors" / "max-softmax").exists()
+
+
 # ---- requests that cannot be met, told before the attacks run
 
 
@@ -257,8 +308,11 @@ def test_an_interruption_before_any_detector_leaves_a_report_without(
         ({"detectors": (DetectorChoice(name="energyy"),)}, SpecError, "energy"),
         ({"detectors": (DetectorChoice(name="energy", options={"temperature": -1}),)}, SpecError, "temperature"),
         ({"attacks": (AttackChoice(name="pgdd"),)}, SpecError, "pgd"),
-        ({"fpr": 0.001}, DataError, "999 or more clean images"),
-        ({"fpr": 5.0}, DataError, "0.05 for 5 %"),
+        (
+            {"fpr": 0.001},
+            DataError,
+            "999 or more clean.*part of the test split.* --limit .* larger --fpr",
+        ),
     ],
 )
 def test_wrong_requests_are_told_before_an_attack_runs(tmp_path, monkeypatch, changes, error, told) -> None:
@@ -270,12 +324,65 @@ def test_wrong_requests_are_told_before_an_attack_runs(tmp_path, monkeypatch, ch
     assert not any(asked)
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--fpr", "5"], "--fpr in (0, 1), got 5.0; write 0.05 for 5 %"),
+        (["--fpr", "0"], "--fpr in (0, 1)"),
+        (["--fpr", "nan"], "--fpr in (0, 1)"),
+        (["--budget", "8/0"], "--budget in pixel units, such as 8/255 or 0.03, got '8/0'"),
+        (["--budget", "-0.1"], "--budget in pixel units"),
+        (["--budget", "linf:0.1"], "--budget in pixel units"),
+    ],
+)
+def test_wrong_numbers_are_told_before_anything_is_loaded(
+    given: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["detect", "evaluate", "nowhere", "--data", "nothing", "--threat", "linf:0.1", "--detector", "margin"]
+    status, _, said = rempart(*command, *given, "--out", tmp_path / "run", capsys=capsys)
+    assert status == 2 and told in said and not (tmp_path / "run").exists()
+
+
+def test_bounds_hold_for_a_spec_from_a_file_too(tmp_path: Path) -> None:
+    for wrong in ({"fpr": 5}, {"fpr": 1}, {"budgets": [0]}, {"budgets": ["x"]}):
+        given = spec(tmp_path).model_dump(mode="json") | wrong
+        (tmp_path / "spec.json").write_text(json.dumps(given))
+        with pytest.raises(SpecError, match=next(iter(wrong))):
+            store.read_spec(tmp_path / "spec.json")
+
+
+def test_budgets_are_read_as_those_of_the_threat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    asked = []
+
+    def stop(spec, notify):
+        asked.append(spec)
+        raise SpecError("no more")
+
+    monkeypatch.setattr(tasks, "run", stop)
+    command = ["detect", "evaluate", MODEL, "--data", "digits", "--threat", "linf:0.1", "--detector", "margin"]
+    rempart(*command, "--budget", "8/255", "--budget", "0.2", "--out", tmp_path, capsys=capsys)
+    assert asked[0].budgets == (8 / 255, 0.2)
+
+
+def test_too_few_images_to_fit_name_the_option(tmp_path: Path) -> None:
+    for detector in ("lid", "knn", "lof"):
+        few = spec(tmp_path, detectors=(DetectorChoice(name=detector),), fit_limit=15, limit=5, budgets=())
+        with pytest.raises(DataError, match="a larger --fit-limit, or none"):
+            tasks.run(few.model_copy(update={"attacks": few.attacks[:1]}))
+
+
 def test_a_detector_belongs_to_its_model_and_its_defences(whole: Path, tmp_path: Path) -> None:
     where, out = whole / "detectors" / "energy", tmp_path / "scores.csv"
     defences = [DefenceChoice(name="bit-depth", options={"bits": 3})]
     with pytest.raises(ModelError, match="which the detector"):
         running.score_data(where, MODEL, "digits:test[:5]", out, defences=defences)
     assert not out.exists()
+
+
+def test_scores_are_not_written_over_a_folder(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["detect", "score", whole / "detectors" / "energy", "nowhere", "--data", "digits"]
+    status, _, told = rempart(*command, "--out", tmp_path, capsys=capsys)
+    assert status == 2 and f"--out to name a file, got {tmp_path}, which is a folder" in told
 
 
 def test_outputs_that_were_mended_for_the_fit_are_mended_for_the_scores(tmp_path: Path) -> None:

@@ -206,6 +206,21 @@ def test_bytes_arrays_and_wider_floats_are_the_same_images(guarded: Guarded) -> 
     torch.testing.assert_close(one.scores, said.scores[3:4])
 
 
+def test_arrays_in_any_memory_order_are_taken(guarded: Guarded) -> None:
+    array = X.numpy()
+    for view, same in ((array[::-1], X.flip(0)), (array[..., ::-1], X.flip(3)), (np.asfortranarray(array), X)):
+        assert torch.equal(guarded.predict(view).scores, guarded.predict(same).scores)
+
+
+def test_a_line_says_what_a_guard_and_a_prediction_are(guarded: Guarded, folders: Path) -> None:
+    told = f"Guarded({str(folders / 'model')!r}, shape=(1, 8, 8), classes=3, defences=['bit-depth'], detector='knn'"
+    assert repr(guarded) == f"{told}, namer='attack-type')"
+    assert repr(replace(guarded, namer=None)) == f"{told})"
+    said = guarded.predict(X)
+    rejected = N - int(said.accepted.sum())
+    assert repr(said) == f"Prediction(images=40, rejected={rejected}, threshold={said.threshold:.4g})"
+
+
 def test_bytes_span_the_box_of_the_model(folders: Path, tmp_path: Path) -> None:
     model = network()
     model.low, model.high = -1.0, 3.0
@@ -219,15 +234,23 @@ def test_bytes_span_the_box_of_the_model(folders: Path, tmp_path: Path) -> None:
     ("images", "message"),
     [
         (torch.zeros(1, 1, 8, 9), r"image of shape \(1, 8, 8\).*got \(1, 1, 8, 9\)"),
-        (torch.zeros(8, 8), "image of shape"),
-        (torch.zeros(0, 1, 8, 8), "image of shape"),
+        (torch.zeros(1, 9, 8), r"got \(1, 9, 8\); resize images"),
+        (torch.zeros(8, 8), r"image of shape .*got \(8, 8\); add the axis of channels: images\[None\]"),
+        (torch.zeros(5, 8, 8), r"add the axis of channels: images\[:, None\]"),
+        (torch.zeros(8, 8, 1), r"axis of channels first: np.moveaxis\(images, -1, -3\)"),
+        (torch.zeros(5, 8, 8, 1), r"axis of channels first: np.moveaxis\(images, -1, -3\)"),
+        (torch.zeros(3), "3 axes an image, channels first"),
+        (torch.zeros(0, 1, 8, 8), "one image or more, got an empty batch"),
+        (None, "an array of numbers, got NoneType"),
+        (Path("scan.png"), "an array of numbers, got PosixPath"),
+        ("scan.png", "an array of numbers, got str"),
         (torch.full(SHAPE, torch.nan), "finite pixels"),
         (torch.full(SHAPE, torch.inf), "finite pixels"),
         (torch.full(SHAPE, 255.0), r"pixels in \[0, 1\], got \[255, 255\]; give bytes as uint8"),
         (torch.full(SHAPE, -0.01), "pixels in"),
         (torch.zeros(SHAPE, dtype=torch.int64), "uint8, or floating-point"),
         (torch.zeros(SHAPE, dtype=torch.complex64), "uint8, or floating-point"),
-        (np.array(["a"]), "tensor or an array"),
+        (np.array(["a"]), "tensor or an array of numbers, got an array of <U1"),
     ],
 )
 def test_images_it_cannot_judge_are_refused(guarded: Guarded, images: Any, message: str) -> None:
@@ -327,11 +350,14 @@ def test_damage_is_noticed(saved: Path, name: str) -> None:
 def test_the_card_is_closed(saved: Path, change: dict[str, Any]) -> None:
     card = json.loads((saved / GUARD).read_text())
     (saved / GUARD).write_text(json.dumps(card | change))
-    with pytest.raises(ModelError, match="damaged"):
+    with pytest.raises(ModelError, match=r"damaged \(.+: [^\n]+\); make it again") as error:
         load_guard(saved)
+    assert "pydantic" not in str(error.value)
     (saved / GUARD).unlink()
-    with pytest.raises(ModelError, match=GUARD):
+    with pytest.raises(ModelError, match=f"a folder with {GUARD}, got {saved} without {GUARD}$"):
         load_guard(saved)
+    with pytest.raises(ModelError, match=r"got nowhere/guard, which does not exist$"):
+        load_guard("nowhere/guard")
 
 
 def test_no_half_of_a_folder_is_left(guarded: Guarded, folders: Path, tmp_path: Path) -> None:
@@ -392,6 +418,21 @@ def test_an_exported_program_is_copied(folders: Path, tmp_path: Path) -> None:
 # ---- from the command line
 
 
+def test_images_of_an_attack_are_data_for_a_guard(
+    folders: Path, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(tmp_path / "d.npz", test_images=BYTES[:, 0].numpy(), test_labels=Y.numpy())
+    adversarial, table = tmp_path / "adv.npz", tmp_path / "said.csv"
+    attack = ["--data", tmp_path / "d.npz", "--attack", "fgsm", "--threat", "linf:0.2", "--out", adversarial]
+    assert command("attack", folders / "model", *attack, capsys=capsys)[0] == 0
+    status, printed, _ = command("guard", "predict", saved, "--data", adversarial, "--out", table, capsys=capsys)
+    x = torch.from_numpy(np.load(adversarial)["x_adv"])
+    assert status == 0 and float((x - X).abs().max()) == pytest.approx(0.2)
+    said = load_guard(saved).predict(x)
+    assert [float(row["score"]) for row in rows(table)] == pytest.approx(said.scores.tolist(), rel=1e-4)
+    assert [int(row["label"]) for row in rows(table)] == Y.tolist() and "of 40 images rejected" in printed
+
+
 def rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
@@ -401,7 +442,10 @@ def test_the_commands(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     model, out, table = folders / "model", tmp_path / "guard", tmp_path / "said.csv"
     detectors = ["--detector", folders / "knn", "--namer", folders / "namer", "--defence", "bit-depth:bits=3"]
     status, printed, _ = command("guard", "make", model, *detectors, "--out", out, capsys=capsys)
-    assert (status, printed.strip()) == (0, str(out))
+    limit = load_guard(out).detector.card.threshold
+    assert status == 0 and limit is not None
+    told = f"knn rejects above {limit.value:.4g}, set for 0.5 false alarms on 40 clean images"
+    assert printed.split("\n\n") == [told, f"{out}\n"]
 
     for i in range(3):
         Image.fromarray(BYTES[i, 0].numpy()).save(tmp_path / f"{i}.png")
@@ -416,7 +460,13 @@ def test_the_commands(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
 
     np.savez(tmp_path / "d.npz", test_images=BYTES[:, 0].numpy(), test_labels=Y.numpy())
     data = ["--data", tmp_path / "d.npz", "--limit", "7", "--batch-size", "3"]
-    assert command("guard", "predict", out, *data, "--out", table, capsys=capsys)[0] == 0
+    assert "right class" not in printed and "label" not in rows(table)[0]
+    status, printed, _ = command("guard", "predict", out, *data, "--out", table, capsys=capsys)
+    assert status == 0 and [int(row["label"]) for row in rows(table)] == Y[:7].tolist()
+    for verdict in ("accepted", "rejected"):
+        right = [row["class"] == row["label"] for row in rows(table) if row["verdict"] == verdict]
+        share = f"{np.mean(right):.1%} of the {len(right)} {verdict} have the right class"
+        assert share in printed if right else f" {verdict} have" not in printed
     assert [float(row["score"]) for row in rows(table)] == pytest.approx(load_guard(out).predict(X[:7]).scores.tolist())
 
     Image.fromarray(np.zeros((8, 9), np.uint8)).save(tmp_path / "wide.png")
@@ -424,7 +474,10 @@ def test_the_commands(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         ([tmp_path / "wide.png"], "expected an image of 8x8, got 9x8"),
         ([tmp_path / "gone.png"], "a file that can be read"),
         ([], "image files or --data"),
+        ([*images, "--out", tmp_path], "--out to name a file"),
         ([*images, *data], "image files or --data"),
     ):
-        status, _, told = command("guard", "predict", out, *arguments, "--out", table, capsys=capsys)
+        status, _, told = command("guard", "predict", out, "--out", table, *arguments, capsys=capsys)
         assert status == 2 and message in told
+    status, _, told = command("guard", "predict", tmp_path / "gone", *images, "--out", tmp_path, capsys=capsys)
+    assert status == 2 and "--out to name a file" in told, "before the guard is loaded"

@@ -314,7 +314,9 @@ def evaluate(
     detector: Detectors,
     out: Annotated[str, typer.Option("--out", help="Run folder: report, scores, and the detectors, calibrated")],
     attack: Attacks = None,
-    budget: Annotated[list[float] | None, typer.Option("--budget", help="Further budgets of the threat")] = None,
+    budget: Annotated[
+        list[str] | None, typer.Option("--budget", help="A further budget of the threat, such as 8/255; repeatable")
+    ] = None,
     fpr: Fpr = 0.05,
     fit_limit: FitLimit = None,
     limit: Limit = None,
@@ -327,6 +329,8 @@ def evaluate(
     """Fit detectors on the train split, set thresholds on a part of the test split, and judge them on the rest."""
     from rempart.report.schema import DefenceChoice, DetectSpec
 
+    if not 0 < fpr < 1:
+        raise SpecError("--fpr in (0, 1)", got=fpr, hint="write 0.05 for 5 %")
     _run(
         DetectSpec(
             model=model,
@@ -335,7 +339,7 @@ def evaluate(
             detectors=_detectors(detector),
             attacks=_attacks(attack),
             threat=threat,
-            budgets=tuple(budget or ()),
+            budgets=tuple(map(_budget, budget or ())),
             fpr=fpr,
             fit_limit=fit_limit,
             limit=limit,
@@ -353,7 +357,7 @@ def score(
     detector: Annotated[Path, typer.Argument(help="Folder of a fitted detector")],
     model: Annotated[str, typer.Argument(metavar="MODEL")],
     data: Data,
-    out: Annotated[Path, typer.Option("--out", help="CSV file: number, score and verdict of each image")],
+    out: Annotated[Path, typer.Option("--out", help="CSV file: number, score, threshold and verdict of each image")],
     defence: Defence = None,
     limit: Limit = None,
     batch_size: BatchSize = 64,
@@ -393,8 +397,12 @@ def make(
     from rempart.report.schema import DefenceChoice
 
     chain = tuple(DefenceChoice(name=name, options=own) for name, own in map(_named, defence or []))
-    save_guard(make_guard(model, chain, detector, namer), out)
-    print(out)
+    guarded = make_guard(model, chain, detector, namer)
+    save_guard(guarded, out)
+    card = guarded.detector.card
+    assert card.threshold is not None  # `guard` refuses a detector without one
+    limit = f"{card.detector} rejects above {card.threshold.value:.4g}"
+    print(f"{limit}, set for {card.threshold.fpr:g} false alarms on {card.threshold.n} clean images\n\n{out}")
 
 
 @guard.command()
@@ -413,14 +421,30 @@ def predict(
     from rempart.guard import predict_data
 
     given: Any = {"data": data, "images": images or (), "model": model, "limit": limit, "batch_size": batch_size}
-    n, rejected = predict_data(folder, out, **given)
-    print(f"{rejected} of {n} images rejected\n\n{out}")
+    found = predict_data(folder, out, **given)
+    told = f"{found.rejected} of {found.accepted + found.rejected} images rejected"
+    for name, n, right in (
+        ("accepted", found.accepted, found.right_accepted),
+        ("rejected", found.rejected, found.right_rejected),
+    ):
+        told += f"\n{right / n:.1%} of the {n} {name} have the right class" if n and right is not None else ""
+    print(f"{told}\n\n{out}")
 
 
 def _detectors(texts: list[str]) -> "tuple[DetectorChoice, ...]":
     from rempart.report.schema import DetectorChoice
 
     return tuple(DetectorChoice(name=name, options=options) for name, options in map(_named, texts))
+
+
+def _budget(text: str) -> float:
+    """Read what stands behind the norm in --threat."""
+    from rempart.core.types import read_number
+
+    found = read_number(text)
+    if isinstance(found, str) or not 0 < found < float("inf"):
+        raise SpecError("--budget in pixel units, such as 8/255 or 0.03", got=repr(text))
+    return found
 
 
 def _attacks(texts: list[str] | None) -> "tuple[AttackChoice, ...]":

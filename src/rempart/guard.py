@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 import zlib
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from torch import Tensor
 from rempart import detect
 from rempart.core import files
 from rempart.core.data import open_data
-from rempart.core.disk import replace
+from rempart.core.disk import refuse_folder, replace, unread
 from rempart.core.errors import DataError, ModelError, SpecError
 from rempart.core.model import Classifier, frozen, placed
 from rempart.core.types import Images, Labels, Logits, Mask, Scores
@@ -30,7 +31,7 @@ from rempart.detect.fitted import CARD
 from rempart.models.load import PYTHON, load
 from rempart.models.save import CONFIG, WEIGHTS
 from rempart.preprocess import defended, described
-from rempart.report.schema import DefenceChoice, Strict
+from rempart.report.schema import DefenceChoice, Strict, fault
 
 GUARD = "guard.json"
 _EXPORT = "model.pt2"
@@ -62,7 +63,7 @@ class Card(Strict):
     files: dict[_File, str]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Prediction:
     """What a guard says of images; tensors on the CPU, one entry per image.
 
@@ -86,13 +87,17 @@ class Prediction:
     attacks: tuple[str | None, ...]
     probabilities: tuple[float | None, ...]
 
+    def __repr__(self) -> str:
+        n = len(self.accepted)
+        return f"Prediction(images={n}, rejected={n - int(self.accepted.sum())}, threshold={self.threshold:.4g})"
+
     @property
     def verdicts(self) -> tuple[Literal["accepted", "rejected"], ...]:
         """The same as `accepted` in words."""
         return tuple("accepted" if passed else "rejected" for passed in self.accepted.tolist())
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Guarded:
     """A classifier that tells which images it takes no responsibility for; made by `guard` or `load_guard`.
 
@@ -111,6 +116,12 @@ class Guarded:
     source: str
     defences: tuple[DefenceChoice, ...] = ()
     turn: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        names = [choice.name for choice in self.defences]
+        namer = "" if self.namer is None else f", namer={self.namer.card.detector!r}"
+        seen = f"shape={self.classifier.shape}, classes={self.classifier.num_classes}"
+        return f"Guarded({self.source!r}, {seen}, defences={names}, detector={self.detector.card.detector!r}{namer})"
 
     def predict(self, images: "Tensor | np.ndarray[Any, Any]") -> Prediction:
         """Classify images, and reject those the detector flags.
@@ -163,14 +174,16 @@ class Guarded:
     def _checked(self, images: "Tensor | np.ndarray[Any, Any]") -> Images:
         """A batch of float32 images in the box."""
         try:
-            x = torch.as_tensor(images)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise DataError("images as a tensor or an array of numbers", got=error) from None
+            x = torch.as_tensor(np.ascontiguousarray(images) if isinstance(images, np.ndarray) else images)
+        except (TypeError, ValueError, RuntimeError):
+            came = f"an array of {images.dtype}" if isinstance(images, np.ndarray) else type(images).__name__
+            raise DataError("images as a tensor or an array of numbers", got=came) from None
         shape, low, high = self.classifier.shape, self.classifier.low, self.classifier.high
         came, x = tuple(x.shape), x[None] if x.ndim == len(shape) else x
-        if tuple(x.shape[1:]) != shape or not len(x):
-            hint = "resize images as those of the training were"
-            raise DataError(f"an image of shape {shape}, or a batch of them", got=came, hint=hint)
+        if tuple(x.shape[1:]) != shape:
+            raise DataError(f"an image of shape {shape}, or a batch of them", got=came, hint=_mend(came, shape))
+        if not len(x):
+            raise DataError("one image or more", got=f"an empty batch, {came}")
         if x.dtype == torch.uint8:
             return files.unit(x) * (high - low) + low
         if not x.is_floating_point():
@@ -184,6 +197,18 @@ class Guarded:
             hint = "give bytes as uint8" if most > 1.5 else ""
             raise DataError(f"pixels in [{low:g}, {high:g}]", got=f"[{least:g}, {most:g}]", hint=hint)
         return x
+
+
+def _mend(came: tuple[int, ...], shape: tuple[int, ...]) -> str:
+    """What to do to an array of another shape."""
+    channels, *space = shape
+    if space and channels == 1 and came[-len(space) :] == tuple(space) and len(came) <= len(shape):
+        return f"add the axis of channels: {'images[None]' if len(came) == len(space) else 'images[:, None]'}"
+    if space and came[-len(shape) :] == (*space, channels):
+        return f"put the axis of channels first: np.moveaxis(images, -1, {-len(shape)})"
+    if len(came) not in (len(shape), len(shape) + 1):
+        return f"{len(shape)} axes an image, channels first"
+    return "resize images as those of the training were"
 
 
 def guard(
@@ -263,9 +288,10 @@ def load_guard(folder: str | Path, *, model: str | None = None) -> Guarded:
     try:
         card = Card.model_validate_json((folder / GUARD).read_bytes())
     except OSError as error:
-        raise ModelError(f"a folder with {GUARD}", got=f"{folder} ({error.strerror})") from None
+        raise ModelError(f"a folder with {GUARD}", got=unread(error)) from None
     except ValidationError as error:
-        raise ModelError("a guard that `rempart guard make` wrote", got=f"{folder}, damaged ({error})") from None
+        came = f"{folder}, damaged ({fault(error)})"
+        raise ModelError("a guard that `rempart guard make` wrote", got=came, hint="make it again") from None
     if model != card.code:
         if card.code is None:
             raise ModelError("no model beside a guard that holds its own", got=model)
@@ -275,11 +301,21 @@ def load_guard(folder: str | Path, *, model: str | None = None) -> Guarded:
         try:
             found = _sha256(folder / name)
         except OSError as error:
-            raise ModelError(f"{name} in {folder}", got=error.strerror) from None
+            raise ModelError(f"{name} in {folder}", got=unread(error)) from None
         if found != digest:
             raise ModelError(f"the {name} that {GUARD} names", got=f"another one in {folder}", hint="make it again")
     namer = folder / "namer" if f"namer/{CARD}" in card.files else None
     return guard(_source(card, folder), card.defences, folder / "detector", namer)
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """How many images a guard accepted and rejected, and of how many the class was right; None without true classes."""
+
+    accepted: int
+    rejected: int
+    right_accepted: int | None = None
+    right_rejected: int | None = None
 
 
 def predict_data(
@@ -291,37 +327,45 @@ def predict_data(
     model: str | None = None,
     limit: int | None = None,
     batch_size: int = 64,
-) -> tuple[int, int]:
-    """Write a CSV of what a guard says of a data set or of image files; return how many, and how many it rejected.
+) -> Tally:
+    """Write a CSV of what a guard says of a data set, with its true classes, or of image files, and count.
 
     Raises:
         SpecError: If both or none of `data` and `images` are given, or an image does not fit the model.
     """
     if (data is None) == (not images):
         raise SpecError("image files or --data", got="both" if images else "neither")
+    refuse_folder(out)
     guarded = load_guard(folder, model=model)
     lines = io.StringIO()
     table = csv.writer(lines, lineterminator="\n")
-    table.writerow(("image", "class", "name", "confidence", "verdict", "score", "threshold", "attack", "probability"))
-    n = rejected = 0
+    columns = ("image", "class", "name", "confidence", "verdict", "score", "threshold", "attack", "probability")
+    table.writerow((*columns, "label") if data is not None else columns)
+    counts: Counter[tuple[bool, bool]] = Counter()
     box = guarded.classifier.low, guarded.classifier.high
     source = _read(guarded, images[:limit]) if data is None else _batches(data, limit, box, batch_size)
-    for keys, x in source:
+    for keys, x, true in source:
         said = guarded.predict(x)
-        n, rejected = n + len(x), rejected + int((~said.accepted).sum())
+        right = [False] * len(x) if true is None else (said.labels == true).tolist()
+        counts.update(zip(said.accepted.tolist(), right, strict=True))
         judged = (said.labels.tolist(), said.names, said.confidence.tolist(), said.verdicts, said.scores.tolist())
         named = (said.attacks, said.probabilities)
-        table.writerows(zip(keys, *judged, [said.threshold] * len(x), *named, strict=True))
+        rest = (*named,) if true is None else (*named, true.tolist())
+        table.writerows(zip(keys, *judged, [said.threshold] * len(x), *rest, strict=True))
     replace(out, lines.getvalue().encode())
-    return n, rejected
+    right = (None, None) if data is None else (counts[True, True], counts[False, True])
+    return Tally(counts[True, True] + counts[True, False], counts[False, True] + counts[False, False], *right)
 
 
-def _batches(spec: str, limit: int | None, box: tuple[float, float], size: int) -> Iterator[tuple[list[int], Images]]:
+_Keyed = tuple[list[int] | list[Path], Images, Labels | None]
+
+
+def _batches(spec: str, limit: int | None, box: tuple[float, float], size: int) -> Iterator[_Keyed]:
     for batch in open_data(spec).head(limit).scaled(*box).batches(size):
-        yield batch.index.tolist(), batch.x
+        yield batch.index.tolist(), batch.x, batch.y
 
 
-def _read(guarded: Guarded, images: Sequence[Path]) -> Iterator[tuple[list[Path], Images]]:
+def _read(guarded: Guarded, images: Sequence[Path]) -> Iterator[_Keyed]:
     """Image files one by one, grey or colour as the model takes them."""
     shape, low, high = guarded.classifier.shape, guarded.classifier.low, guarded.classifier.high
     if len(shape) != 3:
@@ -334,7 +378,7 @@ def _read(guarded: Guarded, images: Sequence[Path]) -> Iterator[tuple[list[Path]
             expected, hint = f"an image of {width}x{height}", "resize it as the training images were"
             raise DataError(expected, got=f"{found[1]}x{found[0]} in {path}", hint=hint)
         x = files.Files(store, (str(path),), (channels, height, width), resize=False)(torch.zeros(1, dtype=torch.int64))
-        yield [path], x * (high - low) + low
+        yield [path], x * (high - low) + low, None
 
 
 def _refuse_undeclared(classifier: Classifier) -> None:
@@ -387,7 +431,7 @@ def _copy(source: Path, to: Path) -> None:
     try:
         content = source.read_bytes()
     except OSError as error:
-        raise ModelError("the model where it was", got=f"{source} ({error.strerror})") from None
+        raise ModelError("the model where it was", got=unread(error)) from None
     replace(to, content)
 
 

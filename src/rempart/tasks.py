@@ -30,7 +30,7 @@ from rempart.certify import (
     join,
     section,
 )
-from rempart.core.data import open_data
+from rempart.core.data import ADVERSARIAL, TRUE, open_data
 from rempart.core.disk import replace
 from rempart.core.errors import Cancelled, RempartError, SpecError
 from rempart.core.events import Notify, silent
@@ -41,8 +41,11 @@ from rempart.core.stats import Rate, wilson
 from rempart.core.threat import Norm, Threat
 from rempart.detect import detectors
 from rempart.detect import save as save_detector
+from rempart.detect.evaluate import alone
+from rempart.detect.fitted import CARD, STATE
 from rempart.detect.run import crafts, judged, labelled, means, parts, sets
 from rempart.models.load import card, load
+from rempart.models.save import CONFIG, WEIGHTS
 from rempart.preprocess import defended, described
 from rempart.report.html import page
 from rempart.report.schema import (
@@ -63,6 +66,7 @@ from rempart.report.schema import (
 from rempart.report.store import claim, write
 
 SPEC = "spec.json"
+DETECTORS = "detectors"
 
 
 def run(spec: AnySpec, notify: Notify = silent) -> Report | None:
@@ -112,9 +116,26 @@ def _audit(spec: AuditSpec, notify: Notify) -> Report | None:
         return _share(spec, None, ALONE, notify)
     folder, place = Path(spec.out), launched()
     if place is None or place[0] == 0:
-        claim(folder)
+        _claim(folder)
     with _processes(spec, folder) as here:
         return _share(spec, folder, here, notify if here.number == 0 else silent)
+
+
+def _claim(folder: Path) -> None:
+    """Claim a run folder, but none with a trained model, whose report would be set aside for another."""
+    if all((folder / name).exists() for name in (CONFIG, WEIGHTS)):
+        came = f"{folder}, which holds a trained model"
+        raise SpecError("a run folder of its own", got=came, hint="choose another --out")
+    claim(folder)
+
+
+def _clear(folder: Path) -> None:
+    """Remove the detectors of an earlier run, so that those of two runs are never mixed; nothing else goes."""
+    for card_file in folder.glob(f"*/{CARD}"):
+        for name in (STATE, CARD):
+            (card_file.parent / name).unlink(missing_ok=True)
+        if not any(card_file.parent.iterdir()):
+            card_file.parent.rmdir()
 
 
 @contextmanager
@@ -154,7 +175,7 @@ def _attack(spec: AttackSpec, notify: Notify) -> Report:
     started = perf_counter()
     if not spec.out.endswith(".npz"):
         raise SpecError("--out to name a .npz file", got=repr(spec.out), hint="for example --out adversarial.npz")
-    claim(Path(spec.out).parent)
+    _claim(Path(spec.out).parent)
     model, told = _opened(spec)
     data = open_data(spec.data).head(spec.limit).scaled(model.low, model.high)
     threat = Threat.parse(spec.threat, low=model.low, high=model.high)
@@ -179,7 +200,7 @@ def _attack(spec: AttackSpec, notify: Notify) -> Report:
         notify=notify,
     )
     rounded = None if outcome.right_after_rounding is None else outcome.right_after_rounding.numpy()
-    arrays = {"index": data.index.numpy(), "x_adv": outcome.x_adv.numpy(), "y": data.labels.numpy()}
+    arrays = {"index": data.index.numpy(), ADVERSARIAL: outcome.x_adv.numpy(), TRUE: data.labels.numpy()}
     save_arrays(Path(spec.out), {**arrays, **_columns(outcome)})
     correct = int(outcome.correct.sum())
     report = Report(
@@ -220,7 +241,7 @@ def _certify(spec: CertifySpec, notify: Notify) -> Report:
     entry = attacks[spec.attack.name]
     options = entry.parse(spec.attack.options)
     if spec.out is not None:
-        claim(Path(spec.out))
+        _claim(Path(spec.out))
     model, told = _opened(spec)
     data = open_data(spec.data).head(spec.limit).scaled(model.low, model.high)
     threat = None if spec.threat is None else Threat.parse(spec.threat, low=model.low, high=model.high)
@@ -296,7 +317,8 @@ def _detect(spec: DetectSpec, notify: Notify) -> Report:
     model, about = _opened(spec)
     threat = Threat.parse(spec.threat, low=model.low, high=model.high)
     crafts(spec, threat)
-    claim(out)
+    _claim(out)
+    _clear(out / DETECTORS)
     train, test = (open_data(spec.data, split=name).scaled(model.low, model.high) for name in ("train", "test"))
     learn, calibration, judge = parts(train, test, spec)
     model, checks = preflight(model, judge)
@@ -304,11 +326,12 @@ def _detect(spec: DetectSpec, notify: Notify) -> Report:
     found: list[Detection] = []
     table: dict[str, np.ndarray] = {}
     clean: Rate | None = None
+    without: Rate | None = None
     complete = False
     failed: dict[str, Exception] = {}
     try:
         on = sets(model, learn, calibration, judge, spec, threat, random=random, notify=notify)
-        clean = wilson(len(on.test.x), on.n)
+        clean, without = wilson(len(on.test.x), on.n), alone(on.test, on.n, threat)
         table = {"index": on.test.index.numpy(), "label": on.test.y.numpy()}
         for label, choice in labelled(spec).items():
             try:
@@ -318,7 +341,7 @@ def _detect(spec: DetectSpec, notify: Notify) -> Report:
             except (RempartError, RuntimeError, ValueError) as failure:
                 failed[label] = failure
                 continue
-            save_detector(fitted, out / "detectors" / detection.label.replace(" ", "-"))
+            save_detector(fitted, out / DETECTORS / detection.label.replace(" ", "-"))
             columns = {"clean": scores.clean, "noisy": scores.noisy}
             for attack, (at, values) in scores.attacked.items():
                 columns |= {f"{attack}/position": at, f"{attack}/score": values}
@@ -340,6 +363,7 @@ def _detect(spec: DetectSpec, notify: Notify) -> Report:
         notes=(*means(spec, random=random), *told),
         preflight=checks,
         clean=clean,
+        worst_case=without,
         detection=tuple(found),
         not_run=tuple(label for label in labelled(spec) if label not in {detection.label for detection in found}),
     )

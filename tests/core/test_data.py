@@ -389,6 +389,25 @@ def test_refuses_unusable_npz(tmp_path: Path, images: np.ndarray, labels: np.nda
         open_data(path)
 
 
+@pytest.mark.parametrize("shape", [(2, 4, 5), (3, 4, 5), (1, 3, 4, 5), (7,)])
+def test_the_images_of_an_attack_are_one_split_as_the_model_took_them(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    x = np.random.default_rng(0).random((5, *shape), dtype=np.float32)
+    np.savez(tmp_path / "adv.npz", index=np.arange(20, 25), x_adv=x, y=np.array([0, 3, 1, 2, 2]), broken=np.ones(5))
+    for split in ("train", "test"):
+        data = open_data(f"{tmp_path / 'adv.npz'}[1:]", split=split)
+        assert (data.split, data.source, data.shape, data.num_classes) == ("all", "adv.npz[1:]", shape, 4)
+        assert data.index.tolist() == [1, 2, 3, 4] and data.labels.tolist() == [3, 1, 2, 2]
+        assert np.array_equal(data.read(data.index).numpy(), x[1:])
+    for wrong, message in (
+        (x * 3, r"pixels in \[0, 1\].*x_adv"),
+        (x[:, :0], "x_adv of shape"),
+        (x[:4], "5 labels for 4"),
+    ):
+        np.savez(tmp_path / "adv.npz", x_adv=wrong, y=np.array([0, 3, 1, 2, 2]))
+        with pytest.raises(DataError, match=message):
+            open_data(str(tmp_path / "adv.npz"))
+
+
 def test_refuses_npz_files_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = Path(saved(tmp_path, ZEROS, LABELS))
     with monkeypatch.context() as patch, pytest.raises(DataError, match="MAX_TOTAL_BYTES"):

@@ -384,6 +384,8 @@ def test_parse(text, norm, eps):
         ("lif:0.1", ["linf, l2, l1", "'lif'", "did you mean 'linf'?"]),
         ("l0:3", ["linf, l2, l1", "'l0'"]),
         ("", ["linf, l2, l1", "''"]),
+        ("8/255", ["a norm before", "'8/255'", "write linf:8/255"]),
+        ("0.1", ["write linf:0.1"]),
         ("linf:", ["such as linf:8/255", "'linf:'"]),
         ("linf:1/0", ["such as linf:8/255", "'linf:1/0'"]),
         ("linf:8/255:2", ["such as linf:8/255"]),

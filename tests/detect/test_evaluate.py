@@ -11,7 +11,7 @@ from rempart.core.stats import auroc, wilson
 from rempart.core.threat import Threat
 from rempart.detect import evaluate
 from rempart.detect.catalogue import Learning
-from rempart.detect.evaluate import Scored, false_alarms, scored, separations, under_evasion, with_rejection
+from rempart.detect.evaluate import Scored, alone, false_alarms, scored, separations, under_evasion, with_rejection
 from rempart.report.schema import ALL, KNOWS
 
 LINF = Threat.parse("linf:0.1")
@@ -100,6 +100,12 @@ def test_held_with_rejection_by_hand():
     assert list(rows) == ["none", ALL, "near", "far"]
     held = {"none": 4, "near": 3, "far": 3, ALL: 3}
     assert rows == {name: wilson(k, 8) for name, k in held.items()}, "0, 1, 2, 4; then without 0; without 4; without 0"
+
+
+def test_the_model_alone_keeps_what_no_attack_broke_within_the_threat():
+    assert alone(TEST, 8, LINF) == wilson(3, 8), "2, 3 and 4, whose image is too far; 0, 1 and 5 are broken"
+    assert alone(TEST, 8, Threat.parse("linf:0.5")) == wilson(2, 8)
+    assert alone(replace(TEST, attacked={}), 8, LINF) == wilson(6, 8)
 
 
 def test_scores_that_are_no_number_are_flagged():

@@ -162,6 +162,20 @@ def test_damage_is_noticed(folder: Path, how: str) -> None:
 # ---- what is refused
 
 
+def test_messages_name_the_folder_the_field_and_the_defences(folder: Path) -> None:
+    with pytest.raises(ModelError, match=f"got {folder}/none, which does not exist$"):
+        load(folder / "none", MODEL)
+    with pytest.raises(ModelError, match="each --defence of the fit"):
+        load(folder, toys.conv((1, 4, 4), seed=1))
+    (folder / CARD).write_text('{"detector": 3}')
+    with pytest.raises(ModelError, match=r"`rempart detect evaluate` wrote.*damaged .detector: Input should") as error:
+        load(folder, MODEL)
+    assert "pydantic" not in str(error.value) and "\n" not in str(error.value)
+    (folder / CARD).unlink()
+    with pytest.raises(ModelError, match=f"got {folder} without {CARD}$"):
+        load(folder, MODEL)
+
+
 def test_images_of_another_size_are_refused() -> None:
     with pytest.raises(DataError, match=r"\(1, 4, 4\).*got \(1, 5, 5\)"):
         learnt().score(toys.images((1, 5, 5), 2), torch.arange(2))

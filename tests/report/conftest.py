@@ -386,7 +386,13 @@ def build_detection(labels: tuple[str, ...] = ("lid", "attack-type"), *, knows: 
         fpr=0.1,
         out="runs/d",
     )
-    values: dict[str, Any] = {"kind": "detect", "spec": spec, "detection": tuple(found), "samples": None}
+    values: dict[str, Any] = {
+        "kind": "detect",
+        "spec": spec,
+        "detection": tuple(found),
+        "samples": None,
+        "worst_case": wilson(20, n),
+    }
     return audit.model_copy(update={**values, **changes})
 
 
@@ -416,7 +422,7 @@ CASES: dict[str, Callable[[], Report]] = {
     "detection": build_detection,
     "detection cut short": lambda: build_detection(complete=False, not_run=("knn",), notes=("The evaluation failed.",)),
     "detection without who knows": lambda: build_detection(knows=False),
-    "no detection": lambda: build_detection((), complete=False, not_run=("lid",), clean=None),
+    "no detection": lambda: build_detection((), complete=False, not_run=("lid",), clean=None, worst_case=None),
     "one epoch": lambda: build_training(1),
     "training without cost": lambda: build_training(training=None, clean=None),
 }

@@ -7,7 +7,7 @@ import pytest
 from rempart.core.stats import Rate
 from rempart.report.compare import compare, compare_html
 from rempart.report.html import page
-from rempart.report.schema import Report
+from rempart.report.schema import ALL, KNOWS, Report
 from rempart.report.text import stamp, verdict
 from report.conftest import page_of, report_of
 
@@ -181,6 +181,16 @@ def test_the_page_of_detectors_carries_every_rate_and_every_count():
     kinds = source[source.index('id="kinds-') :]
     assert re.findall(r'<data value="(\d+)">', kinds)[:9] == ["400", "50", "25", "9", "80", "11", "1", "2", "98"]
     assert "got through" in source and 'id="kinds-2"' not in source
+    assert report.clean is not None and report.worst_case is not None
+    section = source[source.index('id="detection"') : source.index('id="separation"')]
+    first, second = (re.findall(r'<th scope="col">(.*?)</th>', table) for table in section.split("<h3>"))
+    assert first == ["detector", "none", KNOWS, ALL, "false alarms", "got through"]
+    assert second == ["detector", "fgsm", "pgd", "fgsm at 0.1"]
+    (alone,) = re.findall(r'<th scope="row">no detector</th>(.*?)</tr>', section)
+    cells = [re.findall(r'<data value="(.*?)">', cell) for cell in alone.split("</td>")[:-1]]
+    assert cells == [[repr(report.clean.value)], [], [repr(report.worst_case.value)], [], []]
+    without = page_of("detection without who knows")
+    assert re.findall(r'<th scope="row">lid</th><td>.*?</td><td>(.*?)</td>', without)[0] == "-"
 
 
 def test_a_note_that_repeats_a_check_stands_once(make_report: Callable[..., Report]):

@@ -3,9 +3,10 @@ from collections.abc import Callable
 
 import pytest
 
+from rempart.core.stats import wilson
 from rempart.core.threat import Threat
 from rempart.report.compare import compare
-from rempart.report.schema import Check, Report
+from rempart.report.schema import ALL, KNOWS, Check, Report
 from rempart.report.text import WIDTH, amount, compare_table, judged_on, limits, stamp, table, verdict
 from report.conftest import report_of
 
@@ -188,9 +189,13 @@ def test_a_certificate_is_about_the_smoothed_model_and_bracketed_where_there_is_
 def test_detectors_are_told_by_what_is_held_first_of_all_under_who_knows():
     report = report_of("detection")
     text = table(report)
-    first, second = (row for row in columns("\n\n".join(text.split("\n\n")[1:2])))
+    alone, first, second = (row for row in columns("\n\n".join(text.split("\n\n")[1:2])))
     assert (first["detector"], second["detector"]) == ("lid", "attack-type")
-    told = {"false alarms": 51 / 475, "held, no attack": 0.9, "held, blind attacks": 0.4, "held, knowing": 0.06}
+    assert list(first) == ["detector", "none", KNOWS, ALL, "false alarms"]
+    assert report.clean is not None
+    assert (alone["detector"], alone["false alarms"], alone[KNOWS]) == ("no detector", "", "")
+    assert alone["none"].startswith(f"{report.clean.value:.1%}") and alone[ALL].startswith("4.0%")
+    told = {"false alarms": 51 / 475, "none": 0.9, ALL: 0.4, KNOWS: 0.06}
     assert {key: first[key].split(" ")[0] for key in told} == {key: f"{value:.1%}" for key, value in told.items()}
     rows = columns(text.split("\n\n")[2])
     assert [row["attack"] for row in rows[3:]] == ["fgsm (learnt)", "pgd (learnt)", "fgsm at 0.1"]
@@ -198,9 +203,14 @@ def test_detectors_are_told_by_what_is_held_first_of_all_under_who_knows():
     assert rows[0]["area under curve"] == f"{area.value:.3f} [{area.low:.3f}, {area.high:.3f}]"
     assert rows[0]["caught at 1%"].startswith("20.0%") and rows[0]["caught at 5%"].startswith("50.0%")
     assert "Under an attacker who knows it, the best, lid, holds 6.0%" in verdict(report)
-    assert "upper bound" in verdict(report) and "At linf 8/255" in verdict(report)
+    assert "an upper bound; the model alone keeps 4.0%." in verdict(report) and "At linf 8/255" in verdict(report)
     assert "holds 40.0%" in verdict(report), "the best of the blind figures is named too"
-    assert "says little" in verdict(report_of("detection without who knows"))
+    for alone, adds in ((29, True), (30, False), (31, False)):
+        beside = verdict(report.model_copy(update={"worst_case": wilson(alone, 500)}))
+        assert beside.endswith(f"keeps {alone / 500:.1%}{'' if adds else ': no detector adds anything'}.")
+    blind = verdict(report_of("detection without who knows"))
+    assert "says little" in blind and "The model alone keeps 4.0% under the same attacks" in blind
+    assert verdict(report.model_copy(update={"worst_case": None})).endswith(", an upper bound.")
     assert "No detector was judged" in verdict(report_of("no detection"))
     told = " ".join(limits(report_of("detection cut short")))
     assert "not run: knn" in told and "stronger one can only hold less" in told

@@ -26,6 +26,9 @@ from rempart.core.types import Images, Labels
 SPLITS = ("train", "val", "test")
 FORMS = "digits, mnist:DIR, cifar10:PATH, a folder or .zip of class folders, a MedMNIST-style .npz file"
 
+ADVERSARIAL, TRUE = "x_adv", "y"
+"""Arrays of adversarial images and their true classes in a file of `rempart attack`."""
+
 MAX_CLASSES = 100_000
 """Classes of a file that numbers them."""
 
@@ -147,9 +150,10 @@ def open_data(spec: str, *, split: str = "test") -> Data:
 
     Specs: `digits` (embedded); `mnist:DIR` (IDX files); the path of a folder or zip of class folders
     (`train/CLASS/NAME.jpg`, or `CLASS/NAME.jpg` for one split that answers to every name), `cifar10:PATH` being the
-    same; the path of a MedMNIST-style `.npz`. A folder or zip takes `@64` or `@64x48` (width x height; resizes,
-    antialiased) and `@grey` or `@rgb` (default: as the first image of the data set). Then optionally `:train`, `:val`
-    or `:test`, and a Python slice: `brain-mri.zip@64@grey:test[:500]`.
+    same; the path of a MedMNIST-style `.npz`, or of one that `rempart attack` wrote, whose adversarial images with
+    their true classes are one split that answers to every name. A folder or zip takes `@64` or `@64x48` (width x
+    height; resizes, antialiased) and `@grey` or `@rgb` (default: as the first image of the data set). Then optionally
+    `:train`, `:val` or `:test`, and a Python slice: `brain-mri.zip@64@grey:test[:500]`.
 
     Folders and zips are ordered by the SHA-1 of CLASS/NAME, so that the first N images are a fixed mix of classes;
     their classes are numbered in sorted order. Arrays keep the order of their file. 8-bit values are divided by 255,
@@ -190,7 +194,7 @@ def open_data(spec: str, *, split: str = "test") -> Data:
     else:
         raise DataError(f"data out of {FORMS}", got=repr(place))
     name = kind if alias else Path(os.path.abspath(path)).name
-    label = f":{data.split}" if data.split in SPLITS else " (no split folders)"
+    label = f":{data.split}" if data.split in SPLITS else "" if path.suffix == ".npz" else " (no split folders)"
     positions = range(len(data))[_slice(part or "[:]")]
     if not positions:
         raise DataError("at least one sample", got=f"{part or 'none'} of {len(data)} in {name}{label}")
@@ -298,13 +302,15 @@ def _read_idx(path: Path, axes: int) -> np.ndarray:
 
 
 def _npz(path: Path, split: str) -> Data:
-    """A file with the arrays {train,val,test}_{images,labels}, as MedMNIST has them (Yang et al. 2023)."""
+    """The arrays {train,val,test}_{images,labels}, as MedMNIST has them (Yang et al. 2023), or those of an attack."""
     try:
         with zipfile.ZipFile(path) as archive:
             size, packed = (sum(getattr(i, s) for i in archive.infolist()) for s in ("file_size", "compress_size"))
         with np.load(path, allow_pickle=False) as file:
             have = [name for name in SPLITS if f"{name}_images" in file and f"{name}_labels" in file]
             keys = [f"{name}_labels" for name in have] + [f"{split}_images"] * (split in have)
+            if not have and ADVERSARIAL in file and TRUE in file:
+                have, split, keys = ["all"], "all", [ADVERSARIAL, TRUE]
             fits = size <= files.MAX_TOTAL_BYTES and (size <= _SMALL or size <= files.MAX_RATIO * packed)
             arrays = {key: np.asarray(file[key]) for key in keys if fits}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, MemoryError, NotImplementedError) as error:
@@ -313,6 +319,9 @@ def _npz(path: Path, split: str) -> Data:
     if size > _SMALL:
         files.within(size / max(packed, 1), files.MAX_RATIO, "MAX_RATIO", path.name, "times its compressed size")
     _choose(split, have, f"{path.name}, as arrays SPLIT_images and SPLIT_labels,")
+    if split == "all":
+        labels, class_names = _numbered({split: arrays[TRUE]}, split)
+        return _in_memory(split, _channels_first(arrays[ADVERSARIAL]), labels, class_names)
     labels, class_names = _numbered({name: arrays[f"{name}_labels"] for name in have}, split)
     return _in_memory(split, _pixel_array(arrays[f"{split}_images"], f"{split}_images"), labels, class_names)
 
@@ -341,13 +350,24 @@ def _whole(labels: np.ndarray, name: str) -> np.ndarray:
 
 
 def _pixel_array(images: np.ndarray, name: str) -> Tensor:
-    """Images or volumes channels first, as uint8 or as float32 in [0, 1]. A last axis of 1 or 3 is the channels."""
+    """Images or volumes channels first. A last axis of 1 or 3 is the channels."""
     channels_last = images.ndim > 3 and images.shape[-1] in (1, 3)
     if images.ndim == 4 and not channels_last and images.shape[1] in (1, 3):
         raise DataError(f"{name} with channels last, or volumes of more than 3 slices", got=images.shape)
     if images.ndim - channels_last not in (3, 4) or 0 in images.shape[1:]:
         raise DataError(f"{name} of shape N x H x W, or N x D x H x W, with channels last", got=images.shape)
-    images = np.moveaxis(images, -1, 1) if channels_last else images[:, None]
+    return _unit(np.moveaxis(images, -1, 1) if channels_last else images[:, None], name)
+
+
+def _channels_first(images: np.ndarray) -> Tensor:
+    """Images as a model took them."""
+    if images.ndim < 2 or 0 in images.shape[1:]:
+        raise DataError(f"{ADVERSARIAL} of shape N x C x H x W", got=images.shape)
+    return _unit(images, ADVERSARIAL)
+
+
+def _unit(images: np.ndarray, name: str) -> Tensor:
+    """Pixels as uint8 or as float32 in [0, 1]."""
     if images.dtype.kind == "f":
         low, high = (float(images.min()), float(images.max())) if images.size else (0.0, 0.0)
         if not (low >= 0 and high <= 1):  # also true for NaN

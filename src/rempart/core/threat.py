@@ -62,6 +62,8 @@ class Threat:
     def parse(cls, text: str, *, low: float = 0.0, high: float = 1.0) -> "Threat":
         """Read `linf:8/255`, `l2:0.5`, `l1:12`, or a norm alone for a threat without budget."""
         norm, colon, amount = text.strip().lower().partition(":")
+        if not colon and not isinstance(read_number(norm), str):
+            raise ThreatError("a norm before the budget", got=repr(text), hint=f"write linf:{norm}")
         eps = read_number(amount) if colon else None
         if isinstance(eps, str):
             raise ThreatError("a threat such as linf:8/255, l2:0.5 or l1:12", got=repr(text))

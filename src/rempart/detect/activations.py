@@ -55,7 +55,7 @@ def enough(model: Classifier, y: Labels, least: int) -> None:
         raise DataError(
             f"{least} or more images of each class to fit the detector",
             got=f"{int(counts[few])} of class {model.class_names[few]!r}",
-            hint="fit it on more images",
+            hint="fit it on more images: a larger --fit-limit, or none",
         )
 
 

@@ -15,7 +15,7 @@ from rempart.core.types import Mask, Scores
 from rempart.detect.adaptive import evade, verdict
 from rempart.detect.catalogue import Learning
 from rempart.detect.fitted import Fitted, threshold
-from rempart.report.schema import ALL, KNOWS, Held, Separation
+from rempart.report.schema import ALL, KNOWS, NONE, Held, Separation
 
 RATES = (0.01, 0.05)
 """False-positive rates that true-positive rates are given at."""
@@ -108,8 +108,16 @@ def with_rejection(fitted: Fitted, found: Scored, test: Learning, n: int, threat
         held[at[~fitted.flags(scores)]] = False
         rows.append(Held(attack=name, held=wilson(int(held.sum()), n)))
     held = accepted & ~_through(fitted, found, test, threat)
-    first = [Held(attack=name, held=wilson(int(kept.sum()), n)) for name, kept in (("none", accepted), (ALL, held))]
+    first = [Held(attack=name, held=wilson(int(kept.sum()), n)) for name, kept in ((NONE, accepted), (ALL, held))]
     return (*first, *rows)
+
+
+def alone(test: Learning, n: int, threat: Threat) -> Rate:
+    """Share of all n test images that the model keeps right under the same attacks, within the threat, undefended."""
+    broken = torch.zeros(len(test.x), dtype=torch.bool)
+    for at, x in test.attacked.values():
+        broken[at[threat.holds(test.x[at], x)]] = True
+    return wilson(int((~broken).sum()), n)
 
 
 def under_evasion(

@@ -19,7 +19,7 @@ from rempart.core.model import Classifier, frozen, placed
 from rempart.core.repro import Draws, digest_state
 from rempart.core.types import Images, Mask, Scores
 from rempart.detect.catalogue import Detector, Learning, State, detectors
-from rempart.report.schema import Strict
+from rempart.report.schema import Strict, fault
 
 CARD = "detector.json"
 STATE = "detector.safetensors"
@@ -181,8 +181,13 @@ def enough(n: int, fpr: float) -> None:
     if not 0 < fpr < 1:
         raise DataError("a false-positive rate in (0, 1)", got=fpr, hint="write 0.05 for 5 %")
     if _rank(n, fpr) > n:
-        needed, hint = math.ceil(1 / fpr - 1e-9) - 1, "give more images or a larger rate"
-        raise DataError(f"{needed} or more clean images to calibrate at {fpr:g}", got=n, hint=hint)
+        needed = math.ceil(1 / fpr - 1e-9) - 1
+        expected = f"{needed} or more clean images to calibrate at {fpr:g}"
+        hint = (
+            "they are the rightly classified ones of a part of the test split, at most 1000, which --limit and "
+            "--fit-limit do not change: give more test images or a larger --fpr"
+        )
+        raise DataError(expected, got=n, hint=hint)
 
 
 def threshold(scores: Scores, fpr: float) -> float | None:
@@ -212,16 +217,17 @@ def load(folder: Path, model: Classifier) -> Fitted:
         card = Card.model_validate_json((folder / CARD).read_bytes())
         state = from_bytes((folder / STATE).read_bytes())
     except OSError as error:
-        raise ModelError(f"a folder with {CARD} and {STATE}", got=f"{folder} ({error})") from None
+        raise ModelError(f"a folder with {CARD} and {STATE}", got=disk.unread(error)) from None
     except (ValidationError, SafetensorError) as error:
-        raise ModelError(
-            "a detector that `rempart detect evaluate` wrote", got=f"{folder}, damaged ({error})"
-        ) from None
+        came = f"{folder}, damaged ({fault(error) if isinstance(error, ValidationError) else error})"
+        raise ModelError("a detector that `rempart detect evaluate` wrote", got=came, hint="run that again") from None
     if digest_state(state) != card.state:
-        raise ModelError(f"the {STATE} that belongs to {CARD}", got=f"another one in {folder}", hint="fit it again")
+        hint = "run `rempart detect evaluate` again"
+        raise ModelError(f"the {STATE} that belongs to {CARD}", got=f"another one in {folder}", hint=hint)
     if (digest := digest_state(model.state_dict())) != card.model:
         expected = f"the classifier {card.model}, which the detector in {folder} was fitted on"
-        raise ModelError(expected, got=f"one with digest {digest}", hint="fit the detector on this model")
+        hint = "give the model and each --defence of the fit, in the same order, or fit a detector on this one"
+        raise ModelError(expected, got=f"one with digest {digest}", hint=hint)
     entry = detectors[card.detector]
     return Fitted(card, _kept(state, model), entry.function(**entry.parse(card.options)), model)
 

@@ -55,7 +55,8 @@ def lid(
         draws = rng.select(free).at("references").uniform(torch.empty(len(free), 1, dtype=torch.float64))
         at = free[draws.flatten().argsort()[:references]]
         if len(at) <= k:
-            raise DataError(f"more than {k} references, the neighbours of lid", got=len(at), hint="give more images")
+            hint = "fit it on more images: a larger --fit-limit, or none"
+            raise DataError(f"more than {k} references, the neighbours of lid", got=len(at), hint=hint)
         found = collected(model, learning.x[at], chosen(model, layers))
         state = {f"references.{i}": f for i, f in enumerate(found)}
         weights = weighed(model, lambda x, _: measures(model, x, state), learning, held, combine, rng=rng)

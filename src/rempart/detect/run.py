@@ -246,13 +246,14 @@ def score_data(
 
     The model is read as `preflight` reads it, as where the detector was fitted: outputs that are no logits are mended.
     """
+    disk.refuse_folder(out)
     chain = [(defence.name, defence.options) for defence in defences]
     classifier = defended(load_model(model), chain)
     fitted = load(folder, classifier)
     data = open_data(source).scaled(classifier.low, classifier.high)
     fitted = replace(fitted, model=preflight(classifier, data)[0])
     data = data.head(limit)
-    lines = ["index,score,flagged"]
+    lines = ["index,score,threshold,flagged"]
     flagged = 0
     with torch.no_grad():
         for batch in data.batches(batch_size):
@@ -260,6 +261,8 @@ def score_data(
             flags = fitted.flags(scores)
             flagged += int(flags.sum())
             rows = zip(batch.index.tolist(), scores.tolist(), flags.tolist(), strict=True)
-            lines += [f"{index},{value!r},{int(flag)}" for index, value, flag in rows]
+            assert fitted.card.threshold is not None  # `flags` raises without one
+            limit_told = repr(fitted.card.threshold.value)
+            lines += [f"{index},{value!r},{limit_told},{int(flag)}" for index, value, flag in rows]
     disk.replace(out, ("\n".join(lines) + "\n").encode())
     return len(data), flagged

@@ -12,7 +12,7 @@ from rempart.core.stats import Auroc, Difference, Mean, Rate
 from rempart.report import figures
 from rempart.report.compare import CLEAN, WORST, Comparison
 from rempart.report.methods import Methods, Row
-from rempart.report.schema import Curve, Report, TrainSpec
+from rempart.report.schema import ALL, KNOWS, NO_DETECTOR, NONE, Curve, Report, TrainSpec
 from rempart.report.text import (
     amount,
     budget_of,
@@ -65,6 +65,8 @@ def page(report: Report) -> str:
             spec=report.spec.model_dump_json(indent=2),
             level=_level(report),
             symbols=_SYMBOLS,
+            together=(NONE, KNOWS, ALL),
+            no_detector=NO_DETECTOR,
             name_of=lambda k: report.model.classes[k] if 0 <= k < len(report.model.classes) else str(k),
         )
     )

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
-from annotated_types import Ge
-from pydantic import BaseModel, ConfigDict, Field
+from annotated_types import Ge, Gt, Lt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rempart.core.data import Data
 from rempart.core.errors import DataError
@@ -173,8 +173,8 @@ class DetectSpec(Strict):
     attacks: tuple[AttackChoice, ...]
     defences: tuple[DefenceChoice, ...] = ()
     threat: str
-    budgets: tuple[float, ...] = ()
-    fpr: float = 0.05
+    budgets: tuple[Annotated[Pixels, Gt(0)], ...] = ()
+    fpr: Annotated[float, Gt(0), Lt(1)] = 0.05
     fit_limit: Annotated[int, Ge(1)] | None = None
     limit: Annotated[int, Ge(1)] | None = None
     adaptive: bool = True
@@ -528,8 +528,10 @@ class Separation(Strict):
     caught: dict[str, Rate]
 
 
-ALL, KNOWS = "all of these", "knows the detector"
-"""Names of what is held under all attacks that do not know the detector, and under the one that does."""
+NONE, ALL, KNOWS = "none", "all of these", "knows the detector"
+"""Names of what is held without an attack, under all attacks that do not know the detector, and under who does."""
+NO_DETECTOR = "no detector"
+"""Name of the model alone beside its detectors."""
 
 
 class Held(Strict):
@@ -596,6 +598,9 @@ class Report(Strict):
         notes: Sentences a reader must see before the figures.
         checks: What was checked after the attacks.
         stamp: What those checks come to.
+        clean: Share of all samples that the model gets right without an attack.
+        worst_case: Share of all samples that it keeps right under all attacks; where detectors are judged, that of the
+            model without one, under the attacks within the threat.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -635,6 +640,12 @@ class Report(Strict):
             return f"{self.model.name}, trained on {self.data.source.partition(':')[0]}"
         behind = " behind " + " and ".join(name.partition(":")[0] for name in self.model.defences)
         return f"{self.model.name}{behind if self.model.defences else ''} on {self.data.source}"
+
+
+def fault(error: ValidationError) -> str:
+    """The first thing that is wrong with what was read, and where."""
+    first = error.errors()[0]
+    return ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
 
 
 def pack(flags: Any) -> str:

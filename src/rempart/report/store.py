@@ -11,7 +11,7 @@ from pydantic_core import from_json
 from rempart.core.disk import replace
 from rempart.core.errors import DataError, SpecError
 from rempart.report.html import page
-from rempart.report.schema import SCHEMA_VERSION, AnySpec, Report, Spec
+from rempart.report.schema import SCHEMA_VERSION, AnySpec, Report, Spec, fault
 
 JSON = "report.json"
 HTML = "report.html"
@@ -62,7 +62,7 @@ def read(path: str | Path) -> Report:
     try:
         return Report.model_validate_json(file.read_bytes())
     except ValidationError as error:
-        raise DataError("a valid report", got=f"{file}, where {_first(error)}", hint="run its spec again") from None
+        raise DataError("a valid report", got=f"{file}, where {fault(error)}", hint="run its spec again") from None
 
 
 def read_spec(path: str | Path) -> AnySpec:
@@ -78,7 +78,7 @@ def read_spec(path: str | Path) -> AnySpec:
     try:
         return TypeAdapter[AnySpec](Spec).validate_python(raw)
     except ValidationError as error:
-        raise SpecError("a valid spec", got=f"{file}, where {_first(error)}") from None
+        raise SpecError("a valid spec", got=f"{file}, where {fault(error)}") from None
 
 
 def _load(path: str | Path) -> tuple[Path, Any]:
@@ -92,9 +92,3 @@ def _load(path: str | Path) -> tuple[Path, Any]:
         ) from None
     except ValueError as error:
         raise DataError("a file in JSON", got=f"{file} ({error})", hint=f"give the {JSON} of a run") from None
-
-
-def _first(error: ValidationError) -> str:
-    """The first thing that is wrong, and where."""
-    first = error.errors()[0]
-    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"

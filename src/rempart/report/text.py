@@ -10,6 +10,8 @@ from rempart.report.methods import Group, Methods
 from rempart.report.schema import (
     ALL,
     KNOWS,
+    NO_DETECTOR,
+    NONE,
     AttackSpec,
     Bracket,
     Certificate,
@@ -328,13 +330,19 @@ def _detected(report: Report) -> str:
         f"{blind.label} holds {share(_blind(blind).held)}: right and accepted as they are, and right or flagged after "
         "the attack."
     )
+    alone = report.worst_case
     knowing = [d for d in report.detection if _knowing(d) is not None]
     if not knowing:
-        return f"{told} No attacker who knows the detector was tried: this says little about its worth."
+        kept = "" if alone is None else f" The model alone keeps {alone.value:.1%} under the same attacks."
+        return f"{told}{kept} No attacker who knows the detector was tried: this says little about its worth."
     best = max(knowing, key=lambda d: _knowing(d).held.value)  # pyright: ignore[reportOptionalMemberAccess]
     held = _knowing(best)
     assert held is not None
-    return f"{told} Under an attacker who knows it, the best, {best.label}, holds {share(held.held)}: an upper bound."
+    told += f" Under an attacker who knows it, the best, {best.label}, holds {share(held.held)}, an upper bound"
+    if alone is None:  # a report of an earlier version
+        return f"{told}."
+    nothing = ": no detector adds anything" if held.held.value <= alone.value else ""
+    return f"{told}; the model alone keeps {alone.value:.1%}{nothing}."
 
 
 def _blind(detection: Detection) -> Held:
@@ -347,20 +355,24 @@ def _knowing(detection: Detection) -> Held | None:
 
 
 def _held(report: Report) -> tuple[Sequence[str], list[Sequence[str]]]:
-    """What model and detector hold together."""
+    """What model and detector hold together, and the model alone."""
     rows: list[Sequence[str]] = []
+    if report.clean is not None and report.worst_case is not None:
+        clean, kept = (f"{rate.value:.1%} {interval(rate)}" for rate in (report.clean, report.worst_case))
+        rows.append((NO_DETECTOR, clean, "", kept, ""))
     for detection in report.detection:
         alarm = detection.false_alarms.get(f"{detection.fpr:g}")
         knowing = _knowing(detection)
         rows.append(
             (
                 detection.label,
-                "-" if alarm is None else f"{alarm.value:.1%} {interval(alarm)}",
-                *(f"{h.held.value:.1%} {interval(h.held)}" for h in (detection.held[0], _blind(detection))),
-                "-" if knowing is None else f"{knowing.held.value:.1%} {interval(knowing.held)}",
+                *(
+                    "-" if rate is None else f"{rate.value:.1%} {interval(rate)}"
+                    for rate in (detection.held[0].held, knowing and knowing.held, _blind(detection).held, alarm)
+                ),
             )
         )
-    return ("detector", "false alarms", "held, no attack", "held, blind attacks", "held, knowing"), rows
+    return ("detector", NONE, KNOWS, ALL, "false alarms"), rows
 
 
 def _separated(report: Report) -> tuple[Sequence[str], list[Sequence[str]]]:
