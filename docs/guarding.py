@@ -94,9 +94,9 @@ def survives(row: Mapping[str, Any], bare: Mapping[str, Any]) -> str:
     """Whether the attack through a defence leaves surely more than the attack on the network alone."""
     if row is bare:
         return ""
-    if row["stamp"] != "valid":
-        return "not to be trusted: " + ", ".join(row["fired"])
-    return "yes" if row["adaptive"]["low"] > bare["adaptive"]["high"] else "**no**"
+    if row["adaptive"]["low"] <= bare["adaptive"]["high"]:
+        return "**no**"
+    return "yes" if row["stamp"] == "valid" else f"perhaps; warned: {', '.join(row['fired'])}"
 
 
 # ---- detectors

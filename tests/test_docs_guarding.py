@@ -75,7 +75,7 @@ def test_a_defence_survives_only_where_the_attack_through_it_leaves_surely_more(
     told = page.rendered("<!-- preprocessing -->")
     assert cells(told, "none")[-1] == ""
     assert [cells(told, name)[-1] for name in ("hardly", "truly")] == ["**no**", "yes"]
-    assert cells(told, "masked")[-1] == "not to be trusted: transfer"
+    assert cells(told, "masked")[-1] == "perhaps; warned: transfer"
     assert cells(told, "hardly")[-2].replace("\N{NO-BREAK SPACE}", " ") == "+62.0 points"
     order = [line.split("|")[1].strip() for line in told.splitlines() if line.startswith("| ")][2:]
     assert order == ["masked", "truly", "hardly", "none"], "the best under the attack through it first"
