@@ -65,7 +65,14 @@ def main() -> None:
     given = parser.parse_args()
     model, data = load(given.model), open_data(f"{given.data}:test").head(given.images)
     rows = [measure(model, data, eight_bit) for eight_bit in (False, True)]
-    record = {"date": str(date.today()), "environment": environment(), "data": data.source, "rows": rows}
+    record = {
+        "question": "Can a classifier of attack types name the attack on images it has not seen, and of other attacks?",
+        "command": "python benchmarks/attack_types.py",
+        "date": str(date.today()),
+        "hardware": environment(),
+        "data": data.source,
+        "rows": rows,
+    }
     given.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
