@@ -106,10 +106,11 @@ def detectors() -> str:
     """A figure and two tables for each data set."""
     parts: list[str] = []
     for place, setting, found in rows("detectors"):
-        alone = found[0]["alone"]
+        most = max(found, key=lambda row: row["alone"]["clean"]["n"])
+        alone = most["alone"]
         told = (
-            f"{setting['threat']}, {alone['clean']['n']} test images, {found[0]['fitted_on']} to fit on and "
-            f"{found[0]['calibrated_on']} for the threshold. Without a detector the network holds "
+            f"{setting['threat']}, {alone['clean']['n']} test images, {most['fitted_on']} to fit on and "
+            f"{most['calibrated_on']} for the threshold. Without a detector the network holds "
             f"{percent(alone['attacked'])} under the attacks within the budget, {percent(alone['clean'])} without one."
         )
         held = [
