@@ -33,7 +33,7 @@ from rempart.tasks import run
 RESULTS = Path(__file__).parent / "results" / "detectors.json"
 BATCH = 5  # detectors of one run: the attacks are made once for all of them
 SLOW: dict[str, dict[str, dict[str, int]]] = {  # on fewer images, under fewer steps of the attacker who knows
-    "mnist": {"noise": {"limit": 60, "steps": 30}},
+    "mnist": {"noise": {"limit": 60, "steps": 30}, "squeezing": {"limit": 60, "steps": 30}},
     "mri": {"noise": {"limit": 40, "steps": 20}, "squeezing": {"limit": 30, "steps": 20}},
 }
 
