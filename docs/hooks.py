@@ -276,6 +276,13 @@ _FURTHER = {
         *(f"detect.fitted.{name}" for name in ("fit", "calibrate", "save", "load", "Fitted", "Card", "Threshold")),
         *(f"detect.catalogue.{name}" for name in ("Detector", "Learning", "Fit", "Score", "Name", "detectors")),
     ],
+    "Explanation": [
+        *(f"explain.run.{name}" for name in ("explain",)),
+        *(f"explain.sensitivity.{name}" for name in ("layers_of", "top", "jaccard")),
+        *(f"explain.contribution.{name}" for name in ("Pairs", "effects", "against", "pull")),
+        *(f"core.features.{name}" for name in ("Moved", "moved", "blocks", "watched")),
+        *("explain.pictures.illustrate", "explain.prune.prune", "explain.prune.prune_model"),
+    ],
     "A guard": [f"guard.{name}" for name in ("Guarded", "Prediction", "guard", "save_guard", "load_guard")],
     "Progress": ["core.events.Event", "core.events.Notify"],
     "Errors": [f"core.errors.{name}" for name, kind in vars(errors).items() if inspect.isclass(kind) and name != "Any"],

@@ -399,6 +399,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "certify",
                 "compare-training",
                 "detect",
+                "explain",
                 "defend-by-preprocessing",
                 "from-python",
                 "harden",

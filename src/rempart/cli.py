@@ -289,6 +289,70 @@ def compare(
         print(f"\n{out}")
 
 
+@app.command()
+def explain(
+    model: Annotated[list[str], typer.Argument(metavar="MODEL", help="The first is illustrated")],
+    data: Data,
+    threat: ThreatText,
+    out: Annotated[str, typer.Option("--out", help="Run folder: report")],
+    attack: Annotated[
+        list[str] | None,
+        typer.Option("--attack", help="NAME or NAME:key=value; the first makes the pairs, default pgd"),
+    ] = None,
+    layers: Annotated[list[str] | None, typer.Option("--layers", help="Module or pattern; default: all blocks")] = None,
+    share: Annotated[float, typer.Option("--share", help="Of a layer's neurons that count as sensitive")] = 0.1,
+    limit: Limit = None,
+    test: Annotated[int, typer.Option("--test", min=0, help="Images that neurons are masked and replaced on")] = 128,
+    draws: Annotated[int, typer.Option("--draws", min=2, help="Random choices of neurons to compare with")] = 5,
+    defence: Defence = None,
+    batch_size: BatchSize = 64,
+    seed: Seed = 0,
+) -> None:
+    """Show which neurons an attack moves, whether they carry the wrong prediction, and what the model looks at."""
+    from rempart.report.schema import AttackChoice, DefenceChoice, ExplainSpec
+
+    _run(
+        ExplainSpec(
+            models=tuple(model),
+            data=data,
+            defences=tuple(DefenceChoice(name=name, options=own) for name, own in map(_named, defence or [])),
+            threat=threat,
+            attacks=tuple(AttackChoice(name=name, options=own) for name, own in map(_named, attack or ["pgd"])),
+            layers=tuple(layers or ()),
+            share=share,
+            limit=limit,
+            test=test,
+            draws=draws,
+            batch_size=batch_size,
+            seed=seed,
+            out=out,
+        )
+    )
+
+
+@app.command()
+def prune(
+    model: Annotated[str, typer.Argument(metavar="MODEL")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of `rempart explain` on this model")],
+    out: Annotated[Path, typer.Option("--out", help="New folder for the pruned model")],
+    share: Annotated[float, typer.Option("--share", help="Of a layer's neurons to take out, in (0, 1]")] = 0.1,
+    choose: Annotated[
+        Literal["sensitive", "least", "random"], typer.Option("--choose", help="Which neurons to take out")
+    ] = "sensitive",
+    layers: Annotated[
+        list[str] | None, typer.Option("--layers", help="Layer of the run or pattern; default: all of them")
+    ] = None,
+    seed: Seed = 0,
+) -> None:
+    """Take neurons out of a model by their sensitivity: their weights become 0. `rempart audit` says what is left."""
+    from rempart.explain import prune_model
+
+    found = prune_model(str(model), run, out, share=share, choose=choose, layers=layers or (), seed=seed)
+    for layer, neurons in found.items():
+        print(f"{layer}: {len(neurons)} neurons taken out")
+    print(f"\n{out}")
+
+
 detect = typer.Typer(
     name="detect",
     help="Notice attacked images: fit detectors, set their thresholds, judge them, score images.",

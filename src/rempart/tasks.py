@@ -4,7 +4,7 @@ import io
 import math
 import shutil
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,6 +44,7 @@ from rempart.detect import save as save_detector
 from rempart.detect.evaluate import alone
 from rempart.detect.fitted import CARD, STATE
 from rempart.detect.run import crafts, judged, labelled, means, parts, sets
+from rempart.explain import explain, layers_of, trend
 from rempart.models.load import card, load
 from rempart.models.save import CONFIG, WEIGHTS
 from rempart.preprocess import defended, described
@@ -54,9 +55,12 @@ from rempart.report.schema import (
     AuditSpec,
     Bracket,
     CertifySpec,
+    Check,
     DataCard,
+    DefenceChoice,
     Detection,
     DetectSpec,
+    ExplainSpec,
     ModelCard,
     Report,
     Samples,
@@ -84,15 +88,21 @@ def run(spec: AnySpec, notify: Notify = silent) -> Report | None:
     with seeded(spec.seed, torch.device("cpu")):  # for models that draw random numbers
         if isinstance(spec, CertifySpec):
             return _certify(spec, notify)
+        if isinstance(spec, ExplainSpec):
+            return _explain(spec, notify)
         return _detect(spec, notify) if isinstance(spec, DetectSpec) else _attack(spec, notify)
 
 
 def _opened(spec: AuditSpec | AttackSpec | CertifySpec | DetectSpec) -> tuple[Classifier, ModelCard]:
-    """The model behind its defences, and the card of both."""
-    chain = [(defence.name, defence.options) for defence in spec.defences]
+    """The model of a request behind its defences, and the card of both."""
+    return _behind(spec.model, spec.defences)
+
+
+def _behind(model: str, defences: Sequence[DefenceChoice]) -> tuple[Classifier, ModelCard]:
+    chain = [(defence.name, defence.options) for defence in defences]
     told = described(chain)  # a wrong option is told before the model is loaded
-    model = defended(load(spec.model), chain)
-    return model, card(model, spec.model, told)
+    classifier = defended(load(model), chain)
+    return classifier, card(classifier, model, told)
 
 
 def _train(spec: TrainSpec, notify: Notify) -> Report | None:
@@ -306,6 +316,50 @@ def _certify(spec: CertifySpec, notify: Notify) -> Report:
             save_arrays(Path(spec.out) / "samples.npz", {name: column.numpy() for name, column in columns.items()})
     if error is not None:
         raise error
+    return report
+
+
+def _explain(spec: ExplainSpec, notify: Notify) -> Report:
+    """Measure and test the neurons of models; the values of all neurons are kept beside the report."""
+    started, out = perf_counter(), Path(spec.out)
+    models: dict[str, tuple[Classifier, ModelCard]] = {}
+    for name in spec.models:
+        model, told = _behind(name, spec.defences)
+        label = told.name if told.name not in models else f"{told.name} {len(models) + 1}"
+        models[label] = model, told
+        layers_of(model, spec.layers)
+    first, about = next(iter(models.values()))
+    if other := [label for label, (model, _) in models.items() if (model.low, model.high) != (first.low, first.high)]:
+        raise SpecError(f"models for pixels in [{first.low}, {first.high}]", got=other[0], hint="explain it alone")
+    threat = Threat.parse(spec.threat, low=first.low, high=first.high)
+    data = open_data(spec.data, split="test").head(spec.limit).scaled(first.low, first.high)
+    for choice in spec.attacks:
+        native(attacks[choice.name], threat)
+        attacks[choice.name].parse(choice.options)
+    checks: list[Check] = []
+    for label, (model, told) in models.items():
+        mended, found = preflight(model, data)
+        about_it = f", {label}" if len(models) > 1 else ""
+        checks += [check.model_copy(update={"name": f"{check.name}{about_it}"}) for check in found]
+        models[label] = mended, told
+    _claim(out)
+    explained, picture = explain(models, data, threat, spec, notify=notify)
+    report = Report(
+        kind="explain",
+        complete=True,
+        spec=spec,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        seconds=perf_counter() - started,
+        environment=environment(),
+        model=about,
+        data=DataCard.of(data),
+        preflight=tuple(checks),
+        clean=explained[0].clean,
+        explained=explained,
+        trend=trend(explained),
+        illustration=picture,
+    )
+    write(report, out)
     return report
 
 

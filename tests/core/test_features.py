@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import toys
-from rempart.core.errors import ModelError
-from rempart.core.features import blocks, change, features, penultimate, sensitivity
+from rempart.core.errors import DataError, ModelError
+from rempart.core.features import blocks, change, features, hidden, moved, penultimate, sensitivity
 from rempart.models import build
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -213,3 +213,103 @@ def test_identical_pairs_have_none_and_scaling_and_permuting_a_layer_carry_over(
     moved = sensitivity(model, [(x, x_adv)], blocks(model))
     assert torch.allclose(moved[layer], 3 * sigma[layer][order], rtol=1e-5)
     assert torch.allclose(moved["net.1.3"], sigma["net.1.3"], rtol=1e-4)
+
+
+# ---- sums over pairs
+
+
+def test_relative_sensitivity_is_that_worked_out_by_hand():
+    """Clean means of the maps: (1.5 + 0.5) / 2 and (0.25 + 1) / 2; of the dense outputs (0.5 + 0) / 2 and 2 / 2."""
+    net = toys.two_layers()
+    sums = moved(net, [(X[:1], X_ADV[:1]), (X[1:], X_ADV[1:])], blocks(net))
+    assert as_lists({layer: found.relative for layer, found in sums.items()}) == {"1": [0.875, 1.0], "4": [0.0, 1.5]}
+    assert as_lists({layer: found.absolute for layer, found in sums.items()}) == SIGMA
+    assert {found.pairs for found in sums.values()} == {2}
+
+
+def test_relative_sensitivity_is_0_where_nothing_moves_and_1_where_only_the_counterpart_wakes_a_neuron():
+    x, x_adv = torch.tensor([[0.0, 0, 2, 2]]), torch.tensor([[0.0, 3, 2, 3]])
+    found = moved(nn.Sequential(nn.Linear(4, 4)), [(x, x_adv)], ["0:input"])["0:input"]
+    assert found.relative.tolist() == [0, 1, 0, 0.5] and found.absolute.tolist() == [0, 3, 0, 1]
+
+
+def test_a_scale_of_a_layer_scales_the_absolute_and_not_the_relative_sensitivity():
+    model = build("lenet", shape=(1, 8, 8), num_classes=3)
+    x, x_adv = pairs()
+    before = moved(model, [(x, x_adv)], ["net.1.1"])["net.1.1"]
+    with torch.no_grad():
+        for parameter in model.net[1][0].parameters():
+            parameter.mul_(3)
+    after = moved(model, [(x, x_adv)], ["net.1.1"])["net.1.1"]
+    assert torch.allclose(after.absolute, 3 * before.absolute) and torch.allclose(after.relative, before.relative)
+    assert bool((before.relative > 0).any())
+
+
+def test_a_relu_in_place_behind_a_layer_does_not_matter():
+    torch.manual_seed(0)
+    dense, x, x_adv = nn.Linear(6, 8), torch.randn(5, 6, generator=GENERATOR), torch.randn(5, 6, generator=GENERATOR)
+    found = moved(nn.Sequential(dense, nn.ReLU(inplace=True)), [(x, x_adv)], ["0"])["0"]
+    with torch.no_grad():
+        assert torch.allclose(found.absolute, (dense(x) - dense(x_adv)).abs().mean(0).double(), atol=1e-6)
+        assert torch.allclose(found.clean, dense(x).abs().sum(0).double(), atol=1e-5)
+
+
+def test_an_attack_that_makes_the_pairs_is_not_counted():
+    model, (x, x_adv) = build("lenet", shape=(1, 8, 8), num_classes=3), pairs()
+
+    def attacked():
+        for part in zip(x.split(3), x_adv.split(3), strict=True):
+            model(torch.rand(50, 1, 8, 8, generator=GENERATOR))  # as an attack does, of a size that would not even fit
+            assert all(p.requires_grad for p in model.parameters())
+            yield part
+            model(x)
+
+    expected = moved(model, [(x, x_adv)], blocks(model))
+    for layer, found in moved(model, attacked(), blocks(model)).items():
+        assert found.pairs == 7 and torch.allclose(found.absolute, expected[layer].absolute, rtol=1e-5)
+
+
+def test_large_batches_are_parted():
+    seen = []
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    x, x_adv = torch.rand(2, 150, 2, generator=GENERATOR)
+    found = moved(model, [(x, x_adv)], ["0"])["0"]
+    assert seen == [128, 128, 44] and found.pairs == 150
+    assert torch.allclose(found.change, (model(x) - model(x_adv)).detach().abs().sum(0).double(), atol=1e-4)
+
+
+class Twice(nn.Module):
+    """One ReLU behind two layers of different width, as residual networks have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.relu, self.second, self.head = nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5), nn.Linear(5, 2)
+
+    def forward(self, x):
+        return self.head(self.relu(self.second(self.relu(self.first(x)))))
+
+
+def test_of_a_layer_that_runs_twice_in_a_pass_the_last_time_counts():
+    torch.manual_seed(0)
+    model, (x, x_adv) = Twice(), torch.randn(2, 6, 3, generator=GENERATOR)
+    found = moved(model, [(x, x_adv)], ["relu"])["relu"]
+    with features(model, ["relu"]) as seen:
+        model(x)
+        before = seen["relu"]
+        model(x_adv)
+    assert found.pairs == 6 and torch.allclose(found.change, (before - seen["relu"]).abs().sum(0).double(), atol=1e-5)
+
+
+def test_no_pairs_and_layers_that_do_not_run_are_refused():
+    model = build("mlp", shape=(1, 2, 2), num_classes=3)
+    with pytest.raises(DataError, match="one pair"):
+        moved(model, [], ["net.1.2"])
+    model.idle = nn.Linear(2, 2)
+    with pytest.raises(ModelError, match="idle"):
+        moved(model, [(torch.rand(1, 1, 2, 2), torch.rand(1, 1, 2, 2))], ["net.1.2", "idle"])
+
+
+def test_modules_before_the_logits_are_named_in_order():
+    model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.Sequential(nn.Linear(2, 2)), nn.Softmax(1))
+    assert hidden(model) == ["0", "0.0", "0.1"]

@@ -4,17 +4,18 @@ import base64
 import io
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from rempart.core.stats import Auroc, Rate, auroc, wilson
+from rempart.core.stats import Auroc, Difference, Mean, Rate, auroc, wilson
 from rempart.report.html import page
 from rempart.report.methods import Trained
 from rempart.report.schema import (
     ALL,
+    EVERY,
     KNOWS,
     AttackChoice,
     AttackResult,
@@ -29,17 +30,26 @@ from rempart.report.schema import (
     Detection,
     DetectorChoice,
     DetectSpec,
+    Effect,
     Epoch,
     Example,
+    Explained,
+    ExplainSpec,
     Held,
+    Illustration,
+    Layer,
+    Maps,
     ModelCard,
     NormStats,
+    Overlap,
     Remedy,
     Report,
     Samples,
     Separation,
+    Test,
     Training,
     TrainSpec,
+    Trend,
     pack,
     unpack,
 )
@@ -401,6 +411,107 @@ def separated(area: float) -> Auroc:
     return auroc(np.arange(200) / 200, np.full(100, area))
 
 
+def build_explanation(
+    labels: tuple[str, ...] = ("plain", "pgd-at"),
+    layers: dict[str, int] | None = None,
+    *,
+    effects: bool = True,
+    picture: bool = True,
+    **changes: Any,
+) -> Report:
+    """The report of models whose neurons move by 1/k of their layer's number, the k-th neuron in a mixed order."""
+    audit = build(attacks=False, n=200)
+    sizes = layers or {"block1": 10, "block2": 40}
+    found = tuple(explained(label, at, sizes, effects) for at, label in enumerate(labels))
+    spec = ExplainSpec(
+        models=tuple(f"runs/{k}" for k in range(max(1, len(labels)))),
+        data="brain-mri",
+        threat="linf:8/255",
+        attacks=(AttackChoice(name="pgd", options={"steps": 10}), AttackChoice(name="fgsm")),
+        out="runs/e",
+    )
+    values: dict[str, Any] = {"kind": "explain", "spec": spec, "explained": found, "samples": None}
+    values["illustration"] = illustration(next(iter(sizes))) if picture else None
+    if len(labels) > 2:
+        values["trend"] = Trend(models=len(labels), spearman=-0.5, shared=0.25)
+    return audit.model_copy(update={**values, **changes})
+
+
+def explained(label: str, at: int, sizes: dict[str, int], effects: bool) -> Explained:
+    layers: list[Layer] = []
+    for number, (name, n) in enumerate(sizes.items(), 1):
+        absolute = np.roll((number + at) / np.arange(1, n + 1), 3)
+        layers.append(
+            Layer(
+                name=name,
+                absolute=tuple(absolute.tolist()),
+                relative=tuple((absolute[::-1] / 4).tolist()),
+                pull=tuple((absolute - 0.1).tolist()),
+                agreement=0.9 - 0.1 * number,
+                sensitive=tuple(int(k) for k in np.argsort(-absolute)[: max(1, n // 10)]),
+                shared_absolute=0.31 * number if at else None,
+                shared_relative=0.07 * number if at else None,
+            )
+        )
+    rows = [effect(layer, test, k + 3 * at) for layer in (*sizes, EVERY) for k, test in enumerate(get_args(Test))]
+    return Explained(
+        label=label,
+        model=build(attacks=False).model,
+        clean=wilson(190 - at, 200),
+        attacked=wilson(60 + 30 * at, 200),
+        pairs=190 - at,
+        tested=64,
+        layers=tuple(layers),
+        overlaps=tuple(Overlap(layer=name, beside="fgsm", jaccard=0.25 + at / 8, chance=0.05) for name in sizes),
+        effects=tuple(rows) if effects else (),
+    )
+
+
+def effect(layer: str, test: Test, k: int) -> Effect:
+    return Effect(
+        layer=layer,
+        test=test,
+        share=0.1,
+        before=wilson(32, 64),
+        sensitive=wilson(40 + k, 64),
+        least=wilson(20 + k, 64),
+        random=Mean(value=0.5 + k / 100, low=0.4, high=0.7, n=5),
+        gap=Difference(value=(40 + k) / 64 - 0.5 - k / 100, low=0.01, high=0.3, n=64),
+    )
+
+
+def illustration(layer: str) -> Illustration:
+    side = np.linspace(-1, 1, 12)
+    pixels = np.outer(side, side) / 2 + 0.5
+    grid = 3 - 10 * np.linspace(-0.06, 0.06, 5)[:, None] * 10 + np.zeros(5)
+    return Illustration(
+        index=7,
+        label=0,
+        predicted=0,
+        adversarial=1,
+        original_png=png(pixels),
+        adversarial_png=png(pixels**2),
+        perturbation_png=png(pixels / 2),
+        saliency_png=png(pixels**3),
+        adversarial_saliency_png=png(pixels**4),
+        maps=tuple(
+            Maps(
+                layer=layer,
+                neuron=k,
+                low=-1.25 - k,
+                high=2.5,
+                reach=0.375,
+                clean_png=png(pixels),
+                adversarial_png=png(pixels),
+                difference_png=png(pixels),
+            )
+            for k in range(2)
+        ),
+        reach=0.06,
+        landscape=tuple(tuple(row) for row in grid.tolist()),
+    )
+
+
 CASES: dict[str, Callable[[], Report]] = {
     "invalid": build_checked,
     "suspicious": lambda: build_checked("warned"),
@@ -423,6 +534,11 @@ CASES: dict[str, Callable[[], Report]] = {
     "detection cut short": lambda: build_detection(complete=False, not_run=("knn",), notes=("The evaluation failed.",)),
     "detection without who knows": lambda: build_detection(knows=False),
     "no detection": lambda: build_detection((), complete=False, not_run=("lid",), clean=None, worst_case=None),
+    "explanation": build_explanation,
+    "explanation of five": lambda: build_explanation(("a", "b", "c", "d", "e" * 80)),
+    "explanation of one": lambda: build_explanation(("plain",), {"only": 1}, effects=False, picture=False),
+    "explanation, hostile": lambda: build_explanation((HOSTILE, "$\\frac{$"), {HOSTILE: 12, "日本\x00": 3}),
+    "no explanation": lambda: build_explanation((), complete=False, picture=False),
     "one epoch": lambda: build_training(1),
     "training without cost": lambda: build_training(training=None, clean=None),
 }
@@ -456,6 +572,11 @@ def make_trained() -> Callable[..., Trained]:
 @pytest.fixture
 def make_attack() -> Callable[..., Report]:
     return build_attack
+
+
+@pytest.fixture
+def make_explanation() -> Callable[..., Report]:
+    return build_explanation
 
 
 @pytest.fixture(params=list(CASES))

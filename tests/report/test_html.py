@@ -1,7 +1,8 @@
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 from rempart.core.stats import Rate
@@ -86,11 +87,11 @@ def assert_sound(source: str) -> Page:
             value,
         )
         if key in ("src", "href"):
-            assert value.startswith("data:image/png;base64," if key == "src" else "#")
+            assert value.startswith("data:image/png;base64," if key == "src" or tag == "image" else "#")
     assert not re.search(r"@import|url\((?!#)", source)
     ids = [value for _, key, value in found.attributes if key == "id"]
     assert len(ids) == len(set(ids))
-    assert {v[1:] for _, key, v in found.attributes if key == "href"} <= set(ids)
+    assert {v[1:] for tag, key, v in found.attributes if key == "href" and tag != "image"} <= set(ids)
     policy = next(v for tag, key, v in found.attributes if tag == "meta" and key == "content" and "default-src" in v)
     assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'; img-src data:;")
     assert all(any(t == "img" and k == "alt" and v for t, k, v in found.attributes) for t in found.tags if t == "img")
@@ -127,7 +128,67 @@ def test_every_figure_has_a_table_with_exactly_the_numbers_of_the_report(any_rep
             ]
             for e in any_report.epochs
         ]
+    expected |= neurons_told(any_report)
     assert {key: rows[1:] for key, rows in found.items()} == expected
+
+
+def neurons_told(report: Report) -> dict[str, list[list[str]]]:
+    """The rows under the figures of an explanation, by a second way to them."""
+    rows: dict[str, list[list[str]]] = {}
+
+    def spread(values: Sequence[float]) -> list[str]:
+        return [repr(float(np.percentile(values, at))) for at in (100, 90, 75, 50, 25, 10, 0)]
+
+    for i, model in enumerate(report.explained):
+        for layer in model.layers:
+            n, means = len(layer.absolute), (np.mean(layer.relative).item(), np.mean(layer.absolute).item())
+            lent = (layer.shared_relative, layer.shared_absolute)
+            told = [repr(mean) for mean in means] + ["-" if v is None else repr(v) for v in lent]
+            name = [layer.name] if layer.name.strip() else []
+            rows.setdefault("figure-profile", []).append([model.label, *name, *told])
+            rows.setdefault("figure-heat", []).append([model.label, *name, repr(n), *spread(layer.relative)])
+            for kind, values in (("absolute", layer.absolute), ("relative", layer.relative)):
+                rows.setdefault(f"figure-sorted-{i}", []).append([*name, kind, repr(n), *spread(values)])
+                told = [*name, kind, repr(n), repr(np.mean(values).item())]
+                rows.setdefault(f"figure-histogram-{i}", []).append(told)
+        for effect in model.effects:
+            told = [repr(v) for r in (effect.sensitive, effect.random, effect.least) for v in (r.value, r.low, r.high)]
+            row = [effect.layer, effect.test, repr(effect.before.value), *told]
+            rows.setdefault(f"figure-tests-{i}", []).append(row)
+    if report.illustration is not None:
+        picture = report.illustration
+        steps = np.linspace(-picture.reach, picture.reach, len(picture.landscape)).tolist()
+        table = zip(steps, picture.landscape, strict=True)
+        rows["figure-landscape"] = [[repr(step), *map(repr, row)] for step, row in table]
+    return rows
+
+
+def test_an_explanation_shows_the_means_of_the_layers_its_pictures_and_what_they_span():
+    report = report_of("explanation")
+    found = assert_sound(page_of("explanation"))
+    picture = report.illustration
+    assert picture is not None
+    shown = [value.partition(",")[2] for tag, key, value in found.attributes if tag == "img" and key == "src"]
+    maps = [png for m in picture.maps for png in (m.clean_png, m.adversarial_png, m.difference_png)]
+    named = ("original_png", "adversarial_png", "perturbation_png", "saliency_png", "adversarial_saliency_png")
+    assert shown == [*(getattr(picture, name) for name in named), *maps]
+    assert re.search(r"values -1.25 to 2.5 , difference ± 0.375", found.text)
+    values = [value for tag, key, value in found.attributes if tag == "data" and key == "value"]
+    for model in report.explained:
+        for layer in model.layers:
+            assert repr(np.mean(layer.relative).item()) in values
+        for effect in model.effects:
+            assert repr(effect.gap.value) in values
+        assert all(repr(row.jaccard) in values for row in model.overlaps)
+    assert "image-rendering: pixelated" in page_of("explanation")
+
+
+def test_nothing_is_drawn_of_an_explanation_that_is_not_there():
+    assert not Page(page_of("no explanation")).figures
+    found = Page(page_of("explanation of one"))
+    assert set(found.figures) == {f"figure-{key}" for key in ("profile", "heat", "sorted-0", "histogram-0")}
+    assert "img" not in found.tags and "Shared: on" not in found.text
+    assert "Masking and replacing" not in found.text
 
 
 def test_hostile_names_are_shown_and_do_nothing(make_report: Callable[..., Report]):

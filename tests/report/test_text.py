@@ -216,6 +216,65 @@ def test_detectors_are_told_by_what_is_held_first_of_all_under_who_knows():
     assert "not run: knn" in told and "stronger one can only hold less" in told
 
 
+def test_an_explanation_is_told_by_its_layers_and_its_tests():
+    report = report_of("explanation")
+    plain, other = report.explained
+    blocks = table(report).split("\n\n")
+    layers = columns(blocks[2])
+    assert [row["layer"] for row in layers] == ["block1", "block2"]
+    for row, layer in zip(layers, plain.layers, strict=True):
+        n = len(layer.absolute)
+        assert row["neurons"] == str(n)
+        assert row["absolute"] == f"{sum(layer.absolute) / n:.3g}"
+        assert row["relative"] == f"{sum(layer.relative) / n:.3g}"
+        assert row["agreement"] == f"{layer.agreement:+.2f}"
+        assert "shared rel." not in row
+    effects = columns(blocks[3])
+    assert len(effects) == len(plain.effects) == 18
+    for row, effect in zip(effects, plain.effects, strict=True):
+        assert (row["layer"], row["test"], row["before"]) == (effect.layer, effect.test, "50.0%")
+        told = (row["most sensitive"], row["random"], row["least"])
+        assert told == tuple(f"{rate.value:.1%}" for rate in (effect.sensitive, effect.random, effect.least))
+        assert row["most - random"] == f"{100 * effect.gap.value:+.1f} [+1.0, +30.0]"
+    assert columns(blocks[4])[1] == {"layer": "block2", "shared with": "fgsm", "jaccard": "0.25", "by chance": "0.05"}
+    assert columns(blocks[6])[1]["shared rel."] == "0.14"
+    assert blocks[5].splitlines()[0].startswith("pgd-at: ") and f"{other.attacked.value:.1%} under attack" in blocks[5]
+
+
+def test_the_verdict_on_neurons_rests_on_the_clean_values_put_back_in_all_layers():
+    report = report_of("explanation")
+    words = verdict(report)
+    assert words.startswith("At linf 8/255 (0.0314), pgd (steps=10) left 30.0% [24.1, 36.7] of 200 images rightly")
+    effect = next(e for e in report.explained[0].effects if (e.layer, e.test) == ("all layers", "restored"))
+    told = f"{effect.sensitive.value:.1%} of 64 attacked images are right; of as many at random, 54.0%"
+    assert f"most sensitive 10% of the neurons of all layers put back, {told}" in words
+    assert "the sensitive neurons carry more of the wrong prediction" in words
+    assert f"For others: pgd-at: 45.0% left, moved by {report.explained[1].mean_relative:.3g}" in words
+    for low, high, said in ((-0.1, 0.3, "does not show"), (0.0, 0.3, "does not show"), (-0.3, -0.1, "carry less")):
+        gap = effect.gap.model_copy(update={"low": low, "high": high})
+        first = report.explained[0].model_copy(update={"effects": (effect.model_copy(update={"gap": gap}),)})
+        assert said in verdict(report.model_copy(update={"explained": (first,)}))
+    assert "No neurons were masked" in verdict(report_of("explanation of one"))
+    assert "No model was explained" in verdict(report_of("no explanation"))
+
+
+def test_limits_of_an_explanation_name_shrunken_activations_the_images_and_too_few_models():
+    two, five = (" ".join(limits(report_of(case))) for case in ("explanation", "explanation of five"))
+    for told in (two, five):
+        assert "no evidence of anything where activations shrank" in told
+        assert "The tests are on 64 images per model" in told
+    assert "fewer than 5 models says nothing, and these are 2" in two and "says nothing, and" not in five
+    alone = " ".join(limits(report_of("explanation of one")))
+    assert "The tests are on" not in alone and "Correlation" not in alone and "pictures" not in alone
+
+
+def test_the_trend_over_models_stands_beside_what_chance_does():
+    text = " ".join(table(report_of("explanation of five")).split())
+    assert "Over the 5 models" in text and "is -0.50 (+0.25 on the images attacked on the first, without it)" in text
+    assert "wholly in 0.017 of all cases" in text, "2 of the 120 orders of five"
+    assert "Spearman" not in table(report_of("explanation"))
+
+
 def test_the_stamp_names_the_checks_that_fired(make_report: Callable[..., Report]):
     check = Check(name="zero gradients", status="warned", message="Some gradients are zero.")
     sound = make_report(preflight=(), checks=(check.model_copy(update={"status": "passed"}),), stamp="valid")

@@ -1,18 +1,14 @@
 """A few broken samples as pictures: original, enlarged perturbation, adversarial."""
 
-import base64
-import io
 from collections import Counter
 from collections.abc import Sequence
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 
 from rempart.audit.pieces import Piece, varied
 from rempart.core.data import Data
 from rempart.core.model import Classifier, frozen, placed
+from rempart.core.png import png
 from rempart.core.threat import Threat
 from rempart.core.types import Images
 from rempart.report.schema import Example
@@ -51,20 +47,7 @@ def _example(model: Classifier, data: Data, image: Images, label: str, at: int, 
         adversarial_confidence=float(confidence[1]),
         distance=float(threat.distance(pair[:1], pair[1:])),
         amplification=factor,
-        original_png=_png((pair[0] - threat.low) / span),
-        perturbation_png=_png(0.5 + change * factor / span),
-        adversarial_png=_png((pair[1] - threat.low) / span),
+        original_png=png((pair[0] - threat.low) / span),
+        perturbation_png=png(0.5 + change * factor / span),
+        adversarial_png=png((pair[1] - threat.low) / span),
     )
-
-
-def _png(image: Tensor) -> str:
-    """An image (c, h, w) or the middle slice of a volume, as base64 PNG; in colour if it has 3 channels."""
-    while image.ndim > 3:
-        image = image[:, image.shape[1] // 2]
-    if image.ndim == 2:
-        image = image[:, None]
-    pixels = (image.clamp(0, 1) * 255).round().byte().cpu().numpy()
-    picture = Image.fromarray(np.moveaxis(pixels, 0, -1) if len(pixels) == 3 else pixels[0])
-    stream = io.BytesIO()
-    picture.save(stream, format="PNG", optimize=True)
-    return base64.b64encode(stream.getvalue()).decode()

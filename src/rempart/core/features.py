@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import l1_loss
 from torch.utils.hooks import RemovableHandle
 
-from rempart.core.errors import ModelError
+from rempart.core.errors import DataError, ModelError
 from rempart.core.model import frozen
 from rempart.core.registry import suggestion
 from rempart.core.types import Images
@@ -29,6 +30,43 @@ _POOLINGS = (
 )
 
 
+_PAIRS = 64  # in a pass: what the layers of a small network put out for more does not stay in the cache
+
+See = Callable[[str, Tensor], Tensor | None]
+"""Told the name and the activations of a layer at each pass; what it returns takes their place."""
+
+
+@contextmanager
+def watched(model: nn.Module, layers: Iterable[str], see: See) -> Generator[None]:
+    """Call `see` with the activations of layers while the model runs, and go on with what it returns, if anything.
+
+    Args:
+        model: A network, or a wrapper that holds it under `module`, such as that of Lightning Fabric.
+        layers: Names of modules, as `blocks` and `penultimate` give them: the output of the module, or with `:input`
+            behind the name its first input. A layer that runs several times in a pass is told each time.
+        see: Gets activations of shape (n, neurons, *map). What follows may change them in place.
+
+    Raises:
+        ModelError: If the model has no such layer, or one that gives no tensor.
+    """
+    modules = dict(_inner(model).named_modules())
+    handles: list[RemovableHandle] = []
+    try:
+        for layer in layers:
+            name, colon, side = layer.partition(":")
+            if name not in modules or (colon and side != "input"):
+                raise ModelError("the name of a layer", got=repr(layer), hint=suggestion(name, modules).strip(" ()"))
+            hook = _Hook(layer, see)
+            if colon:
+                handles.append(modules[name].register_forward_pre_hook(hook.before))
+            else:
+                handles.append(modules[name].register_forward_hook(hook.after))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @contextmanager
 def features(model: nn.Module, layers: Iterable[str]) -> Generator[dict[str, Tensor]]:
     """Capture activations while the model runs, with the graph that leads to them and on from them.
@@ -37,9 +75,8 @@ def features(model: nn.Module, layers: Iterable[str]) -> Generator[dict[str, Ten
     layer that runs several times is captured the last time; one that does not run is missing.
 
     Args:
-        model: A network, or a wrapper that holds it under `module`, such as that of Lightning Fabric.
-        layers: Names of modules, as `blocks` and `penultimate` give them: the output of the module, or with `:input`
-            behind the name its first input.
+        model: As for `watched`.
+        layers: As for `watched`.
 
     Yields:
         The activations of the latest pass by layer, shape (n, neurons, *map).
@@ -52,23 +89,14 @@ def features(model: nn.Module, layers: Iterable[str]) -> Generator[dict[str, Ten
         ...     z = model(x)
         >>> slopes = torch.autograd.grad(z[:, 0].sum(), list(seen.values()))
     """
-    modules = dict(_inner(model).named_modules())
     seen: dict[str, Tensor] = {}
-    handles: list[RemovableHandle] = []
-    try:
-        for layer in layers:
-            name, colon, side = layer.partition(":")
-            if name not in modules or (colon and side != "input"):
-                raise ModelError("the name of a layer", got=repr(layer), hint=suggestion(name, modules).strip(" ()"))
-            module = modules[name]
-            if colon:
-                handles.append(module.register_forward_pre_hook(_take_input(layer, seen)))
-            else:
-                handles.append(module.register_forward_hook(_take_output(layer, seen)))
+
+    def keep(layer: str, value: Tensor) -> Tensor:
+        seen[layer] = value
+        return value.clone()
+
+    with watched(model, layers, keep):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def blocks(model: nn.Module, *, pooled: bool = False) -> list[str]:
@@ -115,16 +143,91 @@ def change(before: Tensor, after: Tensor) -> Tensor:
     return moved.flatten(2).mean(2) if moved.ndim > 2 else moved
 
 
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """How much the neurons of a layer change from images to their counterparts: sums over pairs, in float64.
+
+    Attributes:
+        change: Sum of |F(x) - F(x')|_1 / dim F.
+        clean: Sum of |F(x)|_1 / dim F.
+        pairs: Number of pairs.
+    """
+
+    change: Tensor
+    clean: Tensor
+    pairs: int
+
+    def __add__(self, other: "Moved") -> "Moved":
+        return Moved(self.change + other.change, self.clean + other.clean, self.pairs + other.pairs)
+
+    @property
+    def absolute(self) -> Tensor:
+        """Sigma of each neuron: the mean change, in units of the activations."""
+        return self.change / self.pairs
+
+    @property
+    def relative(self) -> Tensor:
+        """The change over the activations of the original images; a scale of the layer does not matter.
+
+        0 where nothing moves, 1 where only the counterparts wake a neuron.
+        """
+        alive = torch.where(self.clean > 0, self.change / self.clean.clamp_min(1e-300), torch.ones_like(self.change))
+        return torch.where(self.change > 0, alive, 0.0)
+
+
+def moved(model: nn.Module, pairs: Iterable[tuple[Images, Images]], layers: Sequence[str]) -> dict[str, Moved]:
+    """Measure how much each neuron changes between images and their counterparts.
+
+    Sums are taken while the layers run: no activations are kept, so that memory does not grow with the pairs. The model
+    runs in inference mode and is left as it was.
+
+    Args:
+        model: As for `watched`.
+        pairs: Batches of images and of what an attack made of them; large ones are parted, which is faster.
+        layers: As for `watched`; of one that runs several times in a pass, the last time counts.
+
+    Returns:
+        By layer, float64 values on the CPU.
+
+    Raises:
+        ModelError: As `watched`, and if a layer does not run.
+        DataError: If there are no pairs.
+    """
+    found: dict[str, Moved] = {}
+    latest: dict[str, Moved] = {}
+
+    def see(layer: str, value: Tensor) -> None:
+        before, after = value.flatten(2).chunk(2) if value.ndim > 2 else value[..., None].chunk(2)
+        latest[layer] = Moved(_size(before - after), _size(before), len(before))
+
+    for x, x_adv in pairs:  # an attack may run in here: it is not watched
+        with frozen(model), torch.no_grad(), watched(model, layers, see):
+            for both in zip(x.split(_PAIRS), x_adv.split(_PAIRS), strict=True):
+                latest.clear()
+                model(torch.cat(both))
+                found |= {layer: found[layer] + part if layer in found else part for layer, part in latest.items()}
+    if silent := [layer for layer in layers if layer not in found]:
+        if not found:
+            raise DataError("one pair of images or more", got="none")
+        raise ModelError("layers that the model runs", got=", ".join(silent))
+    return {layer: found[layer] for layer in layers}
+
+
+def _size(value: Tensor) -> Tensor:
+    """Sum over images of the mean |value| of each neuron."""
+    return (torch.linalg.vector_norm(value, 1, dim=2) / value.shape[2]).sum(0, dtype=torch.float64).cpu()
+
+
 def sensitivity(model: nn.Module, pairs: Iterable[tuple[Images, Images]], layers: Sequence[str]) -> Neurons:
     """Measure how much each neuron changes between images and their adversarial counterparts, on average.
 
     sigma(l, m) = (1/N) sum_i |F_l^m(x_i) - F_l^m(x'_i)|_1 / dim F_l^m, in inference mode. It grows with the scale of a
-    layer, so that layers cannot be compared by it, nor models whose activations shrank.
+    layer, so that layers cannot be compared by it, nor models whose activations shrank: see `Moved.relative`.
 
     Args:
-        model: A network or a wrapper, as for `features`; left as it was.
+        model: As for `watched`; left as it was.
         pairs: Batches of images and of what an attack made of them; nothing of them is kept.
-        layers: Names, as for `features`.
+        layers: As for `watched`.
 
     Returns:
         Float64 values on the CPU.
@@ -133,17 +236,38 @@ def sensitivity(model: nn.Module, pairs: Iterable[tuple[Images, Images]], layers
         Zhang et al. 2021, arXiv:1909.06978. The full text was not available to us: this is the measure in the
         published tools of the same laboratory, for any number of batches.
     """
-    sums: Neurons = {}
-    total = 0
-    with frozen(model), torch.no_grad():
-        for x, x_adv in pairs:
-            total += len(x)
-            with features(model, layers) as seen:
-                model(torch.cat([x, x_adv]))
-            for layer in layers:
-                moved = change(*seen[layer].chunk(2)).double().sum(0).cpu()
-                sums[layer] = sums[layer] + moved if layer in sums else moved
-    return {layer: moved / total for layer, moved in sums.items()}
+    return {layer: sums.absolute for layer, sums in moved(model, pairs, layers).items()}
+
+
+def hidden(model: nn.Module) -> list[str]:
+    """Name the modules whose output comes before the logits, in the order of their registration.
+
+    Args:
+        model: A network or a wrapper, as for `watched`.
+
+    Raises:
+        ModelError: If the model has no weighted layer.
+    """
+    _, head = _split(model)
+    names = [name for name, _ in _inner(model).named_modules()]
+    return [name for name in names[: names.index(head)] if name and not head.startswith(f"{name}.")]
+
+
+def block_of(model: nn.Module, layer: str) -> list[str]:
+    """Name the modules from the weighted layer of a block to one of its outputs, as they were registered.
+
+    Raises:
+        ModelError: If there is no such block.
+    """
+    leaves, _ = _split(model)
+    names = [name for name, _ in leaves]
+    if layer in names:
+        until = leaves[: names.index(layer) + 1]
+        starts = [i for i, (_, module) in enumerate(until) if _is_weighted(module)]
+        if starts:
+            return names[starts[-1] : len(until)]
+    hint = suggestion(layer, names).strip(" ()")
+    raise ModelError("a module behind a layer with weights", got=repr(layer), hint=hint)
 
 
 def _inner(model: nn.Module) -> nn.Module:
@@ -168,20 +292,19 @@ def _is_weighted(module: nn.Module) -> bool:
     return not isinstance(module, nn.LayerNorm) and any(p.ndim > 1 for p in module.parameters())
 
 
-def _take_output(layer: str, seen: dict[str, Tensor]) -> Callable[[nn.Module, Any, Any], Tensor]:
-    def hook(module: nn.Module, inputs: Any, output: Any) -> Tensor:
-        seen[layer] = _tensor(output, layer)
-        return output.clone()
+@dataclass(frozen=True, slots=True)
+class _Hook:
+    """Tells of a layer: `after` it, or what it gets `before`."""
 
-    return hook
+    layer: str
+    see: See
 
+    def after(self, module: nn.Module, inputs: Any, output: Any) -> Tensor | None:
+        return self.see(self.layer, _tensor(output, self.layer))
 
-def _take_input(layer: str, seen: dict[str, Tensor]) -> Callable[[nn.Module, Any], tuple[Any, ...]]:
-    def hook(module: nn.Module, inputs: Any) -> tuple[Any, ...]:
-        seen[layer] = _tensor(inputs[0], layer)
-        return (inputs[0].clone(), *inputs[1:])
-
-    return hook
+    def before(self, module: nn.Module, inputs: Any) -> tuple[Any, ...] | None:
+        other = self.see(self.layer, _tensor(inputs[0], self.layer))
+        return None if other is None else (other, *inputs[1:])
 
 
 def _tensor(value: Any, layer: str) -> Tensor:

@@ -76,7 +76,7 @@ def accuracy(report: Report) -> str:
         for place, (label, rate) in enumerate(rows.items()):
             colour, hatch = ROW.get(label, (COLOURS[0], ""))
             _bar(axes, place, rate, 0.62, colour, hatch)
-        return _svg(figure, "accuracy", "Accuracy per attack with intervals")
+        return element(figure, "accuracy", "Accuracy per attack with intervals")
 
 
 def grouped(measures: Sequence[str], models: Mapping[str, Mapping[str, Rate]]) -> str:
@@ -88,12 +88,12 @@ def grouped(measures: Sequence[str], models: Mapping[str, Mapping[str, Rate]]) -
         axes = _share_axes(figure, measures)
         for i, (name, rates) in enumerate(models.items()):
             colour, hatch = COLOURS[i % len(COLOURS)], HATCHES[i % len(HATCHES)]
-            axes.barh([0], [0], color=colour, hatch=hatch, edgecolor=INK, label=_cut(name, 36))
+            axes.barh([0], [0], color=colour, hatch=hatch, edgecolor=INK, label=shortened(name, 36))
             for place, measure in enumerate(measures):
                 if measure in rates:
                     _bar(axes, place + (i - (len(models) - 1) / 2) * width, rates[measure], 0.9 * width, colour, hatch)
         figure.legend(loc="outside upper left")
-        return _svg(figure, "compare", "Accuracy of each model per attack with intervals")
+        return element(figure, "compare", "Accuracy of each model per attack with intervals")
 
 
 def curves(report: Report, norm: str) -> str:
@@ -139,7 +139,7 @@ def training(report: Report) -> str:
         for axes in (loss, right):
             axes.grid(axis="y")
         figure.align_ylabels()
-        return _svg(figure, "training", "Loss and accuracy per epoch")
+        return element(figure, "training", "Loss and accuracy per epoch")
 
 
 def tradeoff(methods: Methods) -> str:
@@ -194,8 +194,8 @@ def _scatter(methods: Methods, runs: Mapping[str, tuple[float, Rate | None, Rate
             _percent(axes.xaxis)
             axes.set_xlabel("clean accuracy")
         first = {kind: name for name, kind in reversed(kinds.items())}
-        _label(figure, axes, {name: _cut(name, 24) for name in runs if name in first.values()}, runs)
-        return _svg(figure, key, title)
+        _label(figure, axes, {name: shortened(name, 24) for name in runs if name in first.values()}, runs)
+        return element(figure, key, title)
 
 
 def _percent(axis: Axis) -> None:
@@ -273,7 +273,7 @@ def _curves(shown: Sequence[tuple[str, Curve]], report: Report, key: str) -> str
             low, high = [rate.low for rate in curve.accuracy], [rate.high for rate in curve.accuracy]
             axes.fill_between(curve.eps, low, high, color=colour, alpha=0.2, linewidth=0)
             values = [rate.value for rate in curve.accuracy]
-            axes.plot(curve.eps, values, color=colour, label=_cut(name, 36), **_mark(i, len(values)))
+            axes.plot(curve.eps, values, color=colour, label=shortened(name, 36), **_mark(i, len(values)))
         if budget is not None:
             axes.axvline(
                 budget,
@@ -295,7 +295,7 @@ def _curves(shown: Sequence[tuple[str, Curve]], report: Report, key: str) -> str
         axes.set_ylabel("accuracy")
         axes.grid(axis="y")
         figure.legend(loc="outside upper left")
-        return _svg(figure, key, f"Accuracy against the {norm} budget with intervals")
+        return element(figure, key, f"Accuracy against the {norm} budget with intervals")
 
 
 def _end(curve: Curve) -> float:
@@ -306,7 +306,7 @@ def _end(curve: Curve) -> float:
 
 def _share_axes(figure: Figure, names: Sequence[str]) -> Axes:
     axes = figure.add_subplot()
-    axes.set_yticks(range(len(names)), [_cut(name, 22) for name in names])
+    axes.set_yticks(range(len(names)), [shortened(name, 22) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x")
@@ -337,12 +337,13 @@ def _mark(i: int, points: int) -> dict[str, Any]:
     return {"marker": MARKERS[i % len(MARKERS)], "linestyle": LINES[i % len(LINES)], "markevery": every, **edge}
 
 
-def _cut(text: str, length: int) -> str:
+def shortened(text: str, length: int) -> str:
+    """A name as it fits into a figure, without what cannot be printed."""
     text = "".join(c if c.isprintable() else "?" for c in text)
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def _svg(figure: Figure, key: str, title: str) -> str:
+def element(figure: Figure, key: str, title: str) -> str:
     """The figure as an element to put into a page: named for screen readers, its ids prefixed by `key`."""
     buffer = StringIO()
     with warnings.catch_warnings():

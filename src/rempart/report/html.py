@@ -9,14 +9,26 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from rempart.core.stats import Auroc, Difference, Mean, Rate
-from rempart.report import figures
+from rempart.report import figures, neurons
 from rempart.report.compare import CLEAN, WORST, Comparison
 from rempart.report.methods import Methods, Row
-from rempart.report.schema import ALL, KNOWS, NO_DETECTOR, NONE, Curve, Report, TrainSpec
+from rempart.report.schema import (
+    ALL,
+    KNOWS,
+    NO_DETECTOR,
+    NONE,
+    Curve,
+    Explained,
+    ExplainSpec,
+    Illustration,
+    Report,
+    TrainSpec,
+)
 from rempart.report.text import (
     amount,
     budget_of,
     count,
+    first_attack,
     in_levels,
     interval,
     judged_on,
@@ -28,6 +40,7 @@ from rempart.report.text import (
     stamp,
     threat_of,
     training_facts,
+    trend_of,
     verdict,
 )
 
@@ -64,6 +77,8 @@ def page(report: Report) -> str:
             replay=f"rempart run report.json{' --out NEW' if report.kind == 'train' else ''}",
             spec=report.spec.model_dump_json(indent=2),
             level=_level(report),
+            pairs_by=first_attack(report) if isinstance(report.spec, ExplainSpec) else "",
+            trend=trend_of(report.trend) if report.trend is not None else "",
             symbols=_SYMBOLS,
             together=(NONE, KNOWS, ALL),
             no_detector=NO_DETECTOR,
@@ -197,6 +212,7 @@ def _charts(report: Report) -> Iterator[Chart]:
                 for row in _curve_rows(curve, levels)
             ],
         )
+    yield from _neuron_charts(report)
     if report.epochs:
         yield Chart(
             key="training",
@@ -217,6 +233,128 @@ def _charts(report: Report) -> Iterator[Chart]:
                 for e in report.epochs
             ],
         )
+
+
+def _neuron_charts(report: Report) -> Iterator[Chart]:
+    models = report.explained
+    if models:
+        yield Chart(
+            key="profile",
+            title="Mean sensitivity of each layer",
+            caption="Layers from the input (top) to the output. Relative: how far neurons move, over the size of their "
+            "activations; layers and models can be compared by it. Absolute: in units of the activations of the layer, "
+            "which differ from model to model. Filled: each model on the images attacked on itself.",
+            svg=Markup(neurons.profile(models)),
+            header=("model", "layer", "relative", "absolute", "shared, relative", "shared, absolute"),
+            rows=[
+                (
+                    model.label,
+                    layer.name,
+                    _number(layer.mean_relative),
+                    _number(layer.mean_absolute),
+                    _number(layer.shared_relative),
+                    _number(layer.shared_absolute),
+                )
+                for model in models
+                for layer in model.layers
+            ],
+        )
+        yield Chart(
+            key="heat",
+            title="Relative sensitivity of every neuron",
+            caption="A row per layer, its neurons from the most sensitive (left) to the least, stretched to one width. "
+            "Lighter: the neuron moves further. One scale for all models, drawn by the square root. A row that is "
+            "light only at its left end has few neurons that move much.",
+            svg=Markup(neurons.heat(models)),
+            header=("model", "layer", "neurons", *_QUANTILES),
+            rows=[
+                (model.label, layer.name, _whole(len(layer.relative)), *map(_number, neurons.quantiles(layer.relative)))
+                for model in models
+                for layer in model.layers
+            ],
+        )
+    for i, model in enumerate(models):
+        yield Chart(
+            key=f"sorted-{i}",
+            title=f"Neurons in order: {model.label}",
+            caption="Each neuron of a layer, the most sensitive first, by the absolute measure (left) and by the "
+            "relative one (right). Shaded, with diamonds: the set that counts as sensitive, chosen by the absolute "
+            "measure. Where it does not stand first on the right, the two measures name different neurons.",
+            svg=Markup(neurons.sorted_curves(model, f"sorted-{i}")),
+            header=("layer", "measure", "neurons", *_QUANTILES),
+            rows=_spread(model),
+        )
+        yield Chart(
+            key=f"histogram-{i}",
+            title=f"How many neurons move how far: {model.label}",
+            caption="Bars: neurons of the layer with that absolute (left) and relative (right) sensitivity. Hatched: "
+            "those of the sensitive set.",
+            svg=Markup(neurons.histograms(model, f"histogram-{i}")),
+            header=("layer", "measure", "neurons", "mean"),
+            rows=[
+                row
+                for layer in model.layers
+                for row in (
+                    (layer.name, "absolute", _whole(len(layer.absolute)), _number(layer.mean_absolute)),
+                    (layer.name, "relative", _whole(len(layer.relative)), _number(layer.mean_relative)),
+                )
+            ],
+        )
+        if model.effects:
+            yield Chart(
+                key=f"tests-{i}",
+                title=f"Masking and replacing neurons: {model.label}",
+                caption=f"Accuracy on {count(model.tested, 'pair')} after something was done to the sensitive share of "
+                f"the neurons of a layer. Whiskers: {_level(report)} intervals, for random neurons over the draws. "
+                "If sensitive neurons carried the wrong prediction, the circle would lie right of the square on "
+                "attacked images, and left of it where attacked values are put into clean ones.",
+                svg=Markup(neurons.tests(model, f"tests-{i}")),
+                header=("layer", "test", "before", *_ENDS[0], *_ENDS[1], *_ENDS[2]),
+                rows=[
+                    (
+                        effect.layer,
+                        effect.test,
+                        _share(effect.before),
+                        *(
+                            exact(value, f"{value:.1%}")
+                            for rate in (effect.sensitive, effect.random, effect.least)
+                            for value in (rate.value, rate.low, rate.high)
+                        ),
+                    )
+                    for effect in model.effects
+                ],
+            )
+    if report.illustration is not None:
+        yield _landscape(report, report.illustration)
+
+
+_ENDS = [(name, "low", "high") for name in ("most sensitive", "random", "least sensitive")]
+_QUANTILES = ("largest", "90%", "75%", "median", "25%", "10%", "smallest")
+
+
+def _spread(model: Explained) -> Sequence[Sequence[str | Markup]]:
+    return [
+        (layer.name, measure, _whole(len(values)), *map(_number, neurons.quantiles(values)))
+        for layer in model.layers
+        for measure, values in (("absolute", layer.absolute), ("relative", layer.relative))
+    ]
+
+
+def _landscape(report: Report, picture: Illustration) -> Chart:
+    steps = neurons.steps(picture)
+    return Chart(
+        key="landscape",
+        title="The margin around the image",
+        caption="A slice through the space of images: upwards along the sign of the gradient of the loss, sideways "
+        "along random signs. Light: the true class is ahead; beyond the dashed line another class is. Images outside "
+        "the box are cut to it. A line close to the image above it and far from it at its sides is what an adversarial "
+        "direction looks like; one slice shows no other direction.",
+        svg=Markup(neurons.landscape(picture, threat_of(report))),
+        header=("up the loss", *(f"{step:.3g} sideways" for step in steps)),
+        rows=[
+            (exact(step, f"{step:.3g}"), *map(_number, row)) for step, row in zip(steps, picture.landscape, strict=True)
+        ],
+    )
 
 
 def _kept(report: Report) -> str:

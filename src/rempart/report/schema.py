@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Len, Lt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rempart.core.data import Data
 from rempart.core.errors import DataError
-from rempart.core.stats import Auroc, Rate
+from rempart.core.stats import Auroc, Difference, Mean, Rate
 from rempart.core.types import Pixels
 
 SCHEMA_VERSION = 1
@@ -184,7 +184,36 @@ class DetectSpec(Strict):
     out: str
 
 
-AnySpec = AuditSpec | AttackSpec | TrainSpec | CertifySpec | DetectSpec
+class ExplainSpec(Strict):
+    """How much the neurons of models change under attack, and what that does to predictions.
+
+    Attributes:
+        models: One or more; the first is illustrated, and its attacked images are shown to the others too.
+        attacks: The first makes the pairs all figures are about; the others are for the overlap of sensitive sets.
+        layers: Names of modules or patterns; none: the outputs of all blocks.
+        share: Of the neurons of a layer that count as sensitive.
+        limit: Images used.
+        test: Images that neurons are masked and replaced on; they are not those the neurons were chosen by.
+        draws: Random choices of neurons to compare with.
+    """
+
+    kind: Literal["explain"] = "explain"
+    models: Annotated[tuple[str, ...], Len(1)]
+    data: str
+    defences: tuple[DefenceChoice, ...] = ()
+    threat: str
+    attacks: Annotated[tuple[AttackChoice, ...], Len(1)] = (AttackChoice(name="pgd"),)
+    layers: tuple[str, ...] = ()
+    share: Annotated[float, Gt(0), Le(1)] = 0.1
+    limit: Annotated[int, Ge(1)] | None = None
+    test: Annotated[int, Ge(0)] = 128
+    draws: Annotated[int, Ge(2)] = 5
+    batch_size: Annotated[int, Ge(1)] = 64
+    seed: int = 0
+    out: str
+
+
+AnySpec = AuditSpec | AttackSpec | TrainSpec | CertifySpec | DetectSpec | ExplainSpec
 Spec = Annotated[AnySpec, Field(discriminator="kind")]
 
 
@@ -586,6 +615,190 @@ class Detection(Strict):
     seconds: float
 
 
+Test = Literal["zero, clean", "zero, attacked", "mean, clean", "mean, attacked", "restored", "planted"]
+"""What is done to neurons, and on which images: `zero` and `mean` put 0, or their mean over clean images, in their
+place; `restored` gives attacked images the neurons of the clean ones, `planted` clean images those of the attacked."""
+EVERY = "all layers"
+
+
+class Effect(Strict):
+    """Accuracy after something was done to some of the neurons of a layer.
+
+    Attributes:
+        layer: Its name, or `all layers` at once.
+        test: What was done.
+        share: Of the neurons of each layer.
+        before: Accuracy on the same images when nothing is done.
+        sensitive: When it is done to the most sensitive neurons.
+        least: To the least sensitive.
+        random: To as many at random: mean over draws with Student's interval, cut to [0, 1].
+        gap: `sensitive` minus `random`, with a bootstrap interval over images and draws.
+    """
+
+    layer: str
+    test: Test
+    share: float
+    before: Rate
+    sensitive: Rate
+    least: Rate
+    random: Mean
+    gap: Difference
+
+
+class Overlap(Strict):
+    """Shared members of two sets of most sensitive neurons, over all members.
+
+    Attributes:
+        layer: Its name.
+        beside: The other attack or the other model.
+        jaccard: Shared over all.
+        chance: What two sets drawn at random come to.
+    """
+
+    layer: str
+    beside: str
+    jaccard: float
+    chance: float
+
+
+class Layer(Strict):
+    """The neurons of a layer: one value for each, in their order.
+
+    Attributes:
+        name: Of the module.
+        absolute: Sensitivity, in units of the activations: layers and models cannot be compared by it.
+        relative: Sensitivity over the size of the activations.
+        pull: First-order contribution to the adversarial class; empty where it was not measured.
+        agreement: Spearman's correlation of `absolute` and |pull|.
+        sensitive: Numbers of the most sensitive neurons, by `absolute`, the most sensitive first.
+        shared_absolute: Mean sensitivity on the images attacked on the first model; None for that model.
+        shared_relative: The same, relative.
+    """
+
+    name: str
+    absolute: tuple[float, ...]
+    relative: tuple[float, ...]
+    pull: tuple[float, ...] = ()
+    agreement: float | None = None
+    sensitive: tuple[int, ...]
+    shared_absolute: float | None = None
+    shared_relative: float | None = None
+
+    @property
+    def mean_absolute(self) -> float:
+        """Mean of `absolute` over neurons."""
+        return float(np.mean(self.absolute))
+
+    @property
+    def mean_relative(self) -> float:
+        """Mean of `relative` over neurons."""
+        return float(np.mean(self.relative))
+
+
+class Explained(Strict):
+    """What was found of one model.
+
+    Attributes:
+        label: Unique within the report.
+        model: The model.
+        clean: Accuracy.
+        attacked: Accuracy under the first attack.
+        pairs: Images the sensitivities are means of: those that were right at first.
+        tested: Pairs that neurons were masked and replaced on.
+        layers: In the order in which they run.
+        overlaps: With other attacks, and with the first model where layers have the same names and sizes.
+        effects: Of masking and replacing.
+    """
+
+    label: str
+    model: ModelCard
+    clean: Rate
+    attacked: Rate
+    pairs: int
+    tested: int
+    layers: tuple[Layer, ...]
+    overlaps: tuple[Overlap, ...] = ()
+    effects: tuple[Effect, ...] = ()
+
+    @property
+    def mean_relative(self) -> float:
+        """Relative sensitivity: mean over neurons, then over layers."""
+        return float(np.mean([layer.mean_relative for layer in self.layers]))
+
+
+class Trend(Strict):
+    """Whether models whose neurons move less hold more, over three models or more.
+
+    Attributes:
+        models: How many.
+        spearman: Correlation of relative sensitivity (mean over neurons, then layers; each model on its own images)
+            and accuracy under attack; None where one of them does not vary.
+        shared: The same on the images attacked on the first model, of all models but that one; None where these are
+            fewer than three too.
+    """
+
+    models: int
+    spearman: float | None
+    shared: float | None = None
+
+
+class Maps(Strict):
+    """One neuron on one image, as grey PNG images (base64); black is `low`, white is `high`.
+
+    Attributes:
+        layer: Its layer.
+        neuron: Its number.
+        low: Smallest value of both maps.
+        high: Largest value of both maps.
+        reach: Largest |difference|: the white of the third image, -reach being black.
+        clean_png: On the original image.
+        adversarial_png: On the attacked image.
+        difference_png: Attacked minus original.
+    """
+
+    layer: str
+    neuron: int
+    low: float
+    high: float
+    reach: float
+    clean_png: str
+    adversarial_png: str
+    difference_png: str
+
+
+class Illustration(Strict):
+    """One image, clean and attacked, seen from inside the first model.
+
+    Attributes:
+        index: Number of the image in its data set; None for a file.
+        label: True class.
+        predicted: Class given to the original.
+        adversarial: Class given to the attacked image.
+        original_png: The image.
+        adversarial_png: The attacked image.
+        perturbation_png: The difference, enlarged; grey is none.
+        saliency_png: |gradient of the margin| in the pixels of the original; white is the largest.
+        adversarial_saliency_png: The same in those of the attacked image.
+        maps: Of the most sensitive neurons.
+        reach: How far the landscape reaches along its two directions, in pixel units.
+        landscape: Margin (true logit minus the best other) around the image: rows along the sign of the gradient of the
+            loss, columns along a random direction of signs; both axes run from -reach to reach.
+    """
+
+    index: int | None
+    label: int
+    predicted: int
+    adversarial: int
+    original_png: str
+    adversarial_png: str
+    perturbation_png: str
+    saliency_png: str
+    adversarial_saliency_png: str
+    maps: tuple[Maps, ...]
+    reach: float
+    landscape: tuple[tuple[float, ...], ...]
+
+
 class Report(Strict):
     """The result of an audit, an attack, a training run or a certification.
 
@@ -604,7 +817,7 @@ class Report(Strict):
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
-    kind: Literal["audit", "attack", "train", "certify", "detect"]
+    kind: Literal["audit", "attack", "train", "certify", "detect", "explain"]
     complete: bool
     spec: Spec
     created: str
@@ -627,6 +840,9 @@ class Report(Strict):
     epochs: tuple[Epoch, ...] = ()
     training: Training | None = None
     detection: tuple[Detection, ...] = ()
+    explained: tuple[Explained, ...] = ()
+    trend: Trend | None = None
+    illustration: Illustration | None = None
 
     @property
     def fired(self) -> tuple[str, ...]:
@@ -638,6 +854,9 @@ class Report(Strict):
         """A short name for headings and legends."""
         if self.kind == "train":
             return f"{self.model.name}, trained on {self.data.source.partition(':')[0]}"
+        if len(self.explained) > 1:
+            others = len(self.explained) - 1
+            return f"{self.model.name} and {others} other{'s' * (others > 1)} on {self.data.source}"
         behind = " behind " + " and ".join(name.partition(":")[0] for name in self.model.defences)
         return f"{self.model.name}{behind if self.model.defences else ''} on {self.data.source}"
 

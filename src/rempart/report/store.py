@@ -11,7 +11,7 @@ from pydantic_core import from_json
 from rempart.core.disk import replace
 from rempart.core.errors import DataError, SpecError
 from rempart.report.html import page
-from rempart.report.schema import SCHEMA_VERSION, AnySpec, Report, Spec, fault
+from rempart.report.schema import SCHEMA_VERSION, AnySpec, Explained, Report, Spec, fault
 
 JSON = "report.json"
 HTML = "report.html"
@@ -63,6 +63,18 @@ def read(path: str | Path) -> Report:
         return Report.model_validate_json(file.read_bytes())
     except ValidationError as error:
         raise DataError("a valid report", got=f"{file}, where {fault(error)}", hint="run its spec again") from None
+
+
+def read_explained(path: str | Path) -> tuple[Explained, ...]:
+    """What the report of an explain run tells of each model, the first one first.
+
+    Raises:
+        DataError: As `read`, and if it is a report of another kind.
+    """
+    report = read(path)
+    if not report.explained:
+        raise DataError("the run folder of `rempart explain`", got=f"{path}, a report of kind {report.kind}")
+    return report.explained
 
 
 def read_spec(path: str | Path) -> AnySpec:

@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from math import factorial
 
 from rempart.core.stats import Difference, Mean, Rate
 from rempart.core.threat import Threat
@@ -9,6 +10,7 @@ from rempart.report.compare import CLEAN, WORST, Comparison
 from rempart.report.methods import Group, Methods
 from rempart.report.schema import (
     ALL,
+    EVERY,
     KNOWS,
     NO_DETECTOR,
     NONE,
@@ -16,14 +18,21 @@ from rempart.report.schema import (
     Bracket,
     Certificate,
     Detection,
+    Effect,
+    Explained,
+    ExplainSpec,
     Held,
     Report,
     Training,
     TrainSpec,
+    Trend,
 )
 
 WIDTH = 100
 LAST_EPOCHS = 12
+_FEW = 3
+ENOUGH_MODELS = 5
+"""Of fewer models even a perfect order happens by chance in more than one case of twenty."""
 
 
 def table(report: Report) -> str:
@@ -39,6 +48,11 @@ def table(report: Report) -> str:
         blocks.append(_grid(*_certified(report, report.certificate)))
     elif report.kind == "detect":
         blocks += [_grid(*_held(report)), _grid(*_separated(report), left=2)]
+    elif report.kind == "explain":
+        for model in report.explained:
+            blocks += _explained_tables(model)
+        if report.trend is not None:
+            blocks.append(_wrap(trend_of(report.trend)))
     elif report.kind != "train" and (report.clean is not None or report.attacks):
         blocks.append(_grid(*_results(report)))
         if any(attack.survivors for attack in report.attacks[1:]):
@@ -148,6 +162,8 @@ def verdict(report: Report) -> str:
         return _smoothed(report)
     if report.kind == "detect":
         return _detected(report)
+    if report.kind == "explain":
+        return _explained(report)
     failed = [check for check in report.preflight if check.status == "failed"]
     if failed and not report.attacks:
         return f"The audit stopped before any attack: {failed[0].message}"
@@ -189,6 +205,9 @@ def limits(report: Report) -> Iterator[str]:
         return
     if report.kind == "detect":
         yield from _limits_of_detection(report)
+        return
+    if report.kind == "explain":
+        yield from _limits_of_explanation(report)
         return
     threat = threat_of(report)
     if threat is None:
@@ -408,6 +427,145 @@ def _limits_of_detection(report: Report) -> Iterator[str]:
         "images from another source, device or site false alarms may be many more than asked for."
     )
     yield "Images that the model gets wrong without an attack count as not held, whether they are flagged or not."
+
+
+def decisive(model: Explained) -> Effect | None:
+    """The test of the claim that sensitive neurons carry the wrong prediction: their clean values put back."""
+    restored = [effect for effect in model.effects if effect.test == "restored"]
+    return next((effect for effect in restored if effect.layer == EVERY), restored[0] if restored else None)
+
+
+def trend_of(trend: Trend) -> str:
+    """The trend over models in a sentence, with what chance would do."""
+    if trend.spearman is None:
+        return f"Over the {trend.models} models, sensitivity or accuracy under attack does not vary: there is no trend."
+    other = "" if trend.shared is None else f" ({trend.shared:+.2f} on the images attacked on the first, without it)"
+    return (
+        f"Over the {trend.models} models, Spearman's correlation of mean relative sensitivity and accuracy under "
+        f"attack is {trend.spearman:+.2f}{other}. Two orders drawn at random agree or disagree wholly in "
+        f"{2 / factorial(trend.models):.2g} of all cases."
+    )
+
+
+def _explained(report: Report) -> str:
+    if not report.explained:
+        return "No model was explained before the interruption."
+    first, *others = report.explained
+    place = where(report)
+    told = (
+        f"{place[:1].upper()}{place[1:]}, {first_attack(report)} left {share(first.attacked)} rightly classified by "
+        f"{first.label} and moved its neurons by {first.mean_relative:.3g} of the size of their activations (relative "
+        "sensitivity, mean over layers)."
+    )
+    effect = decisive(first)
+    if effect is None:
+        told += " No neurons were masked or replaced."
+    else:
+        layer = effect.layer if effect.layer == EVERY else f"the layer {effect.layer}"
+        told += (
+            f" With the clean values of the most sensitive {100 * effect.share:.3g}% of the neurons of {layer} put "
+            f"back, {effect.sensitive.value:.1%} of {count(effect.sensitive.n, 'attacked image')} are right; of as "
+            f"many at random, {effect.random.value:.1%}: {points(effect.gap.value)} points {interval(effect.gap)}. "
+            f"{_read(effect)}"
+        )
+    beside = [
+        f"{model.label}: {model.attacked.value:.1%} left, moved by {model.mean_relative:.3g}"
+        + (f", {points(found.gap.value)} points {interval(found.gap)}" if (found := decisive(model)) else "")
+        for model in others
+    ]
+    return f"{told} For others: {'; '.join(beside[:_FEW])}{'; ...' * (len(beside) > _FEW)}." if beside else told
+
+
+def _read(effect: Effect) -> str:
+    if effect.gap.low > 0:
+        return "Here the sensitive neurons carry more of the wrong prediction than random ones."
+    if effect.gap.high < 0:
+        return "Here the sensitive neurons carry less of the wrong prediction than random ones."
+    return "That does not show that sensitive neurons carry more of the wrong prediction than random ones."
+
+
+def first_attack(report: Report) -> str:
+    """The attack that made the pairs."""
+    assert isinstance(report.spec, ExplainSpec)
+    choice = report.spec.attacks[0]
+    return f"{choice.name} ({options_of(choice.options)})" if choice.options else choice.name
+
+
+def _limits_of_explanation(report: Report) -> Iterator[str]:
+    yield (
+        "A lower sensitivity is no evidence of anything where activations shrank. Absolute sensitivities cannot be "
+        "compared between layers or models; relative ones can, but accuracy under attack does not follow from them."
+    )
+    yield f"All pairs were made by {first_attack(report)} {where(report)}; a stronger attack may move other neurons."
+    tested = {model.tested for model in report.explained if model.effects}
+    if tested:
+        images = count(min(tested), "image") if len(tested) == 1 else f"{min(tested)} to {count(max(tested), 'image')}"
+        yield (
+            f"The tests are on {images} per model, other ones than the neurons were chosen by. Intervals of so many "
+            "are wide, and none is corrected for the number of tests: of twenty, one may leave zero out by chance."
+        )
+        yield (
+            "Masking shows the network activations it never saw: what counts is the difference to as many neurons at "
+            "random, not the loss as such."
+        )
+    if len(report.explained) > 1:
+        yield f"Shared images were made to fool {report.explained[0].label}; they need not fool the others."
+        few = len(report.explained)
+        if few < ENOUGH_MODELS:
+            yield (
+                f"Correlation over models with fewer than {ENOUGH_MODELS} models says nothing, and these are {few}. "
+                "Models that differ in training differ in more than sensitivity."
+            )
+        else:
+            yield "Models that differ in training differ in more than sensitivity: a correlation names no cause."
+    if report.illustration is not None:
+        yield "The pictures show one image. Saliency is the slope at one point, and no reason for a prediction."
+    if report.clean is not None:
+        yield (
+            f"The intervals tell the chance in drawing {count(report.clean.n, 'image')} from this source. They say "
+            "nothing about images from another source, device or site."
+        )
+
+
+def _explained_tables(model: Explained) -> Iterator[str]:
+    yield "\n".join(
+        _wrap(line)
+        for line in (
+            f"{model.label}: {model.clean.value:.1%} right, {model.attacked.value:.1%} under attack",
+            f"sensitivities: means over {count(model.pairs, 'pair')}; neurons masked and replaced on {model.tested} of "
+            "these, chosen by others",
+        )
+    )
+    lent = any(layer.shared_relative is not None for layer in model.layers)
+    header = ["layer", "neurons", "absolute", "relative", *["shared abs.", "shared rel."] * lent, "agreement"]
+    rows = [
+        [
+            layer.name,
+            str(len(layer.absolute)),
+            f"{layer.mean_absolute:.3g}",
+            f"{layer.mean_relative:.3g}",
+            *[_optional(layer.shared_absolute, ".3g"), _optional(layer.shared_relative, ".3g")] * lent,
+            _optional(layer.agreement, "+.2f"),
+        ]
+        for layer in model.layers
+    ]
+    yield _grid(header, rows)
+    if model.effects:
+        header = ("layer", "test", "before", "most sensitive", "random", "least", "most - random")
+        yield _grid(header, [_effect(effect) for effect in model.effects], left=2)
+    if model.overlaps:
+        pairs = [(o.layer, o.beside, f"{o.jaccard:.2f}", f"{o.chance:.2f}") for o in model.overlaps]
+        yield _grid(("layer", "shared with", "jaccard", "by chance"), pairs, left=2)
+
+
+def _effect(effect: Effect) -> Sequence[str]:
+    shares = [effect.before, effect.sensitive, effect.random, effect.least]
+    gap = f"{points(effect.gap.value)} {interval(effect.gap)}"
+    return effect.layer, effect.test, *(f"{rate.value:.1%}" for rate in shares), gap
+
+
+def _optional(value: float | None, told: str) -> str:
+    return "-" if value is None else format(value, told)
 
 
 def _bracket(bracket: Bracket) -> str:

@@ -1,5 +1,8 @@
 """Stabilised neurons against numbers worked out on paper and against adversarial training written out."""
 
+import shutil
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -7,12 +10,15 @@ from torch.nn import functional as F
 
 import toys
 from rempart.core.data import Data
-from rempart.core.errors import ModelError, ThreatError
+from rempart.core.errors import DataError, ModelError, ThreatError
 from rempart.core.features import blocks, change, features
 from rempart.core.model import frozen
 from rempart.core.repro import Draws
 from rempart.core.threat import Threat
+from rempart.explain import explain
 from rempart.models import build
+from rempart.models.load import card
+from rempart.report.schema import DataCard, ExplainSpec, Report
 from rempart.train.objectives import pgd_at, sns
 from rempart.train.objectives.pgd_at import pgd_images
 
@@ -213,3 +219,60 @@ def test_what_cannot_be_done_is_refused():
         begun(toys.linear(SHAPE))
     with pytest.raises(ThreatError):
         sns(threat="linf")
+
+
+# ---- neurons from an explain run
+
+
+def explained(folder, model, **other):
+    """An explain run on a third of the images; `other` takes the place of what its first model has."""
+    data_ = data().take(torch.arange(10))
+    about = card(model, "python:a:b")
+    spec = ExplainSpec(models=("a",), data="x", threat="linf:0.05", test=0, draws=2, out=str(folder))
+    y = model.eval()(X[:10]).argmax(1)
+    told, _ = explain({"a": (model, about)}, replace(data_, labels=y), Threat(norm="linf", eps=0.05), spec)
+    given = {"kind": "explain", "complete": True, "spec": spec, "created": "now", "seconds": 1.0, "environment": {}}
+    first = told[0].model_copy(update=other)
+    written = Report.model_validate(given | {"model": about, "data": DataCard.of(data_), "explained": (first,)})
+    folder.mkdir(exist_ok=True)
+    (folder / "report.json").write_text(written.model_dump_json(), "utf-8")
+    return first
+
+
+def test_neurons_of_an_explain_run_hold_for_the_whole_training(tmp_path):
+    first, seen = explained(tmp_path / "run", lenet()), []
+    objective = sns(threat="linf:0.05", neurons=str(tmp_path / "run"))
+    for epoch in (1, 2, 5):
+        objective.before_epoch(lenet(epoch), data(seen), rng=RNG, epoch=epoch)
+        assert chosen(objective) == {layer.name: sorted(layer.sensitive) for layer in first.layers}
+        assert objective.loss(lenet(epoch), X, X, Y, rng=RNG, progress=1.0).parts["distance"] == 0
+    assert seen == [[0]]  # one image, to see what the layers put out
+    least = sns(threat="linf:0.05", neurons=str(tmp_path / "run"), choose="least", share=0.25)
+    least.before_epoch(lenet(3), data(), rng=RNG, epoch=1)
+    order = torch.tensor(first.layers[1].absolute).argsort(stable=True)[:12].tolist()
+    assert chosen(least)["net.1.3"] == sorted(order)
+
+
+def test_a_resume_needs_the_explain_run_no_more(tmp_path):
+    explained(tmp_path / "run", lenet())
+    objective = sns(threat="linf:0.05", neurons=str(tmp_path / "run"))
+    objective.before_epoch(lenet(), data(), rng=RNG, epoch=1)
+    shutil.rmtree(tmp_path / "run")
+    resumed = sns(threat="linf:0.05", neurons=str(tmp_path / "run"))
+    resumed.state.update({name: value.clone() for name, value in objective.state.items()})
+    resumed.before_epoch(lenet(1), data(), rng=RNG, epoch=4)
+    assert chosen(resumed) == chosen(objective)
+
+
+def test_an_explain_run_that_does_not_fit_is_refused(tmp_path):
+    told = explained(tmp_path, lenet())
+    objective = sns(threat="linf:0.05", neurons=str(tmp_path))
+    with pytest.raises(ModelError, match="the name of a layer"):
+        objective.before_epoch(toys.linear(SHAPE), data(), rng=RNG, epoch=1)
+    narrow = told.layers[0].model_copy(update={"absolute": (1.0, 2.0)})
+    explained(tmp_path, lenet(), layers=(narrow,))
+    with pytest.raises(ModelError, match=r"2 neurons in net\.1\.1.*got 20"):
+        objective.before_epoch(lenet(), data(), rng=RNG, epoch=1)
+    with pytest.raises(DataError, match="No such file"):
+        sns(threat="linf:0.05", neurons=str(tmp_path / "nothing")).before_epoch(lenet(), data(), rng=RNG, epoch=1)
+    assert not objective.state

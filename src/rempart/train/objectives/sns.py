@@ -12,9 +12,10 @@ from torch.nn import functional as F
 from rempart.core.data import Data
 from rempart.core.errors import ModelError
 from rempart.core.features import Neurons, blocks, change, features, sensitivity
-from rempart.core.model import placed
+from rempart.core.model import frozen, placed
 from rempart.core.repro import Draws
 from rempart.core.types import Images, Labels, Pixels
+from rempart.report.store import read_explained
 from rempart.train.objectives.catalogue import Loss, Objective, budgeted, hits, objectives, ramp
 from rempart.train.objectives.pgd_at import pgd_images
 
@@ -36,6 +37,7 @@ def sns(
     choose: Choice = "sensitive",
     probe: Annotated[int, Ge(1)] = 1000,
     refresh: Annotated[int, Ge(1)] | None = 1,
+    neurons: str | None = None,
     detach: bool = False,
 ) -> Objective:
     """Adversarial training that also holds the most sensitive neurons of each layer still.
@@ -50,6 +52,9 @@ def sns(
     activations, which hardens nothing: a lower sensitivity is no evidence. If `choose=random` does as well at the same
     weight, the choice of neurons is irrelevant.
 
+    With `neurons`, the layers and the sensitivities are those that `rempart explain` found; the choice is then the same
+    throughout the training. It suits a training that begins with the model explained.
+
     Args:
         threat: What to harden against, for example `linf:8/255`.
         steps: Gradient evaluations of the attack per image and epoch.
@@ -62,6 +67,8 @@ def sns(
             least sensitive, or all.
         probe: Training images to measure the sensitivity on, chosen by the seed.
         refresh: Epochs after which the neurons are chosen anew; none keeps those of the initial model.
+        neurons: Run folder of `rempart explain`, whose first model has the layers of this one: nothing is measured, and
+            `probe` and `refresh` do not count. It is read before the first epoch.
         detach: Whether the original image is only the goal of the distance, so that no gradient flows through it.
 
     Raises:
@@ -78,7 +85,7 @@ def sns(
 
     def before_epoch(model: nn.Module, data: Data, *, rng: Draws, epoch: int) -> None:
         last = int(state.get("epoch", torch.tensor(0)))
-        if last > 0 and (refresh is None or epoch - last < refresh):
+        if last > 0 and (neurons is not None or refresh is None or epoch - last < refresh):
             return
         fixed, device = replace(rng, stage=("sns",)), next(model.parameters()).device
         order = fixed.at("probe").uniform(torch.empty(len(data), 1, dtype=torch.float64)).flatten().argsort(stable=True)
@@ -89,7 +96,8 @@ def sns(
                 x = placed(model, batch.x)
                 yield x, attack(model, x, batch.y.to(x.device), rng=fixed.select(positions), progress=1.0)
 
-        for layer, sigma in sensitivity(model, pairs(), _layers(model)).items():
+        measured = sensitivity(model, pairs(), _layers(model)) if neurons is None else _explained(neurons, model, data)
+        for layer, sigma in measured.items():
             state[_CHOSEN + layer] = _chosen(sigma, share, choose, fixed.at(layer)).to(device)
         state["epoch"] = torch.tensor(epoch)
 
@@ -118,6 +126,25 @@ def _layers(model: nn.Module) -> list[str]:
     if not layers:
         raise ModelError("a network with hidden layers", got="none", hint="choose another model or objective")
     return layers
+
+
+def _explained(run: str, model: nn.Module, data: Data) -> Neurons:
+    """The sensitivities of the first model of an explain run, if its layers are also those of this model.
+
+    Raises:
+        DataError: If there is no such run.
+        ModelError: If a layer is missing, or has another number of neurons.
+    """
+    told = read_explained(run)[0]
+    found = {layer.name: torch.tensor(layer.absolute, dtype=torch.float64) for layer in told.layers}
+    with frozen(model), torch.no_grad(), features(model, found) as seen:
+        model(placed(model, data.batch(torch.arange(1)).x))
+    for layer, sigma in found.items():
+        count = seen[layer].shape[1] if layer in seen else 0
+        if count != len(sigma):
+            hint = "explain the model that the training begins with"
+            raise ModelError(f"{len(sigma)} neurons in {layer}, as in {run}", got=count, hint=hint)
+    return found
 
 
 def _chosen(sigma: Tensor, share: float, choose: Choice, rng: Draws) -> Tensor:

@@ -1,0 +1,191 @@
+"""A whole explanation on toys: counts, halves, sums on shared images, overlaps, and what memory holds."""
+
+import tracemalloc
+
+import pytest
+import torch
+
+import toys
+from rempart.attacks import attack_batch
+from rempart.core.data import Data
+from rempart.core.errors import DataError
+from rempart.core.features import moved
+from rempart.core.model import Classifier
+from rempart.core.threat import Threat
+from rempart.explain import explain, jaccard, top
+from rempart.explain import run as running
+from rempart.explain.sensitivity import by_chance
+from rempart.models.load import card
+from rempart.report.schema import AttackChoice, ExplainSpec
+
+SHAPE, LAYER = (1, 4, 4), "net.2"
+THREAT = Threat.parse("linf:0.02")
+PGD = {"steps": 3}
+
+
+def data(model: Classifier, n=40) -> Data:
+    """Images with the classes of a model, but every fifth has another: wrong from the first."""
+    x = toys.images(model.shape, n)
+    y = torch.where(torch.arange(n) % 5 == 2, (toys.labels(model, x) + 1) % 3, toys.labels(model, x))
+    return Data(
+        "toys", "test", 100 + torch.arange(n), y, model.shape, ("0", "1", "2"), lambda numbers: x[numbers - 100]
+    )
+
+
+def spec(**changes) -> ExplainSpec:
+    given = {"models": ("a",), "data": "toys", "threat": "linf:0.02", "share": 0.25, "draws": 2, "test": 9}
+    given |= {"layers": (LAYER,), "attacks": (AttackChoice(name="pgd", options=PGD),), "batch_size": 7, "out": "o"}
+    return ExplainSpec.model_validate(given | changes)
+
+
+def explained(models: dict[str, Classifier], images: Data, **changes):
+    carded = {label: (model, card(model, f"python:{label}:f")) for label, model in models.items()}
+    return explain(carded, images, THREAT, spec(**changes))
+
+
+def pairs(model: Classifier, images: Data, name="pgd", options=PGD):
+    """The right images, their counterparts and all verdicts, from one call of the attack."""
+    batch = images.batch(torch.arange(len(images)))
+    made = attack_batch(model, batch.x, batch.y, THREAT, name, options, index=batch.index)
+    return batch.x[made.correct], made.x_adv[made.correct], made
+
+
+def approx(values):
+    return pytest.approx(values.tolist(), rel=1e-5, abs=1e-9)
+
+
+def test_counts_sums_and_sets_are_those_of_all_pairs_at_once():
+    model = toys.smooth(SHAPE)
+    images = data(model)
+    (found,), _ = explained({"a": model}, images)
+    x, x_adv, made = pairs(model, images)
+    assert (found.clean.k, found.clean.n) == (32, 40)
+    assert found.attacked.k == int(made.right.sum()) and 0 < found.attacked.k < 32
+    sums = moved(model, [(x, x_adv)], [LAYER])[LAYER]
+    (layer,) = found.layers
+    assert (found.pairs, found.tested, layer.name) == (32, 9, LAYER) and found.overlaps == ()
+    assert layer.absolute == approx(sums.absolute) and layer.relative == approx(sums.relative)
+    assert layer.sensitive == tuple(sums.absolute.argsort(descending=True)[:4].tolist())
+    assert layer.shared_absolute is layer.shared_relative is None and len(layer.pull) == 16
+    assert layer.agreement is not None and -1 <= layer.agreement <= 1
+
+
+def test_neurons_are_chosen_on_even_places_and_tested_on_odd_ones(monkeypatch):
+    model = toys.smooth(SHAPE)
+    images = data(model)
+    seen = []
+    monkeypatch.setattr(
+        running, "effects", lambda model, sigma, given, *rest, **more: seen.append((sigma, given)) or ()
+    )
+    explained({"a": model}, images)
+    ((sigma, tested),) = seen
+    x, x_adv, made = pairs(model, images)
+    places = images.index[made.correct]
+    assert tested.index.tolist() == places[1::2][:9].tolist()
+    assert torch.equal(tested.x, x[1::2][:9]) and torch.allclose(tested.x_adv, x_adv[1::2][:9])
+    chosen = moved(model, [(x[::2], x_adv[::2])], [LAYER])[LAYER].absolute
+    assert sigma[LAYER].tolist() == approx(chosen)
+
+
+def test_the_batch_size_does_not_matter():
+    model = toys.smooth(SHAPE)
+    (one,), picture = explained({"a": model}, data(model), batch_size=40)
+    (other,), again = explained({"a": model}, data(model), batch_size=3)
+    assert one.effects == other.effects and (one.clean, one.attacked) == (other.clean, other.attacked)
+    assert one.layers[0].absolute == pytest.approx(other.layers[0].absolute, rel=1e-5)
+    assert one.layers[0].pull == pytest.approx(other.layers[0].pull, abs=1e-6)
+    assert picture is not None and again is not None and (picture.index, picture.label) == (again.index, again.label)
+
+
+def test_a_second_model_is_also_shown_the_images_of_the_first():
+    first, second = toys.smooth(SHAPE), toys.smooth(SHAPE, seed=1)
+    images = data(first)
+    told, _ = explained({"a": first, "b": second}, images)
+    x, x_adv, _ = pairs(first, images)
+    shared, (layer,) = moved(second, [(x, x_adv)], [LAYER])[LAYER], told[1].layers
+    assert layer.shared_absolute == pytest.approx(float(shared.absolute.mean()), rel=1e-5)
+    assert layer.shared_relative == pytest.approx(float(shared.relative.mean()), rel=1e-5)
+    own, own_adv, made = pairs(second, images)
+    own_sums = moved(second, [(own, own_adv)], [LAYER])[LAYER]
+    assert told[1].pairs == int(made.correct.sum()) < 32 and layer.absolute == approx(own_sums.absolute)
+    (overlap,) = told[1].overlaps
+    masks = [top(torch.tensor(model.layers[0].absolute), 0.25) for model in told]
+    assert overlap.beside == "a" and overlap.jaccard == jaccard(*masks) and overlap.chance == by_chance(16, 4)
+
+
+def test_the_overlap_with_itself_is_1_and_attacks_keep_their_names_over_all_batches():
+    model = toys.smooth(SHAPE)
+    images = data(model)
+    choices = [AttackChoice(name="pgd", options=PGD)] * 2 + [AttackChoice(name="fgsm")]
+    (found,), _ = explained({"a": model}, images, attacks=choices)
+    assert [(row.layer, row.beside) for row in found.overlaps] == [(LAYER, "pgd 2"), (LAYER, "fgsm")]
+    assert found.overlaps[0].jaccard == 1
+    x, x_adv, _ = pairs(model, images, "fgsm", {})
+    fgsm = top(moved(model, [(x, x_adv)], [LAYER])[LAYER].absolute, 0.25)
+    assert found.overlaps[1].jaccard == jaccard(fgsm, top(torch.tensor(found.layers[0].absolute), 0.25))
+    told, _ = explained({"pgd": model, "fgsm": toys.smooth(SHAPE)}, images, attacks=choices[1:])
+    assert [(row.beside, row.jaccard == 1) for row in told[1].overlaps][-1] == ("pgd", True)  # the same network twice
+
+
+def test_without_test_images_there_are_sensitivities_alone():
+    model = toys.smooth(SHAPE)
+    (found,), picture = explained({"a": model}, data(model), test=0)
+    assert found.tested == 0 and found.effects == () and picture is None
+    assert found.layers[0].pull == () and found.layers[0].agreement is None and any(found.layers[0].absolute)
+
+
+def test_a_model_that_gets_nothing_right_is_refused():
+    model = toys.smooth(SHAPE)
+    images = data(model)
+    wrong = Data(
+        "toys", "test", images.index, (toys.labels(model, toys.images(SHAPE, 40)) + 1) % 3, SHAPE, *_rest(images)
+    )
+    with pytest.raises(DataError, match="none of 40 for a"):
+        explained({"a": model}, wrong)
+
+
+def _rest(images: Data):
+    return images.class_names, images.read
+
+
+def test_the_picture_is_of_the_first_pair_that_broke():
+    model = toys.smooth(SHAPE)
+    images = data(model)
+    (_,), picture = explained({"a": model}, images)
+    x, _, made = pairs(model, images)
+    tested = torch.arange(len(x))[1::2][:9]
+    broken = [i for i in tested.tolist() if bool(made.broken[made.correct][i])]
+    assert picture is not None and broken and picture.index == int(images.index[made.correct][broken[0]])
+    assert picture.adversarial != picture.predicted == picture.label
+
+
+def test_memory_does_not_grow_with_the_pairs():
+    """Ten times the pairs: neither Python nor the tensors alive at the peak, feature maps among them, hold more."""
+    model = toys.conv((1, 8, 8), width=16)
+
+    def stream(n):
+        for start in range(n):
+            x = toys.images((1, 8, 8), 50, start)
+            yield x, x.flip(3)
+
+    held = {}
+    for n in (1, 2, 20):  # the first warms up
+        alive = []
+        layers = ["net.2", "net.5"]
+
+        def counted(module, inputs, output, alive=alive):
+            alive.append(sum(1 for o in tensors() if o.shape[1:] == output.shape[1:]))
+
+        handle = model.net[2].register_forward_hook(counted)
+        tracemalloc.start()
+        moved(model, stream(n), layers)
+        held[n] = max(alive), tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        handle.remove()
+    assert held[20][0] == held[2][0] and held[20][1] < 1.1 * held[2][1]
+
+
+def tensors():
+    import gc
+
+    return [o for o in gc.get_objects() if type(o) is torch.Tensor and o.ndim == 4]

@@ -1,0 +1,61 @@
+"""What is told of several models, and of several attacks over several batches."""
+
+import numpy as np
+import pytest
+import torch
+
+import toys
+from rempart.core.data import Data
+from rempart.core.stats import wilson
+from rempart.core.threat import Threat
+from rempart.explain import against, explain, trend
+from rempart.models import card
+from rempart.report.schema import AttackChoice, Explained, ExplainSpec, Layer
+from report.conftest import build
+
+
+def model(relative: float, held: int, shared: float | None = None) -> Explained:
+    layer = Layer(name="a", absolute=(1.0,), relative=(relative,), sensitive=(0,), shared_relative=shared)
+    given = {"label": "m", "model": build(attacks=False).model, "pairs": 50, "tested": 0}
+    return Explained(**given, clean=wilson(50, 60), attacked=wilson(held, 60), layers=(layer,))
+
+
+def test_the_trend_is_the_correlation_of_ranks_over_three_models_or_more():
+    falling = [model(0.9, 5), model(0.3, 20, 0.1), model(0.2, 40, 0.2), model(0.1, 41, 0.3)]
+    found = trend(falling)
+    assert found is not None and found.models == 4
+    assert found.spearman == pytest.approx(-1) and found.shared == pytest.approx(1)
+    mixed = trend([model(0.1, 10), model(0.2, 30), model(0.3, 20)])
+    assert mixed is not None and mixed.spearman == pytest.approx(1 - 6 * 2 / (3 * 8)) and mixed.shared is None
+    level = trend([model(0.1, 10), model(0.2, 10), model(0.3, 10)])
+    assert level is not None and level.spearman is None
+    assert trend(falling[:2]) is None
+
+
+def test_no_gap_is_zero_and_its_interval_too():
+    """Without rounding, sums of a third and two thirds leave 1e-17, which would read as more than chance."""
+    same = np.array([True] * 23 + [False])
+    gap = against(same, np.stack([same] * 5), seed=0)
+    assert (gap.value, gap.low, gap.high) == (0, 0, 0)
+    assert "-" not in f"{gap.value:+.1f}{gap.low:+.1f}{gap.high:+.1f}"
+
+
+def test_an_attack_keeps_its_name_from_batch_to_batch_and_a_second_one_gets_a_number():
+    net, x = toys.conv((1, 4, 4)), toys.images((1, 4, 4), n=12)
+    data = Data(
+        source="toy",
+        split="test",
+        index=torch.arange(12),
+        labels=toys.labels(net, x),
+        shape=(1, 4, 4),
+        class_names=("a", "b", "c"),
+        read=lambda at: x[at],
+    )
+    fgsm, threat = AttackChoice(name="fgsm"), Threat.parse("linf:0.1", low=net.low, high=net.high)
+    twice = AttackChoice(name="pgd", options={"steps": 2})
+    attacks = (twice, fgsm, twice)
+    spec = ExplainSpec(models=("m",), data="d", threat="linf:0.1", attacks=attacks, batch_size=5, test=0, out="o")
+    (told,), _ = explain({"m": (net, card(net, "toy"))}, data, threat, spec)
+    assert list(dict.fromkeys(row.beside for row in told.overlaps)) == ["fgsm", "pgd 3"]
+    again = [row.jaccard for row in told.overlaps if row.beside == "pgd 3"]
+    assert again == [1] * len(told.layers), "the same attack over the same images"
