@@ -25,6 +25,7 @@ SHARES = {
         "knows the detector": "attack that knows it",
     },
 }
+NOTHING = {"share": float("nan"), "low": float("nan"), "high": float("nan")}  # is not drawn
 LOOKS = (("o", "none", "#555555"), ("s", "none", "#E69F00"), ("o", "full", "#0072B2"))
 
 
@@ -55,7 +56,7 @@ def rows(name: str) -> Iterator[tuple[str, Mapping[str, Any], list[dict[str, Any
     for place, setting in body.get("settings", {}).items():
         found = [row for row in body["table"] if row["setting"] == place]
         if found:
-            yield place, setting, sorted(found, key=lambda row: -shares(row)[worst]["share"])
+            yield place, setting, sorted(found, key=lambda row: -shares(row).get(worst, {"share": -1.0})["share"])
 
 
 def shares(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -117,7 +118,7 @@ def detectors() -> str:
             (
                 row["detector"],
                 percent(row["false_alarms"]["0.05"]),
-                *(percent(row["held"][key]) for key in SHARES["detectors"]),
+                *(percent(row["held"].get(key)) for key in SHARES["detectors"]),
                 worth(row),
             )
             for row in found
@@ -142,7 +143,10 @@ def area(found: Mapping[str, Any] | None) -> str:
 
 def worth(row: Mapping[str, Any]) -> str:
     """Whether network and detector surely hold more, under the attacker who knows, than the network alone."""
-    return "yes" if row["held"]["knows the detector"]["low"] > row["alone"]["attacked"]["high"] else "**no**"
+    knows = row["held"].get("knows the detector")
+    if knows is None:
+        return "not known"
+    return "yes" if knows["low"] > row["alone"]["attacked"]["high"] else "**no**"
 
 
 # ---- attack types and latency
@@ -200,7 +204,7 @@ def figure(found: Sequence[Mapping[str, Any]], keys: Mapping[str, str]) -> str:
         drawn = Figure(figsize=(6.4, 0.9 + 0.3 * len(found)), layout="constrained")
         axes = drawn.add_subplot()
         for (key, label), (marker, fill, colour), shift in zip(keys.items(), LOOKS, (-0.2, 0.0, 0.2), strict=True):
-            told = [shares(row)[key] for row in found]
+            told = [shares(row).get(key, NOTHING) for row in found]
             reach = [[one["share"] - one["low"] for one in told], [one["high"] - one["share"] for one in told]]
             axes.errorbar(
                 [one["share"] for one in told],
@@ -230,7 +234,9 @@ def headed(name: str, place: str) -> Sequence[str]:
     return (f"### {title} {{ #{name}-{place} }}", f"![{title}: shares of images](results/{name}-{place}.svg)")
 
 
-def percent(rate: Mapping[str, Any]) -> str:
+def percent(rate: Mapping[str, Any] | None) -> str:
+    if rate is None:
+        return "not measured"
     return kept(f"{100 * rate['share']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]")
 
 

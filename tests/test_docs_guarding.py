@@ -86,9 +86,13 @@ def test_a_detector_adds_something_only_where_more_is_held_than_without(
 ) -> None:
     unseen = {"fgsm": {"n": 9, "area": 0.432, "low": 0.3, "high": 0.6}}
     table = [detector("useless", 90, 85, 22), detector("good", 90, 85, 60, unseen=unseen)]
+    untried = detector("untried", 90, 85, 22)
+    del untried["held"]["knows the detector"]
+    table.append(untried)
     results(page, tmp_path, monkeypatch, detectors={"settings": {"mnist": {"threat": "linf:0.2"}}, "table": table})
     told = page.rendered("<!-- detectors -->").replace("\N{NO-BREAK SPACE}", " ")
     assert cells(told, "useless")[-1] == "**no**" and cells(told, "good")[-1] == "yes"
+    assert cells(told, "untried")[-2:] == ["not measured", "not known"]
     assert cells(told, "good")[4].startswith("60.0 % [") and "20.0 % [" in told
     assert "| good | 0.912 [0.800, 0.970] |" in told and "| good, the attack unseen | 0.432 [0.300, 0.600] |" in told
     assert [name for name, _ in page.figures()] == ["detectors-mnist"]
