@@ -40,6 +40,8 @@ CLAIMS = {  # method: what it is said to do, by whom, and what it is measured ag
 }
 NETS = (("mlp", "MLP"), ("lenet", "LeNet"))
 BOTH = ("reference", "parseval", "deep-defense")  # methods that are the same there and here
+Series = tuple[str, tuple[str, str, str], float, list[tuple[float, float, float]]]
+"""Of a figure: label; marker, filling and colour; shift within a line; value, low and high for each name."""
 HERE = "(not measured yet: the command is in `benchmarks`)"
 
 
@@ -120,33 +122,41 @@ def linked(method: str) -> str:
 
 def figure(rows: Sequence[Mapping[str, Any]]) -> str:
     """Clean accuracy (rings) and worst case (dots) of each method with their intervals, as SVG."""
+    series = [
+        ("clean", ("o", "none", "#555555"), 0.0, [spread(row["clean"]) for row in rows]),
+        ("worst case", ("o", "full", "#0072B2"), 0.0, [spread(row["worst"]) for row in rows]),
+    ]
+    return dots([row["method"] for row in rows], series, 0.26)
+
+
+def spread(rate: Mapping[str, Any]) -> tuple[float, float, float]:
+    return rate["mean"], rate["low"], rate["high"]
+
+
+def dots(names: Sequence[str], series: Sequence[Series], height: float) -> str:
+    """Shares with their intervals, a line of `height` inches for each name, as SVG."""
     with style.context({"svg.hashsalt": "rempart", "svg.fonttype": "none", "font.size": 10}):
-        drawn = Figure(figsize=(6.4, 0.9 + 0.26 * len(rows)), layout="constrained")
+        drawn = Figure(figsize=(6.4, 0.9 + height * len(names)), layout="constrained")
         axes = drawn.add_subplot()
-        for key, marker, fill, colour in (("clean", "o", "none", "#555555"), ("worst", "o", "full", "#0072B2")):
-            values = [row[key]["mean"] for row in rows]
-            reach = [
-                [row[key]["mean"] - row[key]["low"] for row in rows],
-                [row[key]["high"] - row[key]["mean"] for row in rows],
-            ]
+        for label, (marker, fill, colour), shift, rates in series:
             axes.errorbar(
-                values,
-                range(len(rows)),
-                xerr=reach,
+                [value for value, _, _ in rates],
+                [place + shift for place in range(len(names))],
+                xerr=[[value - low for value, low, _ in rates], [high - value for value, _, high in rates]],
                 fmt=marker,
                 fillstyle=fill,
                 color=colour,
                 elinewidth=1.2,
                 markersize=5,
-                label={"clean": "clean", "worst": "worst case"}[key],
+                label=label,
             )
-        axes.set_yticks(range(len(rows)), [row["method"] for row in rows])
-        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlim(-0.02, 1.02)
         axes.xaxis.set_major_formatter("{x:.0%}")
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        drawn.legend(loc="outside upper right", ncols=2, frameon=False)
+        drawn.legend(loc="outside upper right", ncols=len(series), frameon=False)
         buffer = StringIO()
         drawn.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()

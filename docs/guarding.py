@@ -6,14 +6,11 @@ mkdocs calls, know mkdocs; the tests read the others directly. Where a JSON file
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from io import StringIO
 from typing import Any
 
 from hooks import table
-from matplotlib import style
-from matplotlib.figure import Figure
 
-from defences import HERE, kept, read
+from defences import HERE, dots, kept, read
 
 PLACES = {"mnist": "MNIST, LeNet", "mri": "Brain MRI, mri-cnn"}
 ATTACKS = ("fgsm", "bim", "mim", "pgd", "cw", "deepfool")
@@ -200,33 +197,15 @@ def figures() -> Iterator[tuple[str, str]]:
 
 def figure(found: Sequence[Mapping[str, Any]], keys: Mapping[str, str]) -> str:
     """The three shares of each row with their intervals, as SVG."""
-    with style.context({"svg.hashsalt": "rempart", "svg.fonttype": "none", "font.size": 10}):
-        drawn = Figure(figsize=(6.4, 0.9 + 0.3 * len(found)), layout="constrained")
-        axes = drawn.add_subplot()
-        for (key, label), (marker, fill, colour), shift in zip(keys.items(), LOOKS, (-0.2, 0.0, 0.2), strict=True):
-            told = [shares(row).get(key, NOTHING) for row in found]
-            reach = [[one["share"] - one["low"] for one in told], [one["high"] - one["share"] for one in told]]
-            axes.errorbar(
-                [one["share"] for one in told],
-                [place + shift for place in range(len(found))],
-                xerr=reach,
-                fmt=marker,
-                fillstyle=fill,
-                color=colour,
-                elinewidth=1.2,
-                markersize=5,
-                label=label,
-            )
-        axes.set_yticks(range(len(found)), [named(row) for row in found])
-        axes.set_ylim(len(found) - 0.5, -0.5)
-        axes.set_xlim(-0.02, 1.02)
-        axes.xaxis.set_major_formatter("{x:.0%}")
-        axes.grid(axis="x", alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-        drawn.legend(loc="outside upper right", ncols=3, frameon=False)
-        buffer = StringIO()
-        drawn.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()
+    series = [
+        (label, look, shift, [spread(shares(row).get(key, NOTHING)) for row in found])
+        for (key, label), look, shift in zip(keys.items(), LOOKS, (-0.2, 0.0, 0.2), strict=True)
+    ]
+    return dots([named(row) for row in found], series, 0.3)
+
+
+def spread(rate: Mapping[str, Any]) -> tuple[float, float, float]:
+    return rate["share"], rate["low"], rate["high"]
 
 
 def headed(name: str, place: str) -> Sequence[str]:

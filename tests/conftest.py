@@ -1,11 +1,14 @@
-"""Set up the process before torch loads, and one fixture every mirror of `src` may use."""
+"""Set up the process before torch loads, and fixtures that several files use."""
 
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import importlib.util
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -30,3 +33,19 @@ def untouched_rng() -> Iterator[None]:
     assert random.getstate() == python, "the global random state of Python was touched"
     assert np.array_equal(np.random.get_state()[1], legacy), "the global random state of NumPy was touched"  # pyright: ignore
     assert torch.equal(torch.get_rng_state(), torch_state), "the global random state of torch was touched"
+
+
+@pytest.fixture
+def docs_module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Load a module beside the pages, as mkdocs loads a hook."""
+    docs = Path(__file__).resolve().parents[1] / "docs"
+    monkeypatch.syspath_prepend(docs)
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(f"docs_{name}", docs / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load

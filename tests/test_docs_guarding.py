@@ -1,7 +1,7 @@
 """The page about guarding: what its rules make of intervals, and that it shows what the results say."""
 
-import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,13 +14,8 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
 @pytest.fixture
-def page(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(DOCS)  # as mkdocs does for what lies beside a hook
-    spec = importlib.util.spec_from_file_location("docs_guarding", DOCS / "guarding.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def page(docs_module: Callable[[str], ModuleType]) -> ModuleType:
+    return docs_module("guarding")
 
 
 def rate(k: int, n: int = 100) -> dict[str, float]:

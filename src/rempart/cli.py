@@ -17,7 +17,7 @@ from rempart.core.errors import RempartError, SpecError
 
 if TYPE_CHECKING:
     from rempart.core.events import Event, Notify
-    from rempart.report.schema import AttackChoice, DetectorChoice, Report
+    from rempart.report.schema import AttackChoice, DefenceChoice, DetectorChoice, Report
 
 _STOPPED = threading.Event()
 
@@ -125,7 +125,7 @@ def audit(
     devices: Annotated[int, typer.Option("--devices", min=1, help="Processes (cuda: GPUs) that share the samples")] = 1,
 ) -> None:
     """Measure how far a model falls under attack, per sample, with intervals. `-o` goes to every --attack."""
-    from rempart.report.schema import AttackChoice, AuditSpec, DefenceChoice
+    from rempart.report.schema import AttackChoice, AuditSpec
 
     shared = _options(option)
     if shared and not attack:
@@ -141,7 +141,7 @@ def audit(
             threat=threat,
             suite=suite,
             attacks=tuple(chosen),
-            defences=tuple(DefenceChoice(name=name, options=own) for name, own in map(_named, defence or [])),
+            defences=_defences(defence),
             limit=limit,
             batch_size=batch_size,
             chunk=chunk,
@@ -175,7 +175,7 @@ def attack(
     eight_bit: EightBit = False,
 ) -> None:
     """Run one attack and keep its images."""
-    from rempart.report.schema import AttackChoice, AttackSpec, DefenceChoice
+    from rempart.report.schema import AttackChoice, AttackSpec
 
     choice = AttackChoice(name=attack, options=_options(option))
     _run(
@@ -184,7 +184,7 @@ def attack(
             data=data,
             threat=threat,
             attack=choice,
-            defences=tuple(DefenceChoice(name=name, options=own) for name, own in map(_named, defence or [])),
+            defences=_defences(defence),
             target=target,
             limit=limit,
             batch_size=batch_size,
@@ -219,7 +219,7 @@ def certify(
     seed: Seed = 0,
 ) -> None:
     """Certify the model under Gaussian noise: radii within which its vote cannot change; --threat adds an attack."""
-    from rempart.report.schema import AttackChoice, CertifySpec, DefenceChoice
+    from rempart.report.schema import AttackChoice, CertifySpec
 
     attack_name, attack_options = _named(attack)
     _run(
@@ -232,7 +232,7 @@ def certify(
             alpha=alpha,
             threat=threat,
             attack=AttackChoice(name=attack_name, options=attack_options),
-            defences=tuple(DefenceChoice(name=name, options=own) for name, own in map(_named, defence or [])),
+            defences=_defences(defence),
             attack_draws=attack_draws,
             limit=limit,
             batch_size=batch_size,
@@ -309,15 +309,15 @@ def explain(
     seed: Seed = 0,
 ) -> None:
     """Show which neurons an attack moves, whether they carry the wrong prediction, and what the model looks at."""
-    from rempart.report.schema import AttackChoice, DefenceChoice, ExplainSpec
+    from rempart.report.schema import ExplainSpec
 
     _run(
         ExplainSpec(
             models=tuple(model),
             data=data,
-            defences=tuple(DefenceChoice(name=name, options=own) for name, own in map(_named, defence or [])),
+            defences=_defences(defence),
             threat=threat,
-            attacks=tuple(AttackChoice(name=name, options=own) for name, own in map(_named, attack or ["pgd"])),
+            attacks=_attacks(attack or ["pgd"]),
             layers=tuple(layers or ()),
             share=share,
             limit=limit,
@@ -391,7 +391,7 @@ def evaluate(
     seed: Seed = 0,
 ) -> None:
     """Fit detectors on the train split, set thresholds on a part of the test split, and judge them on the rest."""
-    from rempart.report.schema import DefenceChoice, DetectSpec
+    from rempart.report.schema import DetectSpec
 
     if not 0 < fpr < 1:
         raise SpecError("--fpr in (0, 1)", got=fpr, hint="write 0.05 for 5 %")
@@ -399,7 +399,7 @@ def evaluate(
         DetectSpec(
             model=model,
             data=data,
-            defences=tuple(DefenceChoice(name=name, options=own) for name, own in map(_named, defence or [])),
+            defences=_defences(defence),
             detectors=_detectors(detector),
             attacks=_attacks(attack),
             threat=threat,
@@ -428,10 +428,10 @@ def score(
 ) -> None:
     """Score images with a fitted detector; larger = more suspicious, and flagged above its threshold."""
     from rempart.detect.run import score_data
-    from rempart.report.schema import DefenceChoice
 
-    defences = [DefenceChoice(name=name, options=own) for name, own in map(_named, defence or [])]
-    scored, flagged = score_data(detector, model, data, out, defences=defences, limit=limit, batch_size=batch_size)
+    scored, flagged = score_data(
+        detector, model, data, out, defences=_defences(defence), limit=limit, batch_size=batch_size
+    )
     print(f"{flagged} of {scored} images flagged\n\n{out}")
 
 
@@ -458,10 +458,8 @@ def make(
     """Put a model behind defences and under a detector, and keep all of it in one folder."""
     from rempart.guard import guard as make_guard
     from rempart.guard import save_guard
-    from rempart.report.schema import DefenceChoice
 
-    chain = tuple(DefenceChoice(name=name, options=own) for name, own in map(_named, defence or []))
-    guarded = make_guard(model, chain, detector, namer)
+    guarded = make_guard(model, _defences(defence), detector, namer)
     save_guard(guarded, out)
     card = guarded.detector.card
     assert card.threshold is not None  # `guard` refuses a detector without one
@@ -493,6 +491,12 @@ def predict(
     ):
         told += f"\n{right / n:.1%} of the {n} {name} have the right class" if n and right is not None else ""
     print(f"{told}\n\n{out}")
+
+
+def _defences(texts: list[str] | None) -> "tuple[DefenceChoice, ...]":
+    from rempart.report.schema import DefenceChoice
+
+    return tuple(DefenceChoice(name=name, options=options) for name, options in map(_named, texts or []))
 
 
 def _detectors(texts: list[str]) -> "tuple[DetectorChoice, ...]":

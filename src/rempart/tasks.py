@@ -320,7 +320,7 @@ def _certify(spec: CertifySpec, notify: Notify) -> Report:
 
 
 def _explain(spec: ExplainSpec, notify: Notify) -> Report:
-    """Measure and test the neurons of models; the values of all neurons are kept beside the report."""
+    """Measure and test the neurons of models; the report holds the values of all of them."""
     started, out = perf_counter(), Path(spec.out)
     models: dict[str, tuple[Classifier, ModelCard]] = {}
     for name in spec.models:
