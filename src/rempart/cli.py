@@ -292,9 +292,13 @@ def compare(
 @app.command()
 def explain(
     model: Annotated[list[str], typer.Argument(metavar="MODEL", help="The first is illustrated")],
-    data: Data,
     threat: ThreatText,
     out: Annotated[str, typer.Option("--out", help="Run folder: report")],
+    data: Annotated[str | None, typer.Option("--data", help="Images to measure on; left out, --image alone")] = None,
+    image: Annotated[str | None, typer.Option("--image", help="Image file to illustrate")] = None,
+    label: Annotated[
+        str | None, typer.Option("--label", help="True class of --image; left out, what the first model takes it for")
+    ] = None,
     attack: Annotated[
         list[str] | None,
         typer.Option("--attack", help="NAME or NAME:key=value; the first makes the pairs, default pgd"),
@@ -304,6 +308,9 @@ def explain(
     limit: Limit = None,
     test: Annotated[int, typer.Option("--test", min=0, help="Images that neurons are masked and replaced on")] = 128,
     draws: Annotated[int, typer.Option("--draws", min=2, help="Random choices of neurons to compare with")] = 5,
+    suite: Annotated[
+        str | None, typer.Option("--suite", help="Also attack anew, by this suite, what is left without the neurons")
+    ] = None,
     defence: Defence = None,
     batch_size: BatchSize = 64,
     seed: Seed = 0,
@@ -315,9 +322,12 @@ def explain(
         ExplainSpec(
             models=tuple(model),
             data=data,
+            image=image,
+            label=label,
             defences=_defences(defence),
             threat=threat,
             attacks=_attacks(attack or ["pgd"]),
+            suite=suite,
             layers=tuple(layers or ()),
             share=share,
             limit=limit,

@@ -368,17 +368,8 @@ def _batches(spec: str, limit: int | None, box: tuple[float, float], size: int) 
 def _read(guarded: Guarded, images: Sequence[Path]) -> Iterator[_Keyed]:
     """Image files one by one, grey or colour as the model takes them."""
     shape, low, high = guarded.classifier.shape, guarded.classifier.low, guarded.classifier.high
-    if len(shape) != 3:
-        raise DataError("--data for a model of images that are not flat", got="image files")
-    store = files.Folder(Path())
-    channels, height, width = shape
     for path in images:
-        found = files.image_shape(store, str(path), str(path), "")[1:]
-        if found != (height, width):
-            expected, hint = f"an image of {width}x{height}", "resize it as the training images were"
-            raise DataError(expected, got=f"{found[1]}x{found[0]} in {path}", hint=hint)
-        x = files.Files(store, (str(path),), (channels, height, width), resize=False)(torch.zeros(1, dtype=torch.int64))
-        yield [path], x * (high - low) + low, None
+        yield [path], files.read_image(path, shape) * (high - low) + low, None
 
 
 def _refuse_undeclared(classifier: Classifier) -> None:

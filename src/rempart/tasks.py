@@ -1,5 +1,6 @@
 """`run(spec, notify)`: the one entry for the command line and for a worker."""
 
+import dataclasses
 import io
 import math
 import shutil
@@ -16,6 +17,7 @@ import torch
 from rempart.attacks import Verdict, attack_data, attacks
 from rempart.attacks.losses import score
 from rempart.attacks.run import native, targets
+from rempart.attacks.suites import suite
 from rempart.audit import Audit, Planned, audit, averaged, is_random, mean_gradient, measure, preflight
 from rempart.audit.pieces import seeded
 from rempart.certify import (
@@ -30,11 +32,11 @@ from rempart.certify import (
     join,
     section,
 )
-from rempart.core.data import ADVERSARIAL, TRUE, open_data
+from rempart.core.data import ADVERSARIAL, TRUE, Data, one_image, open_data
 from rempart.core.disk import replace
 from rempart.core.errors import Cancelled, RempartError, SpecError
 from rempart.core.events import Notify, silent
-from rempart.core.model import Classifier
+from rempart.core.model import Classifier, frozen, placed
 from rempart.core.ranks import ALONE, Ranks, launched, ranks
 from rempart.core.repro import environment
 from rempart.core.stats import Rate, wilson
@@ -44,7 +46,7 @@ from rempart.detect import save as save_detector
 from rempart.detect.evaluate import alone
 from rempart.detect.fitted import CARD, STATE
 from rempart.detect.run import crafts, judged, labelled, means, parts, sets
-from rempart.explain import explain, layers_of, trend
+from rempart.explain import Subject, explain, layers_of, trend
 from rempart.models.load import card, load
 from rempart.models.save import CONFIG, WEIGHTS
 from rempart.preprocess import defended, described
@@ -322,28 +324,37 @@ def _certify(spec: CertifySpec, notify: Notify) -> Report:
 def _explain(spec: ExplainSpec, notify: Notify) -> Report:
     """Measure and test the neurons of models; the report holds the values of all of them."""
     started, out = perf_counter(), Path(spec.out)
-    models: dict[str, tuple[Classifier, ModelCard]] = {}
+    models: dict[str, Subject] = {}
     for name in spec.models:
         model, told = _behind(name, spec.defences)
         label = told.name if told.name not in models else f"{told.name} {len(models) + 1}"
-        models[label] = model, told
+        models[label] = Subject(model, told)
         layers_of(model, spec.layers)
-    first, about = next(iter(models.values()))
-    if other := [label for label, (model, _) in models.items() if (model.low, model.high) != (first.low, first.high)]:
+    subject = next(iter(models.values()))
+    first, about = subject.model, subject.card
+    if other := [name for name, s in models.items() if (s.model.low, s.model.high) != (first.low, first.high)]:
         raise SpecError(f"models for pixels in [{first.low}, {first.high}]", got=other[0], hint="explain it alone")
     threat = Threat.parse(spec.threat, low=first.low, high=first.high)
-    data = open_data(spec.data, split="test").head(spec.limit).scaled(first.low, first.high)
+    if spec.suite is not None:
+        suite(spec.suite, threat, first.num_classes)
+    picture = _pictured(spec, first)
+    if spec.data is not None:
+        data = open_data(spec.data, split="test").head(spec.limit).scaled(first.low, first.high)
+    elif picture is not None:
+        data = picture
+    else:
+        raise SpecError("--data or --image", got="neither")
     for choice in spec.attacks:
         native(attacks[choice.name], threat)
         attacks[choice.name].parse(choice.options)
     checks: list[Check] = []
-    for label, (model, told) in models.items():
-        mended, found = preflight(model, data)
+    for label, subject in models.items():
+        mended, found = preflight(subject.model, data)
         about_it = f", {label}" if len(models) > 1 else ""
         checks += [check.model_copy(update={"name": f"{check.name}{about_it}"}) for check in found]
-        models[label] = mended, told
+        models[label] = Subject(mended, subject.card, found)
     _claim(out)
-    explained, picture = explain(models, data, threat, spec, notify=notify)
+    explained, illustration = explain(models, data, threat, spec, picture=picture, notify=notify)
     report = Report(
         kind="explain",
         complete=True,
@@ -357,10 +368,30 @@ def _explain(spec: ExplainSpec, notify: Notify) -> Report:
         clean=explained[0].clean,
         explained=explained,
         trend=trend(explained),
-        illustration=picture,
+        illustration=illustration,
     )
     write(report, out)
     return report
+
+
+def _pictured(spec: ExplainSpec, model: Classifier) -> Data | None:
+    """The image of a request in the box of the model, with its true class, or with the one the model gives it."""
+    if spec.image is None:
+        if spec.label is not None:
+            raise SpecError("--label beside --image", got=f"{spec.label} alone")
+        return None
+    names = model.class_names
+    one = one_image(spec.image, shape=model.shape, label=0, class_names=names).scaled(model.low, model.high)
+    if spec.label is None:
+        with frozen(model), torch.no_grad():
+            label = int(model(placed(model, one.batch(torch.arange(1)).x)).argmax())
+    elif spec.label in names:
+        label = names.index(spec.label)
+    elif spec.label.isdecimal() and int(spec.label) < len(names):
+        label = int(spec.label)
+    else:
+        raise SpecError(f"--label as one of {', '.join(names)}", got=spec.label)
+    return dataclasses.replace(one, labels=torch.tensor([label]))
 
 
 def _detect(spec: DetectSpec, notify: Notify) -> Report:

@@ -1,7 +1,5 @@
 """Masking and replacing against a network of two layers written out in numpy; contributions where they are exact."""
 
-from typing import get_args
-
 import numpy as np
 import pytest
 import torch
@@ -12,8 +10,9 @@ from rempart.core.features import blocks
 from rempart.core.model import Classifier
 from rempart.core.repro import Draws
 from rempart.explain import Pairs, against, effects, pull, top
+from rempart.explain.contribution import TESTS
 from rempart.models import build
-from rempart.report.schema import EVERY, Test
+from rempart.report.schema import EVERY
 
 GENERATOR = torch.Generator().manual_seed(0)
 N = 40
@@ -65,9 +64,7 @@ def test_masking_and_replacing_are_those_of_the_network_written_out(share, batch
         first = w[0](pairs.x.flatten(1)).relu()
         means = [first.mean(0).numpy(), w[1](first).relu().mean(0).numpy()]
     rows = list(effects(model, sigma, pairs, [share], draws=3, seed=5, batch_size=batch_size))
-    assert [row.layer for row in rows[::6]] == [*HIDDEN, EVERY] and [row.test for row in rows[:6]] == list(
-        get_args(Test)
-    )
+    assert [row.layer for row in rows[::6]] == [*HIDDEN, EVERY] and [row.test for row in rows[:6]] == list(TESTS)
     rng = Draws(5, torch.zeros(1, dtype=torch.int64), ("explain",))
     changed = 0
     for row in rows:

@@ -12,7 +12,7 @@ from rempart.core.errors import DataError
 from rempart.core.features import moved
 from rempart.core.model import Classifier
 from rempart.core.threat import Threat
-from rempart.explain import explain, jaccard, top
+from rempart.explain import Subject, explain, jaccard, top
 from rempart.explain import run as running
 from rempart.explain.sensitivity import by_chance
 from rempart.models.load import card
@@ -39,8 +39,8 @@ def spec(**changes) -> ExplainSpec:
 
 
 def explained(models: dict[str, Classifier], images: Data, **changes):
-    carded = {label: (model, card(model, f"python:{label}:f")) for label, model in models.items()}
-    return explain(carded, images, THREAT, spec(**changes))
+    subjects = {label: Subject(model, card(model, f"python:{label}:f")) for label, model in models.items()}
+    return explain(subjects, images, THREAT, spec(**changes))
 
 
 def pairs(model: Classifier, images: Data, name="pgd", options=PGD):

@@ -4,13 +4,14 @@ import base64
 import io
 from collections.abc import Callable
 from functools import cache
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from rempart.core.stats import Auroc, Difference, Mean, Rate, auroc, wilson
+from rempart.explain.contribution import TESTS
 from rempart.report.html import page
 from rempart.report.methods import Trained
 from rempart.report.schema import (
@@ -453,7 +454,8 @@ def explained(label: str, at: int, sizes: dict[str, int], effects: bool) -> Expl
                 shared_relative=0.07 * number if at else None,
             )
         )
-    rows = [effect(layer, test, k + 3 * at) for layer in (*sizes, EVERY) for k, test in enumerate(get_args(Test))]
+    rows = [effect(layer, test, k + 3 * at) for layer in (*sizes, EVERY) for k, test in enumerate(TESTS)]
+    rows.append(effect(EVERY, "zero, attacked anew", 2 * at))
     return Explained(
         label=label,
         model=build(attacks=False).model,

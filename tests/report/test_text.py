@@ -230,7 +230,7 @@ def test_an_explanation_is_told_by_its_layers_and_its_tests():
         assert row["agreement"] == f"{layer.agreement:+.2f}"
         assert "shared rel." not in row
     effects = columns(blocks[3])
-    assert len(effects) == len(plain.effects) == 18
+    assert len(effects) == len(plain.effects) == 19
     for row, effect in zip(effects, plain.effects, strict=True):
         assert (row["layer"], row["test"], row["before"]) == (effect.layer, effect.test, "50.0%")
         told = (row["most sensitive"], row["random"], row["least"])

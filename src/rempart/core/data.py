@@ -201,6 +201,17 @@ def open_data(spec: str, *, split: str = "test") -> Data:
     return replace(data.take(torch.tensor(list(positions))), source=f"{name}{modifiers}{label}{part}")
 
 
+def one_image(path: str, *, shape: tuple[int, ...], label: int, class_names: tuple[str, ...]) -> Data:
+    """A data set of one image file, which a model of images of this shape takes.
+
+    Raises:
+        DataError: If the file cannot be read, or is of another size.
+    """
+    images = files.read_image(Path(path), shape)
+    one = _in_memory("all", images, torch.tensor([label]), class_names)
+    return replace(one, source=Path(path).name)
+
+
 def _unknown(place: str) -> DataError:
     """Say what is wrong with a place that does not exist; what follows a known one is a misspelt ending."""
     for mark, known, what in ((":", SPLITS, "a split"), ("@", _MODIFIERS, "a modifier")):

@@ -217,6 +217,23 @@ def image_shape(store: Folder | Zip, own: str, first: str, modifiers: str) -> tu
     return channels, size[1], size[0]
 
 
+def read_image(path: Path, shape: tuple[int, ...]) -> Images:
+    """One image file as a batch of one, float32 in [0, 1], grey or colour as the shape says.
+
+    Raises:
+        DataError: If it cannot be read, is of another size, or the shape is none of a flat image.
+    """
+    if len(shape) != 3:
+        raise DataError("--data for a model of images that are not flat", got=f"the image file {path}")
+    channels, height, width = shape
+    store = Folder(Path())
+    found = image_shape(store, str(path), str(path), "")[1:]
+    if found != (height, width):
+        expected, hint = f"an image of {width}x{height}", "resize it as the training images were"
+        raise DataError(expected, got=f"{found[1]}x{found[0]} in {path}", hint=hint)
+    return Files(store, (str(path),), (channels, height, width), resize=False)(torch.zeros(1, dtype=torch.int64))
+
+
 def _opened(name: str, content: bytes) -> Image.Image:
     """An image with its header read and its number of pixels checked; the pixels are still to be decoded."""
     try:

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import get_args
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from rempart.core.types import Images, Labels
 from rempart.explain.sensitivity import Choose, top
 from rempart.report.schema import EVERY, Effect, Test
 
-TESTS: tuple[Test, ...] = get_args(Test)
+TESTS: tuple[Test, ...] = ("zero, clean", "zero, attacked", "mean, clean", "mean, attacked", "restored", "planted")
 CLEAN = ("zero, clean", "mean, clean", "planted")
 """The tests that show the original images; the others show the attacked ones."""
 _RESAMPLES = 2000
@@ -91,16 +90,31 @@ def effects(
                     most, least = run(masks("sensitive")), run(masks("least"))
                     random = np.stack([run(masks("random", draw)) for draw in range(draws)])
                     before = intact["zero, clean" if test in CLEAN else "zero, attacked"]
-                    yield Effect(
-                        layer=group[0] if len(group) == 1 else EVERY,
-                        test=test,
-                        share=share,
-                        before=_rate(before),
-                        sensitive=_rate(most),
-                        least=_rate(least),
-                        random=_cut(student(random.mean(1))),
-                        gap=against(most, random, seed=seed),
-                    )
+                    yield effect(group, test, share, before, most, least, random, seed=seed)
+
+
+def effect(
+    layers: Sequence[str],
+    test: Test,
+    share: float,
+    before: np.ndarray,
+    sensitive: np.ndarray,
+    least: np.ndarray,
+    random: np.ndarray,
+    *,
+    seed: int = 0,
+) -> Effect:
+    """The figures of one test from which images were right, shape (n); under the random choices, shape (draws, n)."""
+    return Effect(
+        layer=layers[0] if len(layers) == 1 else EVERY,
+        test=test,
+        share=share,
+        before=_rate(before),
+        sensitive=_rate(sensitive),
+        least=_rate(least),
+        random=_cut(student(random.mean(1))),
+        gap=against(sensitive, random, seed=seed),
+    )
 
 
 def against(first: np.ndarray, draws: np.ndarray, *, seed: int = 0, confidence: float = 0.95) -> Difference:

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rempart.attacks import attack_batch, attacks
+from rempart.attacks import Outcome, attack_batch, attacks
 from rempart.attacks.run import native
+from rempart.audit import is_random, mean_gradient
 from rempart.core.data import Data
 from rempart.core.errors import DataError
 from rempart.core.events import Event, Notify, named, silent
@@ -14,11 +15,13 @@ from rempart.core.features import Moved, moved
 from rempart.core.model import Classifier, frozen
 from rempart.core.stats import wilson
 from rempart.core.threat import Threat
+from rempart.explain.anew import anew
 from rempart.explain.contribution import TESTS, Pairs, effects, pull
 from rempart.explain.pictures import illustrate
 from rempart.explain.sensitivity import by_chance, jaccard, joined, layers_of, rank_correlation, top
 from rempart.report.schema import (
     AttackChoice,
+    Check,
     Effect,
     Explained,
     ExplainSpec,
@@ -31,6 +34,26 @@ from rempart.report.schema import (
 
 TO_CHOOSE, TO_TEST = 0, 1
 """Of the images that are right at first, those at even places choose neurons for the tests, those at odd ones test."""
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """One of the models to explain.
+
+    Attributes:
+        model: The model.
+        card: Describes it.
+        checks: What `preflight` found of it.
+    """
+
+    model: Classifier
+    card: ModelCard
+    checks: tuple[Check, ...] = ()
+
+    @property
+    def random(self) -> bool:
+        """Whether two passes over the same images differ."""
+        return is_random(self.checks)
 
 
 @dataclass(slots=True)
@@ -64,41 +87,51 @@ class Seen:
 
 
 def explain(
-    models: Mapping[str, tuple[Classifier, ModelCard]],
+    models: Mapping[str, Subject],
     data: Data,
     threat: Threat,
     spec: ExplainSpec,
     *,
+    picture: Data | None = None,
     notify: Notify = silent,
 ) -> tuple[tuple[Explained, ...], Illustration | None]:
     """Attack, measure and test each model; illustrate the first.
 
-    Memory does not grow with the images but for the pairs that neurons are tested on.
+    Memory does not grow with the images but for the pairs that neurons are tested on. Models that draw random numbers
+    are attacked by mean gradients; their draws add to what their neurons move.
+
+    Args:
+        models: By label.
+        data: The images.
+        threat: Norm, budget and box.
+        spec: Recorded in the report; its models and data are those given.
+        picture: One image to illustrate, instead of one of the data.
+        notify: Receives progress.
 
     Raises:
         SpecError: If an attack, an option or a layer is unknown.
         DataError: If a model gets no image right, or the images do not fit it.
     """
-    found = {label: Seen(layers_of(model, spec.layers)) for label, (model, _) in models.items()}
+    found = {label: Seen(layers_of(subject.model, spec.layers)) for label, subject in models.items()}
     first = next(iter(models))
     for batch in data.batches(spec.batch_size):
         lent: tuple[torch.Tensor, torch.Tensor] | None = None
-        for label, (model, _) in models.items():
+        for label, subject in models.items():
             seen = found[label]
-            lent_now = _see(model, seen, batch.x, batch.y, batch.index, threat, spec)
+            lent_now = _see(subject, seen, batch.x, batch.y, batch.index, threat, spec)
             if label == first:
                 lent = lent_now
             elif lent is not None and len(lent[0]):
-                seen.shared = joined([seen.shared, moved(model, [lent], seen.layers)])
+                seen.shared = joined([seen.shared, moved(subject.model, [lent], seen.layers)])
         done = found[first].n
         notify(Event(stage="neurons", done=done, total=len(data), values={"accuracy": found[first].held / done}))
     for label, seen in found.items():
         if seen.right == 0:
             raise DataError("images that the model classifies rightly", got=f"none of {seen.n} for {label}")
     told: list[Explained] = []
-    for label, (model, card) in models.items():
-        told.append(_told(label, model, card, found[label], found[first], first, spec, named(label, notify)))
-    return tuple(told), _illustrated(models[first][0], found[first], threat, spec)
+    for label, subject in models.items():
+        told.append(_told(label, subject, found[label], found[first], first, threat, spec, named(label, notify)))
+    return tuple(told), _illustrated(models[first], found[first], picture, threat, spec)
 
 
 def trend(explained: Sequence[Explained]) -> Trend | None:
@@ -125,7 +158,7 @@ def _correlated(points: Sequence[tuple[float, float]]) -> float | None:
 
 
 def _see(
-    model: Classifier,
+    subject: Subject,
     seen: Seen,
     x: torch.Tensor,
     y: torch.Tensor,
@@ -135,11 +168,9 @@ def _see(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attack one batch, add to the sums, and return the pairs of the first attack."""
     pairs: tuple[torch.Tensor, torch.Tensor] = x[:0], x[:0]
+    model = subject.model
     for number, (label, choice) in enumerate(_labelled(spec).items()):
-        entry = attacks[choice.name]
-        made = attack_batch(
-            model, x, y, native(entry, threat), choice.name, choice.options, index=index, seed=spec.seed
-        )
+        made = _attacked(subject, choice, x, y, index, threat, spec)
         right = made.correct
         a, b, c, place = x[right], made.x_adv[right], y[right], index[right]
         if number:
@@ -160,6 +191,20 @@ def _see(
     return pairs
 
 
+def _attacked(
+    subject: Subject,
+    choice: AttackChoice,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    index: torch.Tensor,
+    threat: Threat,
+    spec: ExplainSpec,
+) -> Outcome:
+    options = {**choice.options, **(mean_gradient(choice.name, choice.options) if subject.random else {})}
+    within = native(attacks[choice.name], threat)
+    return attack_batch(subject.model, x, y, within, choice.name, options, index=index, seed=spec.seed)
+
+
 def _labelled(spec: ExplainSpec) -> dict[str, AttackChoice]:
     """The attacks by name, those that come again with their number."""
     found: dict[str, AttackChoice] = {}
@@ -170,16 +215,16 @@ def _labelled(spec: ExplainSpec) -> dict[str, AttackChoice]:
 
 def _told(
     label: str,
-    model: Classifier,
-    card: ModelCard,
+    subject: Subject,
     seen: Seen,
     beside: Seen,
     first: str,
+    threat: Threat,
     spec: ExplainSpec,
     notify: Notify,
 ) -> Explained:
     """Everything of one model."""
-    sums = seen.whole
+    model, sums = subject.model, seen.whole
     pairs = _joined(seen)
     pulls = pull(model, pairs, seen.layers, batch_size=spec.batch_size) if pairs is not None else {}
     layers: list[Layer] = []
@@ -202,14 +247,17 @@ def _told(
     rows: list[Effect] = []
     if pairs is not None and seen.halves[TO_CHOOSE]:
         sigma = {name: found.absolute for name, found in seen.halves[TO_CHOOSE].items()}
-        total = len(TESTS) * (len(sigma) + (len(sigma) > 1))
+        total = len(TESTS) * (len(sigma) + (len(sigma) > 1)) + (spec.suite is not None)
         given = {"draws": spec.draws, "seed": spec.seed, "batch_size": spec.batch_size}
         for row in effects(model, sigma, pairs, [spec.share], **given):
             rows.append(row)
             notify(Event(stage="neurons masked", done=len(rows), total=total, values={}))
+        if spec.suite is not None:
+            rows.append(anew(model, sigma, pairs, threat, spec, random=subject.random))
+            notify(Event(stage="neurons masked", done=total, total=total, values={}))
     return Explained(
         label=label,
-        model=card,
+        model=subject.card,
         clean=wilson(seen.right, seen.n),
         attacked=wilson(seen.held, seen.n),
         pairs=seen.right,
@@ -240,8 +288,15 @@ def _joined(seen: Seen) -> Pairs | None:
     return Pairs(**{key: torch.cat([getattr(part, key) for part in seen.kept]) for key in ("index", "x", "x_adv", "y")})
 
 
-def _illustrated(model: Classifier, seen: Seen, threat: Threat, spec: ExplainSpec) -> Illustration | None:
-    """The first pair whose prediction the attack changed, or the first there is."""
+def _illustrated(
+    subject: Subject, seen: Seen, picture: Data | None, threat: Threat, spec: ExplainSpec
+) -> Illustration | None:
+    """The picture, or else the first pair whose prediction the attack changed, or the first there is."""
+    model, sigma = subject.model, {layer: found.absolute for layer, found in seen.whole.items()}
+    if picture is not None:
+        one = picture.batch(torch.arange(1))
+        made = _attacked(subject, spec.attacks[0], one.x, one.y, one.index, threat, spec)
+        return illustrate(model, sigma, one.x, made.x_adv, one.y, threat, seed=spec.seed)
     pairs = _joined(seen)
     if pairs is None:
         return None
@@ -249,6 +304,5 @@ def _illustrated(model: Classifier, seen: Seen, threat: Threat, spec: ExplainSpe
         predicted = torch.cat([model(part).argmax(1) for part in pairs.x_adv.split(spec.batch_size)])
     wrong = (predicted != pairs.y).nonzero()[:, 0]
     at = int(wrong[0]) if len(wrong) else 0
-    sigma = {layer: found.absolute for layer, found in seen.whole.items()}
     x, x_adv, y = (part[at : at + 1] for part in (pairs.x, pairs.x_adv, pairs.y))
     return illustrate(model, sigma, x, x_adv, y, threat, index=int(pairs.index[at]), seed=spec.seed)

@@ -26,6 +26,7 @@ TITLES = {
     "mean, attacked": "mean in their place, attacked",
     "planted": "attacked values, clean images",
     "restored": "clean values, attacked images",
+    "zero, attacked anew": "zero in their place, attacked anew",
 }
 CHOICES = {"sensitive": ("most sensitive", COLOURS[5], "o"), "random": ("random", "#999999", "s")}
 CHOICES["least"] = ("least sensitive", COLOURS[0], "^")
@@ -141,8 +142,9 @@ def tests(model: Explained, key: str) -> str:
             panel.set_title(TITLES[kind].replace(", ", ",\n"), fontsize=10.5)
         for panel in panels[len(kinds) :]:
             panel.axis("off")
-        for panel in panels[-2:]:
+        for panel in panels[max(0, len(kinds) - 2) : len(kinds)]:  # the lowest of each column
             panel.set_xlabel("accuracy (%)")
+            panel.tick_params(labelbottom=True)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper left", ncols=2, columnspacing=1)
         return element(figure, key, "Accuracy when neurons are masked or replaced, with intervals")

@@ -189,7 +189,11 @@ class ExplainSpec(Strict):
 
     Attributes:
         models: One or more; the first is illustrated, and its attacked images are shown to the others too.
+        data: What sensitivities are measured on; None: on `image` alone.
+        image: A file to illustrate, instead of an image of `data`.
+        label: The true class of `image`, by name or number; None: what the first model takes it for.
         attacks: The first makes the pairs all figures are about; the others are for the overlap of sensitive sets.
+        suite: Attacks what is left, once the neurons of all layers are taken out, anew; None: that is not done.
         layers: Names of modules or patterns; none: the outputs of all blocks.
         share: Of the neurons of a layer that count as sensitive.
         limit: Images used.
@@ -199,10 +203,13 @@ class ExplainSpec(Strict):
 
     kind: Literal["explain"] = "explain"
     models: Annotated[tuple[str, ...], Len(1)]
-    data: str
+    data: str | None = None
+    image: str | None = None
+    label: str | None = None
     defences: tuple[DefenceChoice, ...] = ()
     threat: str
     attacks: Annotated[tuple[AttackChoice, ...], Len(1)] = (AttackChoice(name="pgd"),)
+    suite: str | None = None
     layers: tuple[str, ...] = ()
     share: Annotated[float, Gt(0), Le(1)] = 0.1
     limit: Annotated[int, Ge(1)] | None = None
@@ -615,9 +622,12 @@ class Detection(Strict):
     seconds: float
 
 
-Test = Literal["zero, clean", "zero, attacked", "mean, clean", "mean, attacked", "restored", "planted"]
+Test = Literal[
+    "zero, clean", "zero, attacked", "mean, clean", "mean, attacked", "restored", "planted", "zero, attacked anew"
+]
 """What is done to neurons, and on which images: `zero` and `mean` put 0, or their mean over clean images, in their
-place; `restored` gives attacked images the neurons of the clean ones, `planted` clean images those of the attacked."""
+place; `restored` gives attacked images the neurons of the clean ones, `planted` clean images those of the attacked.
+`attacked` images were made for the whole model, those `attacked anew` for what is left of it."""
 EVERY = "all layers"
 
 
