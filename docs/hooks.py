@@ -31,7 +31,16 @@ from rempart.train.objectives import objectives
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 MARK = "<!-- results -->"
-TOLD_ELSEWHERE = ("defences", "deep_defense_mlp", "deep_defense_lenet")
+TOLD_ELSEWHERE = {
+    "[Do the defences hold?](defences.md)": ("defences", "deep_defense_mlp", "deep_defense_lenet"),
+    "[Do detectors and preprocessing hold?](guarding.md)": (
+        "detectors",
+        "preprocessing",
+        "attack_types",
+        "guard_latency",
+    ),
+    "[What do sensitive neurons do?](explaining.md)": ("sensitivity",),
+}
 
 
 def on_files(files: Any, *, config: Any) -> Any:
@@ -345,8 +354,8 @@ def _result(path: Path) -> str:
     parts += ["\n".join(f"- {name}: {value}" for name, value in facts if value not in (None, ""))]
     if "report" in body:
         parts += [_report(Report.model_validate(body["report"]))]
-    if path.stem.startswith(TOLD_ELSEWHERE):
-        parts += ["Its tables are on a page of their own: [Do the defences hold?](defences.md)"]
+    if pages := [page for page, stems in TOLD_ELSEWHERE.items() if path.stem.startswith(stems)]:
+        parts += [f"Its tables are on a page of their own: {pages[0]}"]
     elif "results" in body:
         parts += [_grid(body["results"])]
     return "\n\n".join(part for part in [*parts, f"[The whole of it](results/{path.name})"] if part)

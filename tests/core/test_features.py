@@ -301,6 +301,24 @@ def test_of_a_layer_that_runs_twice_in_a_pass_the_last_time_counts():
     assert found.pairs == 6 and torch.allclose(found.change, (before - seen["relu"]).abs().sum(0).double(), atol=1e-5)
 
 
+def test_a_layer_that_runs_for_some_batches_alone_counts_their_pairs():
+    class Bright(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 3), nn.Linear(3, 2)
+
+        def forward(self, x):
+            z = x.flatten(1)
+            return self.second(self.first(z)) if float(x.mean()) > 0.5 else z[:, :2]
+
+    torch.manual_seed(0)
+    model = Bright().eval()
+    bright, dark = (torch.rand(6, 1, 2, 2) / 2 + shift for shift in (0.5, 0.0))
+    both = moved(model, [(bright, bright - 0.01), (dark, dark + 0.01)], ["first"])["first"]
+    alone = moved(model, [(bright, bright - 0.01)], ["first"])["first"]
+    assert both.pairs == alone.pairs == 6 and torch.equal(both.absolute, alone.absolute)
+
+
 def test_no_pairs_and_layers_that_do_not_run_are_refused():
     model = build("mlp", shape=(1, 2, 2), num_classes=3)
     with pytest.raises(DataError, match="one pair"):

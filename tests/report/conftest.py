@@ -429,6 +429,7 @@ def build_explanation(
         data="brain-mri",
         threat="linf:8/255",
         attacks=(AttackChoice(name="pgd", options={"steps": 10}), AttackChoice(name="fgsm")),
+        suite="fast",
         out="runs/e",
     )
     values: dict[str, Any] = {"kind": "explain", "spec": spec, "explained": found, "samples": None}

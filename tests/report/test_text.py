@@ -249,6 +249,9 @@ def test_the_verdict_on_neurons_rests_on_the_clean_values_put_back_in_all_layers
     told = f"{effect.sensitive.value:.1%} of 64 attacked images are right; of as many at random, 54.0%"
     assert f"most sensitive 10% of the neurons of all layers put back, {told}" in words
     assert "the sensitive neurons carry more of the wrong prediction" in words
+    anew = next(e for e in report.explained[0].effects if e.test == "zero, attacked anew")
+    told = f"leaves {anew.sensitive.value:.1%} of 64 images right; without as many at random {anew.random.value:.1%} ("
+    assert f"Without them, the suite fast {told}" in words and "of the whole model 50.0%." in words
     assert f"For others: pgd-at: 45.0% left, moved by {report.explained[1].mean_relative:.3g}" in words
     for low, high, said in ((-0.1, 0.3, "does not show"), (0.0, 0.3, "does not show"), (-0.3, -0.1, "carry less")):
         gap = effect.gap.model_copy(update={"low": low, "high": high})

@@ -17,7 +17,7 @@ from rempart.core.threat import Threat
 from rempart.core.types import Images, Logits
 from rempart.explain.contribution import Pairs, effect
 from rempart.explain.sensitivity import Choose, top
-from rempart.report.schema import AuditSpec, Effect, ExplainSpec
+from rempart.report.schema import ANEW, AuditSpec, Effect, ExplainSpec
 
 
 def anew(
@@ -51,7 +51,7 @@ def anew(
 
     return effect(
         list(sigma),
-        "zero, attacked anew",
+        ANEW,
         spec.share,
         standing(model, pairs, threat, spec, random=random),
         left("sensitive"),

@@ -26,7 +26,6 @@ TITLES = {
     "mean, attacked": "mean in their place, attacked",
     "planted": "attacked values, clean images",
     "restored": "clean values, attacked images",
-    "zero, attacked anew": "zero in their place, attacked anew",
 }
 CHOICES = {"sensitive": ("most sensitive", COLOURS[5], "o"), "random": ("random", "#999999", "s")}
 CHOICES["least"] = ("least sensitive", COLOURS[0], "^")

@@ -629,6 +629,7 @@ Test = Literal[
 place; `restored` gives attacked images the neurons of the clean ones, `planted` clean images those of the attacked.
 `attacked` images were made for the whole model, those `attacked anew` for what is left of it."""
 EVERY = "all layers"
+ANEW = "zero, attacked anew"
 
 
 class Effect(Strict):

@@ -10,10 +10,12 @@ from rempart.report.compare import CLEAN, WORST, Comparison
 from rempart.report.methods import Group, Methods
 from rempart.report.schema import (
     ALL,
+    ANEW,
     EVERY,
     KNOWS,
     NO_DETECTOR,
     NONE,
+    AnySpec,
     AttackSpec,
     Bracket,
     Certificate,
@@ -468,12 +470,23 @@ def _explained(report: Report) -> str:
             f"many at random, {effect.random.value:.1%}: {points(effect.gap.value)} points {interval(effect.gap)}. "
             f"{_read(effect)}"
         )
+    told += "".join(_anew(effect, report.spec) for effect in first.effects if effect.test == ANEW)
     beside = [
         f"{model.label}: {model.attacked.value:.1%} left, moved by {model.mean_relative:.3g}"
         + (f", {points(found.gap.value)} points {interval(found.gap)}" if (found := decisive(model)) else "")
         for model in others
     ]
     return f"{told} For others: {'; '.join(beside[:_FEW])}{'; ...' * (len(beside) > _FEW)}." if beside else told
+
+
+def _anew(effect: Effect, spec: AnySpec | None) -> str:
+    """What attacks leave of a model whose sensitive neurons are gone."""
+    assert isinstance(spec, ExplainSpec)
+    return (
+        f" Without them, the suite {spec.suite} leaves {effect.sensitive.value:.1%} of "
+        f"{count(effect.sensitive.n, 'image')} right; without as many at random {effect.random.value:.1%} "
+        f"({points(effect.gap.value)} points {interval(effect.gap)}), of the whole model {effect.before.value:.1%}."
+    )
 
 
 def _read(effect: Effect) -> str:
