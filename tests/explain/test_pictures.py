@@ -50,13 +50,18 @@ def test_the_landscape_stays_inside_the_box():
     model = toys.linear((1, 4, 4), classes=2)
     x, x_adv, y = case(model)
     tight = Threat(norm="linf", eps=0.05, low=float(x.min()), high=float(x.max()))
-    grid = np.array(illustrate(model, {}, x, x_adv.clamp(tight.low, tight.high), y, tight).landscape)
+    found = illustrate(model, {}, x, x_adv.clamp(tight.low, tight.high), y, tight)
+    grid = np.array(found.landscape)
     weight, bias = toys.affine(model)
     z = x.double().flatten(1) @ weight.T + bias
     assert grid[10, 10] == pytest.approx(float(lead(z, y)[0]), abs=1e-4)
-    gap = (weight[y[0]] - weight[1 - y[0]]).double()
-    lowest = float((gap.clamp_min(0) * tight.low + gap.clamp_max(0) * tight.high).sum() + (bias[y[0]] - bias[1 - y[0]]))
-    assert grid.min() >= lowest - 1e-4
+    steepest = -(weight[y[0]] - weight[1 - y[0]]).sign().view_as(x)
+    reach = found.reach
+    points = torch.cat([x + up * steepest for up in torch.linspace(-reach, reach, 21).tolist()])
+    cut = points.clamp(tight.low, tight.high)
+    assert not torch.equal(cut, points), "nothing to cut"
+    margins = lead(cut.double().flatten(1) @ weight.T + bias, y.expand(21))
+    assert grid[:, 10] == pytest.approx(margins.numpy(), abs=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(1, 6, 5), (3, 6, 5), (2, 6, 5), (1, 4, 6, 5), (2, 7)])
