@@ -349,15 +349,15 @@ def _explain(spec: ExplainSpec, notify: Notify) -> Report:
         attacks[choice.name].parse(choice.options)
     checks: list[Check] = []
     for label, subject in models.items():
-        mended, found = preflight(subject.model, data)
+        mended, told = preflight(subject.model, data)
         about_it = f", {label}" if len(models) > 1 else ""
-        checks += [check.model_copy(update={"name": f"{check.name}{about_it}"}) for check in found]
-        models[label] = Subject(mended, subject.card, found)
+        checks += [check.model_copy(update={"name": f"{check.name}{about_it}"}) for check in told]
+        models[label] = Subject(mended, subject.card, told)
     _claim(out)
-    explained, illustration = explain(models, data, threat, spec, picture=picture, notify=notify)
+    found = explain(models, data, threat, spec, picture=picture, notify=notify)
     report = Report(
         kind="explain",
-        complete=True,
+        complete=not found.not_run,
         spec=spec,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=perf_counter() - started,
@@ -365,10 +365,11 @@ def _explain(spec: ExplainSpec, notify: Notify) -> Report:
         model=about,
         data=DataCard.of(data),
         preflight=tuple(checks),
-        clean=explained[0].clean,
-        explained=explained,
-        trend=trend(explained),
-        illustration=illustration,
+        clean=found.explained[0].clean,
+        explained=found.explained,
+        trend=trend(found.explained),
+        illustration=found.illustration,
+        not_run=found.not_run,
     )
     write(report, out)
     return report

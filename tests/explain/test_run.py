@@ -8,7 +8,7 @@ import torch
 import toys
 from rempart.attacks import attack_batch
 from rempart.core.data import Data
-from rempart.core.errors import DataError
+from rempart.core.errors import Cancelled, DataError
 from rempart.core.features import moved
 from rempart.core.model import Classifier
 from rempart.core.threat import Threat
@@ -40,7 +40,9 @@ def spec(**changes) -> ExplainSpec:
 
 def explained(models: dict[str, Classifier], images: Data, **changes):
     subjects = {label: Subject(model, card(model, f"python:{label}:f")) for label, model in models.items()}
-    return explain(subjects, images, THREAT, spec(**changes))
+    found = explain(subjects, images, THREAT, spec(**changes))
+    assert found.not_run == ()
+    return found.explained, found.illustration
 
 
 def pairs(model: Classifier, images: Data, name="pgd", options=PGD):
@@ -151,7 +153,7 @@ def _rest(images: Data):
 def test_the_picture_is_of_the_first_pair_that_broke():
     model, small = toys.smooth(SHAPE), Threat.parse("linf:0.005")
     images = data(model)
-    ((_,), picture) = explain({"a": Subject(model, card(model, "python:a:f"))}, images, small, spec())
+    picture = explain({"a": Subject(model, card(model, "python:a:f"))}, images, small, spec()).illustration
     batch = images.batch(torch.arange(len(images)))
     made = attack_batch(model, batch.x, batch.y, small, "pgd", PGD, index=batch.index)
     tested = made.correct.nonzero()[:, 0][1::2][:9]
@@ -159,6 +161,25 @@ def test_the_picture_is_of_the_first_pair_that_broke():
     assert len(broken) and broken[0] != tested[0], "the first one tested would do as well"
     assert picture is not None and picture.index == int(images.index[broken[0]])
     assert picture.adversarial != picture.predicted == picture.label
+
+
+@pytest.mark.parametrize("stop", [Cancelled, KeyboardInterrupt])
+def test_an_interruption_of_the_tests_keeps_what_was_found(stop):
+    first, second = toys.smooth(SHAPE), toys.smooth(SHAPE, seed=1)
+    images, seen = data(first), []
+
+    def notify(event):
+        seen.append(event.stage)
+        if seen.count("a") == 4:
+            raise stop
+
+    subjects = {label: Subject(m, card(m, f"python:{label}:f")) for label, m in (("a", first), ("b", second))}
+    whole, picture = explained({"a": first, "b": second}, images)
+    found = explain(subjects, images, THREAT, spec(), notify=notify)
+    assert found.not_run == ("tests of a", "tests of b") and found.illustration == picture
+    assert found.explained[0].effects == whole[0].effects[:4] and found.explained[1].effects == ()
+    for part, told in zip(found.explained, whole, strict=True):
+        assert part.model_copy(update={"effects": told.effects}) == told
 
 
 def test_memory_does_not_grow_with_the_pairs():

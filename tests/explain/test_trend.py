@@ -55,7 +55,7 @@ def test_an_attack_keeps_its_name_from_batch_to_batch_and_a_second_one_gets_a_nu
     twice = AttackChoice(name="pgd", options={"steps": 2})
     attacks = (twice, fgsm, twice)
     spec = ExplainSpec(models=("m",), data="d", threat="linf:0.1", attacks=attacks, batch_size=5, test=0, out="o")
-    (told,), _ = explain({"m": Subject(net, card(net, "toy"))}, data, threat, spec)
+    (told,) = explain({"m": Subject(net, card(net, "toy"))}, data, threat, spec).explained
     assert list(dict.fromkeys(row.beside for row in told.overlaps)) == ["fgsm", "pgd 3"]
     again = [row.jaccard for row in told.overlaps if row.beside == "pgd 3"]
     assert again == [1] * len(told.layers), "the same attack over the same images"

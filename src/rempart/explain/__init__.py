@@ -3,10 +3,11 @@
 from rempart.explain.contribution import Pairs, against, effects, pull
 from rempart.explain.pictures import illustrate
 from rempart.explain.prune import prune, prune_model
-from rempart.explain.run import Subject, explain, trend
+from rempart.explain.run import Explanation, Subject, explain, trend
 from rempart.explain.sensitivity import jaccard, layers_of, top
 
 __all__ = [
+    "Explanation",
     "Pairs",
     "Subject",
     "against",

@@ -9,7 +9,7 @@ from torch import Tensor
 from rempart.audit import plan
 from rempart.audit.pieces import Pieces, attack_chunk
 from rempart.core.data import Data
-from rempart.core.events import silent
+from rempart.core.events import Notify, named, silent
 from rempart.core.features import Neurons, watched
 from rempart.core.model import Classifier, Untraced
 from rempart.core.repro import Draws
@@ -21,7 +21,14 @@ from rempart.report.schema import ANEW, AuditSpec, Effect, ExplainSpec
 
 
 def anew(
-    model: Classifier, sigma: Neurons, pairs: Pairs, threat: Threat, spec: ExplainSpec, *, random: bool = False
+    model: Classifier,
+    sigma: Neurons,
+    pairs: Pairs,
+    threat: Threat,
+    spec: ExplainSpec,
+    *,
+    random: bool = False,
+    notify: Notify = silent,
 ) -> Effect:
     """Worst case under a suite, without the most sensitive, the least sensitive or random neurons of all layers.
 
@@ -35,6 +42,7 @@ def anew(
         threat: Norm, budget and box.
         spec: Its suite, share, draws, seed and batch size count.
         random: Whether the model draws random numbers: attacks then climb mean gradients.
+        notify: Receives the progress of the attacks.
 
     Raises:
         SpecError: If the suite is unknown.
@@ -47,13 +55,14 @@ def anew(
 
     def left(choose: Choose, draw: int = 0) -> np.ndarray:
         chosen = {name: top(value, spec.share, choose, rng.at(name, draw)) for name, value in sigma.items()}
-        return standing(without(model, chosen), pairs, threat, spec, random=random)
+        told = named(f"without {choose} neurons{f' {draw + 1}' * (choose == 'random')}", notify)
+        return standing(without(model, chosen), pairs, threat, spec, random=random, notify=told)
 
     return effect(
         list(sigma),
         ANEW,
         spec.share,
-        standing(model, pairs, threat, spec, random=random),
+        standing(model, pairs, threat, spec, random=random, notify=named("whole", notify)),
         left("sensitive"),
         left("least"),
         np.stack([left("random", draw) for draw in range(spec.draws)]),
@@ -92,7 +101,15 @@ class _Without(Untraced):
         return value.masked_fill(mask.view(1, -1, *(1,) * (value.ndim - 2)), 0)
 
 
-def standing(model: Classifier, pairs: Pairs, threat: Threat, spec: ExplainSpec, *, random: bool = False) -> np.ndarray:
+def standing(
+    model: Classifier,
+    pairs: Pairs,
+    threat: Threat,
+    spec: ExplainSpec,
+    *,
+    random: bool = False,
+    notify: Notify = silent,
+) -> np.ndarray:
     """Which images are right whatever the attacks of the suite did."""
     request = AuditSpec(
         model=spec.models[0], data="", threat=spec.threat, suite=spec.suite, seed=spec.seed, batch_size=spec.batch_size
@@ -102,7 +119,7 @@ def standing(model: Classifier, pairs: Pairs, threat: Threat, spec: ExplainSpec,
     names = model.class_names
     data = Data("", "all", at, pairs.y.cpu(), model.shape, names, lambda numbers: pairs.x[numbers])
     done: Pieces = {}
-    attack_chunk(model, data, 0, planned, threat, request, done, None, silent)
+    attack_chunk(model, data, 0, planned, threat, request, done, None, notify)
     right = torch.ones(len(at), dtype=torch.bool)
     for piece in done.values():
         if piece.verdict is not None:

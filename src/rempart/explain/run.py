@@ -1,6 +1,6 @@
 """A request to explain: attack in batches, sum up what neurons do, test the sensitive ones."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -9,7 +9,7 @@ from rempart.attacks import Outcome, attack_batch, attacks
 from rempart.attacks.run import native
 from rempart.audit import is_random, mean_gradient
 from rempart.core.data import Data
-from rempart.core.errors import DataError
+from rempart.core.errors import Cancelled, DataError
 from rempart.core.events import Event, Notify, named, silent
 from rempart.core.features import Moved, moved
 from rempart.core.model import Classifier, frozen
@@ -56,6 +56,21 @@ class Subject:
         return is_random(self.checks)
 
 
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What was found.
+
+    Attributes:
+        explained: Of each model.
+        illustration: One image seen by the first; None where there is no pair.
+        not_run: What an interruption left undone.
+    """
+
+    explained: tuple[Explained, ...]
+    illustration: Illustration | None
+    not_run: tuple[str, ...] = ()
+
+
 @dataclass(slots=True)
 class Seen:
     """What is summed up of one model while the batches go by.
@@ -94,11 +109,12 @@ def explain(
     *,
     picture: Data | None = None,
     notify: Notify = silent,
-) -> tuple[tuple[Explained, ...], Illustration | None]:
+) -> Explanation:
     """Attack, measure and test each model; illustrate the first.
 
     Memory does not grow with the images but for the pairs that neurons are tested on. Models that draw random numbers
-    are attacked by mean gradients; their draws add to what their neurons move.
+    are attacked by mean gradients; their draws add to what their neurons move. An interruption (Ctrl-C, or `Cancelled`
+    from `notify`) of the tests of neurons keeps what was found before it.
 
     Args:
         models: By label.
@@ -128,10 +144,20 @@ def explain(
     for label, seen in found.items():
         if seen.right == 0:
             raise DataError("images that the model classifies rightly", got=f"none of {seen.n} for {label}")
-    told: list[Explained] = []
-    for label, subject in models.items():
-        told.append(_told(label, subject, found[label], found[first], first, threat, spec, named(label, notify)))
-    return tuple(told), _illustrated(models[first], found[first], picture, threat, spec)
+    told = [_told(label, subject, found[label], found[first], first, spec) for label, subject in models.items()]
+    shown = _illustrated(models[first], found[first], picture, threat, spec)
+    for at, (label, subject) in enumerate(models.items()):
+        rows: list[Effect] = []
+        stopped = False
+        try:
+            for row in _tests(subject, found[label], threat, spec, named(label, notify)):
+                rows.append(row)
+        except (KeyboardInterrupt, Cancelled):
+            stopped = True
+        told[at] = told[at].model_copy(update={"effects": tuple(rows)})
+        if stopped:
+            return Explanation(tuple(told), shown, tuple(f"tests of {name}" for name in [*models][at:]))
+    return Explanation(tuple(told), shown)
 
 
 def trend(explained: Sequence[Explained]) -> Trend | None:
@@ -219,11 +245,9 @@ def _told(
     seen: Seen,
     beside: Seen,
     first: str,
-    threat: Threat,
     spec: ExplainSpec,
-    notify: Notify,
 ) -> Explained:
-    """Everything of one model."""
+    """Everything of one model but the tests of its neurons."""
     model, sums = subject.model, seen.whole
     pairs = _joined(seen)
     pulls = pull(model, pairs, seen.layers, batch_size=spec.batch_size) if pairs is not None else {}
@@ -244,17 +268,6 @@ def _told(
                 shared_relative=None if lent is None else float(lent.relative.mean()),
             )
         )
-    rows: list[Effect] = []
-    if pairs is not None and seen.halves[TO_CHOOSE]:
-        sigma = {name: found.absolute for name, found in seen.halves[TO_CHOOSE].items()}
-        total = len(TESTS) * (len(sigma) + (len(sigma) > 1)) + (spec.suite is not None)
-        given = {"draws": spec.draws, "seed": spec.seed, "batch_size": spec.batch_size}
-        for row in effects(model, sigma, pairs, [spec.share], **given):
-            rows.append(row)
-            notify(Event(stage="neurons masked", done=len(rows), total=total, values={}))
-        if spec.suite is not None:
-            rows.append(anew(model, sigma, pairs, threat, spec, random=subject.random))
-            notify(Event(stage="neurons masked", done=total, total=total, values={}))
     return Explained(
         label=label,
         model=subject.card,
@@ -264,8 +277,22 @@ def _told(
         tested=0 if pairs is None else len(pairs.x),
         layers=tuple(layers),
         overlaps=tuple(_overlaps(seen, beside, first, label, spec.share)),
-        effects=tuple(rows),
     )
+
+
+def _tests(subject: Subject, seen: Seen, threat: Threat, spec: ExplainSpec, notify: Notify) -> Iterator[Effect]:
+    """Mask and replace the neurons that one half of the pairs chooses, on the other half."""
+    pairs = _joined(seen)
+    if pairs is None or not seen.halves[TO_CHOOSE]:
+        return
+    sigma = {name: found.absolute for name, found in seen.halves[TO_CHOOSE].items()}
+    total = len(TESTS) * (len(sigma) + (len(sigma) > 1)) + (spec.suite is not None)
+    given = {"draws": spec.draws, "seed": spec.seed, "batch_size": spec.batch_size}
+    for done, row in enumerate(effects(subject.model, sigma, pairs, [spec.share], **given), 1):
+        yield row
+        notify(Event(stage="neurons masked", done=done, total=total, values={}))
+    if spec.suite is not None:
+        yield anew(subject.model, sigma, pairs, threat, spec, random=subject.random, notify=notify)
 
 
 def _overlaps(seen: Seen, beside: Seen, first: str, label: str, share: float) -> list[Overlap]:
