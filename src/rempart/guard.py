@@ -28,7 +28,8 @@ from rempart.core.model import Classifier, frozen, placed
 from rempart.core.types import Images, Labels, Logits, Mask, Scores
 from rempart.detect import Fitted
 from rempart.detect.fitted import CARD
-from rempart.models.load import PYTHON, load
+from rempart.models.formats import PYTHON
+from rempart.models.load import load
 from rempart.models.save import CONFIG, WEIGHTS
 from rempart.preprocess import defended, described
 from rempart.report.schema import DefenceChoice, Strict, fault

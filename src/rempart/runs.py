@@ -13,7 +13,8 @@ from rempart.core.errors import Cancelled, SpecError
 from rempart.core.events import Event, Notify, silent
 from rempart.core.repro import environment
 from rempart.core.threat import Threat
-from rempart.models.load import PYTHON, card, load
+from rempart.models.formats import PYTHON
+from rempart.models.load import card, load
 from rempart.report import compare as comparing
 from rempart.report import text
 from rempart.report.html import methods_page
