@@ -185,7 +185,7 @@ def _kept(out: Path, spec: AuditSpec) -> Report | None:
         return None
     report = read(out)
     model = load(spec.model)
-    data = open_data(spec.data).head(spec.limit).scaled(model.low, model.high)
+    data = open_data(spec.data).head(spec.limit).seen_by(model)
     place = {"model": spec.model, "out": spec.out}  # the folder may have been moved
     record = environment()
     same = (

@@ -10,29 +10,39 @@ from rempart.core.repro import digest_state
 from rempart.models.formats import FORMS, PYTHON, RECIPE
 from rempart.models.formats.exported import load_exported
 from rempart.models.formats.folder import load_folder, read_config
+from rempart.models.formats.keras import KERAS, keras_options, load_keras
 from rempart.models.formats.python import load_python
-from rempart.report.schema import ModelCard
+from rempart.models.reading import read_as
+from rempart.report.schema import AS_IT_IS, ModelCard, Reading
 
 FILES: dict[str, Callable[[Path], Classifier]] = {
+    ".h5": load_keras,
+    ".keras": load_keras,
     ".pt2": load_exported,
 }
 """The loader of each kind of file, by its ending."""
 
 
-def load(source: str) -> Classifier:
+def load(source: str, reading: Reading = AS_IT_IS) -> Classifier:
     """Load a classifier, on the CPU and in inference mode.
 
     Args:
-        source: A directory that `save` wrote; a `.pt2` file that `torch.export.save` wrote, for images in [0, 1] and
-            exported with a dynamic batch size; or `python:package.module:factory`, a function without arguments that
-            returns a `Classifier`, or a network with the attributes `shape` and `num_classes` that takes images in
-            [0, 1] to logits. Both of the latter run code of their author: a factory plainly, and a `.pt2` because
-            torch evaluates expressions in it. Load them only from where you would install a package from.
+        source: A directory that `save` wrote; a `.keras` or `.h5` file of a whole Keras model; a `.pt2` file that
+            `torch.export.save` wrote, exported with a dynamic batch size; or `python:package.module:factory`, a
+            function without arguments that returns a `Classifier`, a Keras model, or a network with the attributes
+            `shape` and `num_classes`. Networks take images in [0, 1], but for what `reading` says, to logits. Both of
+            the latter run code of their author: a factory plainly, and a `.pt2` because torch evaluates expressions in
+            it. Load them only from where you would install a package from.
             `python:package.module:factory@DIRECTORY` fills the factory's network with the weights trained there.
+        reading: What its network takes for images in [0, 1], and the names of its outputs.
 
     Raises:
         ModelError: If there is nothing there, or it cannot be used; pickles are always refused.
     """
+    return read_as(_found(source), reading)
+
+
+def _found(source: str) -> Classifier:
     if source.startswith(PYTHON):
         return load_python(source)  # in whatever mode it comes: an audit reports and repairs it
     path = Path(source)
@@ -46,19 +56,22 @@ def load(source: str) -> Classifier:
     raise ModelError(FORMS, got=repr(source), hint=RECIPE)
 
 
-def architecture(source: str) -> tuple[str, dict[str, Any]]:
-    """What the network of a loadable model is built from, as `save` records it: a name and its options.
+def architecture(source: str) -> tuple[str, dict[str, Any], str]:
+    """What the network of a loadable model is built from, as `save` records it: a name, its options, and its box.
 
     Raises:
         ModelError: If it is of a form that cannot be trained and saved.
     """
     if source.startswith(PYTHON):
-        return source.partition("@")[0], {}
+        code, _, folder = source.partition("@")
+        return code, {}, read_config(Path(folder)).box if folder else AS_IT_IS.box
     if not Path(source).exists():
         raise ModelError(FORMS, got=f"{source!r}, which does not exist")
     if Path(source).is_dir():
         config = read_config(Path(source))
-        return config.architecture, config.options
+        return config.architecture, config.options, config.box
+    if FILES.get(Path(source).suffix) is load_keras:
+        return KERAS, keras_options(load_keras(Path(source))), AS_IT_IS.box
     raise ModelError(
         "a directory that `rempart train` wrote or python:package.module:factory, to train it further",
         got=repr(source),
@@ -82,6 +95,7 @@ def card(model: Classifier, source: str, defences: Sequence[str] = ()) -> ModelC
         low=model.low,
         high=model.high,
         defences=tuple(defences),
+        notes=model.notes,
     )
 
 

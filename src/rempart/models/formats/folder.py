@@ -9,8 +9,10 @@ from safetensors.torch import load as from_bytes
 from rempart.core.errors import ModelError, SpecError
 from rempart.core.model import Classifier
 from rempart.models.formats import FORMS, PYTHON
+from rempart.models.reading import read_as
 from rempart.models.save import CONFIG, WEIGHTS, Config, differing
 from rempart.models.zoo import build
+from rempart.report.schema import Reading
 
 
 def load_folder(path: Path) -> Classifier:
@@ -38,6 +40,7 @@ def load_folder(path: Path) -> Classifier:
         raise ModelError(f"an architecture of this version in {path / CONFIG}", got=str(error)) from None
     model.low, model.high = config.low, config.high
     model.output = config.output
+    model = read_as(model, Reading(box=config.box))
     fill(model, path / WEIGHTS)
     return model
 

@@ -16,7 +16,10 @@ from torch import nn
 from rempart.core.errors import ModelError
 from rempart.core.model import Classifier
 from rempart.models.formats.folder import fill, read_config
+from rempart.models.formats.keras import from_keras, is_keras
+from rempart.models.reading import read_as
 from rempart.models.save import WEIGHTS
+from rempart.report.schema import Reading
 
 
 def load_python(source: str) -> Classifier:
@@ -52,6 +55,7 @@ def load_python(source: str) -> Classifier:
         config = read_config(Path(folder))
         if config.architecture != source:
             raise ModelError(f"weights of {source}", got=f"{folder} with those of {config.architecture}")
+        classifier = read_as(classifier, Reading(box=config.box, classes=config.class_names))
         fill(classifier, Path(folder) / WEIGHTS)
     return classifier
 
@@ -66,8 +70,11 @@ def _user_error(expected: str, error: Exception) -> ModelError:
 def _as_classifier(model: object, source: str) -> Classifier:
     if isinstance(model, Classifier):
         return model
+    if is_keras(model):
+        return from_keras(model)
     if not isinstance(model, nn.Module):
-        raise ModelError("the factory to return a Classifier or a torch module", got=type(model).__name__)
+        came = type(model).__name__
+        raise ModelError("the factory to return a Classifier, a torch module or a Keras model", got=came)
     shape, classes = getattr(model, "shape", None), getattr(model, "num_classes", None)
     if not isinstance(shape, (tuple, list, torch.Size)) or not isinstance(classes, int):
         raise ModelError(
