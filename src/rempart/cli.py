@@ -357,6 +357,21 @@ def explain(
 
 
 @app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL")],
+    data: Annotated[str | None, typer.Option("--data", help="Images to check it on; noise without")] = None,
+    box: Box = "0:1",
+    classes: Classes = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+) -> None:
+    """Look at a model before an audit: input, classes, layers, normalisation, outputs, gradients, one prediction."""
+    from rempart.inspection import described, inspect_model
+
+    found = inspect_model(model, _reading(box, classes), data)
+    print(found.model_dump_json(indent=1) if as_json else described(found))
+
+
+@app.command()
 def prune(
     model: Annotated[str, typer.Argument(metavar="MODEL")],
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of `rempart explain` on this model")],

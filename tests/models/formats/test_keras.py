@@ -1,7 +1,6 @@
 """Keras models against the same networks written in torch."""
 
 import copy
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from rempart.report.schema import Reading, TrainSpec
 from rempart.tasks import run
 
 pytest.importorskip("h5py")
-os.environ["KERAS_BACKEND"] = "torch"
 keras = pytest.importorskip("keras")
 layers = keras.layers
 

@@ -1,7 +1,6 @@
 """Planted Keras files: each is refused, nothing in it runs, and nothing is written."""
 
 import json
-import os
 import pickle
 import shutil
 import warnings
@@ -16,7 +15,6 @@ from rempart.core.errors import ModelError
 from rempart.models import load
 
 h5py = pytest.importorskip("h5py")
-os.environ["KERAS_BACKEND"] = "torch"
 keras = pytest.importorskip("keras")
 layers = keras.layers
 

@@ -153,7 +153,7 @@ class KerasNet(Untraced):
         own = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", type(layer).__name__)
         own = re.sub("([a-z])([A-Z])", r"\1_\2", own).lower()
         if re.fullmatch(rf"{own}(_[0-9]+)?", name):
-            before = sum(type(module.call.__self__) is type(layer) for module in self.children())
+            before = sum(getattr(module, "kind", "") == type(layer).__name__ for module in self.children())
             name = f"{own}_{before}" if before else own
         while hasattr(self, name):
             name += "_"
@@ -171,7 +171,12 @@ class _Layer(nn.Module):
 
     def __init__(self, layer: Any, channels_last: bool) -> None:
         super().__init__()
-        self.call, self.channels_last = layer.call, channels_last
+        self.call: Any = layer.call
+        self.channels_last, self.kind = channels_last, type(layer).__name__
+        self.scaling = ""
+        if self.kind in ("Rescaling", "Normalization"):
+            given = {key: value for key, value in layer.get_config().items() if key in _SCALES and value is not None}
+            self.scaling = ", ".join([f"a {self.kind} layer", *(f"{key} {value}" for key, value in given.items())])
         frozen, layer.trainable = not layer.trainable, True
         learnt = {id(variable) for variable in layer.trainable_variables}
         layer.trainable = not frozen
@@ -210,6 +215,9 @@ class _Layer(nn.Module):
     def _join(self) -> None:
         for name, variable in self.statistics.items():
             variable._value = getattr(self, name)
+
+
+_SCALES = ("scale", "offset", "mean", "variance")
 
 
 def _leaves(model: Any) -> Iterator[Any]:
