@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ["KERAS_BACKEND"] = "torch"
 
 import importlib.util
 import random

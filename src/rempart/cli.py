@@ -17,15 +17,15 @@ from rempart.core.errors import RempartError, SpecError
 
 if TYPE_CHECKING:
     from rempart.core.events import Event, Notify
-    from rempart.report.schema import AttackChoice, DefenceChoice, DetectorChoice, Report
+    from rempart.report.schema import AttackChoice, DefenceChoice, DetectorChoice, Reading, Report
 
 _STOPPED = threading.Event()
 
 app = typer.Typer(
     name="rempart",
-    help="Attack, audit and harden image classifiers. MODEL is a folder written by `rempart train`, a .pt2 file, or "
-    "python:package.module:factory. DATA is digits, mnist:DIR, a folder or .zip of class folders, or a .npz file; "
-    "add :train or :test and a slice such as [:500].",
+    help="Attack, audit and harden image classifiers. MODEL is a folder written by `rempart train`, a .keras, .h5 or "
+    ".pt2 file, or python:package.module:factory. DATA is digits, mnist:DIR, a folder or .zip of class folders, or a "
+    ".npz file; add :train or :test and a slice such as [:500].",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -47,6 +47,17 @@ Defence = Annotated[
         "the image; see `rempart list preprocessors`",
     ),
 ]
+Box = Annotated[
+    str,
+    typer.Option(
+        "--box",
+        help="What the network takes for images in [0, 1]: 0:255, -1:1, mean=0.449,std=0.226 (per channel: "
+        "mean=A,B,C,std=D,E,F) or per-image",
+    ),
+]
+Classes = Annotated[
+    str | None, typer.Option("--classes", help="Names of the model's outputs in their order: cat,dog,hare")
+]
 EightBit = Annotated[bool, typer.Option("--eight-bit", help="Also judge each adversarial image rounded to 8 bit")]
 
 
@@ -58,6 +69,8 @@ def train(
         str | None, typer.Option("--model", help="Architecture; see `rempart list models`; lenet without --from")
     ] = None,
     start: Annotated[str | None, typer.Option("--from", help="A trained model to train further")] = None,
+    box: Box = "0:1",
+    classes: Classes = None,
     recipe: Annotated[
         str, typer.Option("--recipe", help="Recipe name or TOML file; see `rempart list recipes`")
     ] = "plain",
@@ -87,6 +100,7 @@ def train(
             data=data,
             model=model if model or start else "lenet",
             start=start,
+            reading=_reading(box, classes),
             device=device,
             devices=devices,
             log=tuple(log or ()),  # pyright: ignore[reportArgumentType]  (checked above)
@@ -114,6 +128,8 @@ def audit(
         list[str] | None, typer.Option("--attack", help="NAME or NAME:key=value,key=value; repeatable")
     ] = None,
     option: Options = None,
+    box: Box = "0:1",
+    classes: Classes = None,
     defence: Defence = None,
     limit: Limit = None,
     batch_size: BatchSize = 64,
@@ -137,6 +153,7 @@ def audit(
     _run(
         AuditSpec(
             model=model,
+            reading=_reading(box, classes),
             data=data,
             threat=threat,
             suite=suite,
@@ -168,6 +185,8 @@ def attack(
         str | None, typer.Option("--target", help="Class to reach: a name, a number, nearest or least-likely")
     ] = None,
     option: Options = None,
+    box: Box = "0:1",
+    classes: Classes = None,
     defence: Defence = None,
     limit: Limit = None,
     batch_size: BatchSize = 64,
@@ -181,6 +200,7 @@ def attack(
     _run(
         AttackSpec(
             model=model,
+            reading=_reading(box, classes),
             data=data,
             threat=threat,
             attack=choice,
@@ -213,6 +233,8 @@ def certify(
         str, typer.Option("--attack", help="Attack on the smoothed model: NAME or NAME:key=value,key=value")
     ] = "pgd",
     attack_draws: Annotated[int, typer.Option("--attack-draws", min=1, help="Draws of noise the attack averages")] = 16,
+    box: Box = "0:1",
+    classes: Classes = None,
     defence: Defence = None,
     limit: Limit = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Noisy images per forward pass")] = 256,
@@ -225,6 +247,7 @@ def certify(
     _run(
         CertifySpec(
             model=model,
+            reading=_reading(box, classes),
             data=data,
             sigma=sigma,
             samples=samples,
@@ -311,6 +334,8 @@ def explain(
     suite: Annotated[
         str | None, typer.Option("--suite", help="Also attack anew, by this suite, what is left without the neurons")
     ] = None,
+    box: Box = "0:1",
+    classes: Classes = None,
     defence: Defence = None,
     batch_size: BatchSize = 64,
     seed: Seed = 0,
@@ -321,6 +346,7 @@ def explain(
     _run(
         ExplainSpec(
             models=tuple(model),
+            reading=_reading(box, classes),
             data=data,
             image=image,
             label=label,
@@ -338,6 +364,21 @@ def explain(
             out=out,
         )
     )
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL")],
+    data: Annotated[str | None, typer.Option("--data", help="Images to check it on; noise without")] = None,
+    box: Box = "0:1",
+    classes: Classes = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+) -> None:
+    """Look at a model before an audit: input, classes, layers, normalisation, outputs, gradients, one prediction."""
+    from rempart.inspection import described, inspect_model
+
+    found = inspect_model(model, _reading(box, classes), data)
+    print(found.model_dump_json(indent=1) if as_json else described(found))
 
 
 @app.command()
@@ -394,6 +435,8 @@ def evaluate(
     fpr: Fpr = 0.05,
     fit_limit: FitLimit = None,
     limit: Limit = None,
+    box: Box = "0:1",
+    classes: Classes = None,
     defence: Defence = None,
     adaptive: Annotated[bool, typer.Option(help="Also attack by an attacker who knows the detector")] = True,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of that attacker, for each class aimed at")] = 100,
@@ -408,6 +451,7 @@ def evaluate(
     _run(
         DetectSpec(
             model=model,
+            reading=_reading(box, classes),
             data=data,
             defences=_defences(defence),
             detectors=_detectors(detector),
@@ -432,6 +476,8 @@ def score(
     model: Annotated[str, typer.Argument(metavar="MODEL")],
     data: Data,
     out: Annotated[Path, typer.Option("--out", help="CSV file: number, score, threshold and verdict of each image")],
+    box: Box = "0:1",
+    classes: Classes = None,
     defence: Defence = None,
     limit: Limit = None,
     batch_size: BatchSize = 64,
@@ -439,9 +485,8 @@ def score(
     """Score images with a fitted detector; larger = more suspicious, and flagged above its threshold."""
     from rempart.detect.run import score_data
 
-    scored, flagged = score_data(
-        detector, model, data, out, defences=_defences(defence), limit=limit, batch_size=batch_size
-    )
+    read: Any = {"reading": _reading(box, classes), "defences": _defences(defence)}
+    scored, flagged = score_data(detector, model, data, out, **read, limit=limit, batch_size=batch_size)
     print(f"{flagged} of {scored} images flagged\n\n{out}")
 
 
@@ -463,13 +508,15 @@ def make(
     namer: Annotated[
         Path | None, typer.Option("--namer", help="Folder of a detector that names attacks, such as attack-type")
     ] = None,
+    box: Box = "0:1",
+    classes: Classes = None,
     defence: Defence = None,
 ) -> None:
     """Put a model behind defences and under a detector, and keep all of it in one folder."""
     from rempart.guard import guard as make_guard
     from rempart.guard import save_guard
 
-    guarded = make_guard(model, _defences(defence), detector, namer)
+    guarded = make_guard(model, _defences(defence), detector, namer, _reading(box, classes))
     save_guard(guarded, out)
     card = guarded.detector.card
     assert card.threshold is not None  # `guard` refuses a detector without one
@@ -501,6 +548,12 @@ def predict(
     ):
         told += f"\n{right / n:.1%} of the {n} {name} have the right class" if n and right is not None else ""
     print(f"{told}\n\n{out}")
+
+
+def _reading(box: str, classes: str | None) -> "Reading":
+    from rempart.report.schema import Reading
+
+    return Reading(box=box, classes=tuple(name.strip() for name in classes.split(",")) if classes else ())
 
 
 def _defences(texts: list[str] | None) -> "tuple[DefenceChoice, ...]":

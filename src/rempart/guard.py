@@ -21,24 +21,27 @@ from torch import Tensor
 
 from rempart import detect
 from rempart.core import files
-from rempart.core.data import open_data
+from rempart.core.data import Data, open_data
 from rempart.core.disk import refuse_folder, replace, unread
 from rempart.core.errors import DataError, ModelError, SpecError
 from rempart.core.model import Classifier, frozen, placed
 from rempart.core.types import Images, Labels, Logits, Mask, Scores
 from rempart.detect import Fitted
 from rempart.detect.fitted import CARD
-from rempart.models.load import PYTHON, load
+from rempart.models.formats import PYTHON
+from rempart.models.load import load
 from rempart.models.save import CONFIG, WEIGHTS
 from rempart.preprocess import defended, described
-from rempart.report.schema import DefenceChoice, Strict, fault
+from rempart.report.schema import AS_IT_IS, DefenceChoice, Reading, Strict, fault
 
 GUARD = "guard.json"
-_EXPORT = "model.pt2"
 _File = Literal[
     "model/config.json",
     "model/weights.safetensors",
     "model.pt2",
+    "model.onnx",
+    "model.keras",
+    "model.h5",
     "detector/detector.json",
     "detector/detector.safetensors",
     "namer/detector.json",
@@ -53,12 +56,14 @@ class Card(Strict):
         format_version: Version of this file.
         code: The function that builds the network, `python:package.module:factory`, where code other than Rempart's
             does; it is run only when the caller names it too.
+        reading: How the network is read.
         defences: Preprocessing in front of the network, the first nearest to the image.
         files: SHA-256 of the other files of the folder.
     """
 
     format_version: Literal[1] = 1
     code: str | None = None
+    reading: Reading = AS_IT_IS
     defences: tuple[DefenceChoice, ...] = ()
     files: dict[_File, str]
 
@@ -106,6 +111,7 @@ class Guarded:
         detector: Calibrated, and fitted on that classifier.
         namer: A detector that names the attack, asked about rejected images alone.
         source: Where the network came from, as `models.load` takes it.
+        reading: How it is read there.
         defences: The preprocessing that is inside.
         turn: Held by the thread whose images are judged: detectors read the layers of the one network all share.
     """
@@ -114,6 +120,7 @@ class Guarded:
     detector: Fitted
     namer: Fitted | None = None
     source: str
+    reading: Reading = AS_IT_IS
     defences: tuple[DefenceChoice, ...] = ()
     turn: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
@@ -212,7 +219,11 @@ def _mend(came: tuple[int, ...], shape: tuple[int, ...]) -> str:
 
 
 def guard(
-    model: str, defences: Sequence[DefenceChoice], detector: str | Path, namer: str | Path | None = None
+    model: str,
+    defences: Sequence[DefenceChoice],
+    detector: str | Path,
+    namer: str | Path | None = None,
+    reading: Reading = AS_IT_IS,
 ) -> Guarded:
     """Put a classifier behind defences and under a detector.
 
@@ -221,6 +232,7 @@ def guard(
         defences: Preprocessing in front of it, the first nearest to the image.
         detector: Folder of a calibrated detector that was fitted on the model behind those defences.
         namer: Folder of a detector that names attacks, such as `attack-type`, fitted on the same.
+        reading: How to read the model.
 
     Raises:
         SpecError: If a defence is unknown or an option wrong.
@@ -229,7 +241,7 @@ def guard(
     """
     chain = [(choice.name, choice.options) for choice in defences]
     described(chain)  # a wrong option is told before the model is loaded
-    classifier = defended(load(model), chain)
+    classifier = defended(load(model, reading), chain)
     _refuse_undeclared(classifier)
     judge = detect.load(Path(detector), classifier)
     if judge.card.threshold is None:
@@ -238,7 +250,9 @@ def guard(
     naming = None if namer is None else detect.load(Path(namer), classifier)
     if naming is not None and not naming.kinds:
         raise DataError("a detector that names attacks", got=naming.card.detector, hint="take attack-type")
-    return Guarded(classifier=classifier, detector=judge, namer=naming, source=model, defences=tuple(defences))
+    return Guarded(
+        classifier=classifier, detector=judge, namer=naming, source=model, reading=reading, defences=tuple(defences)
+    )
 
 
 def save_guard(guarded: Guarded, folder: str | Path) -> None:
@@ -259,7 +273,9 @@ def save_guard(guarded: Guarded, folder: str | Path) -> None:
         part.mkdir(parents=True)
         code = _gathered(guarded, part)
         digests = {path.relative_to(part).as_posix(): _sha256(path) for path in sorted(part.rglob("*.*"))}
-        card = Card.model_validate({"code": code, "defences": guarded.defences, "files": digests})
+        card = Card.model_validate(
+            {"code": code, "reading": guarded.reading, "defences": guarded.defences, "files": digests}
+        )
         replace(part / GUARD, (card.model_dump_json(indent=1) + "\n").encode())
         load_guard(part, model=code)
         part.rename(folder)
@@ -305,7 +321,7 @@ def load_guard(folder: str | Path, *, model: str | None = None) -> Guarded:
         if found != digest:
             raise ModelError(f"the {name} that {GUARD} names", got=f"another one in {folder}", hint="make it again")
     namer = folder / "namer" if f"namer/{CARD}" in card.files else None
-    return guard(_source(card, folder), card.defences, folder / "detector", namer)
+    return guard(_source(card, folder), card.defences, folder / "detector", namer, card.reading)
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,8 +358,10 @@ def predict_data(
     columns = ("image", "class", "name", "confidence", "verdict", "score", "threshold", "attack", "probability")
     table.writerow((*columns, "label") if data is not None else columns)
     counts: Counter[tuple[bool, bool]] = Counter()
-    box = guarded.classifier.low, guarded.classifier.high
-    source = _read(guarded, images[:limit]) if data is None else _batches(data, limit, box, batch_size)
+    if data is None:
+        source = _read(guarded, images[:limit])
+    else:
+        source = _batches(open_data(data).head(limit).seen_by(guarded.classifier), batch_size)
     for keys, x, true in source:
         said = guarded.predict(x)
         right = [False] * len(x) if true is None else (said.labels == true).tolist()
@@ -360,8 +378,8 @@ def predict_data(
 _Keyed = tuple[list[int] | list[Path], Images, Labels | None]
 
 
-def _batches(spec: str, limit: int | None, box: tuple[float, float], size: int) -> Iterator[_Keyed]:
-    for batch in open_data(spec).head(limit).scaled(*box).batches(size):
+def _batches(data: Data, size: int) -> Iterator[_Keyed]:
+    for batch in data.batches(size):
         yield batch.index.tolist(), batch.x, batch.y
 
 
@@ -414,7 +432,7 @@ def _gathered(guarded: Guarded, part: Path) -> str | None:
         for name in (CONFIG, WEIGHTS):
             _copy(Path(weights) / name, part / "model" / name)
     elif weights:
-        _copy(Path(weights), part / _EXPORT)
+        _copy(Path(weights), part / f"model{Path(weights).suffix}")
     return code or None
 
 
@@ -428,7 +446,7 @@ def _copy(source: Path, to: Path) -> None:
 
 def _source(card: Card, folder: Path) -> str:
     """The model in a folder, as `models.load` takes it."""
-    own = folder / (_EXPORT if _EXPORT in card.files else "model")
+    own = folder / next((name for name in card.files if name.startswith("model.")), "model")
     if card.code is None:
         return str(own)
     return f"{card.code}@{own}" if f"model/{CONFIG}" in card.files else card.code

@@ -13,7 +13,8 @@ from rempart.core.errors import Cancelled, SpecError
 from rempart.core.events import Event, Notify, silent
 from rempart.core.repro import environment
 from rempart.core.threat import Threat
-from rempart.models.load import PYTHON, card, load
+from rempart.models.formats import PYTHON
+from rempart.models.load import card, load
 from rempart.report import compare as comparing
 from rempart.report import text
 from rempart.report.html import methods_page
@@ -184,7 +185,7 @@ def _kept(out: Path, spec: AuditSpec) -> Report | None:
         return None
     report = read(out)
     model = load(spec.model)
-    data = open_data(spec.data).head(spec.limit).scaled(model.low, model.high)
+    data = open_data(spec.data).head(spec.limit).seen_by(model)
     place = {"model": spec.model, "out": spec.out}  # the folder may have been moved
     record = environment()
     same = (

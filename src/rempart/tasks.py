@@ -64,6 +64,7 @@ from rempart.report.schema import (
     DetectSpec,
     ExplainSpec,
     ModelCard,
+    Reading,
     Report,
     Samples,
     TrainSpec,
@@ -97,13 +98,13 @@ def run(spec: AnySpec, notify: Notify = silent) -> Report | None:
 
 def _opened(spec: AuditSpec | AttackSpec | CertifySpec | DetectSpec) -> tuple[Classifier, ModelCard]:
     """The model of a request behind its defences, and the card of both."""
-    return _behind(spec.model, spec.defences)
+    return _behind(spec.model, spec.reading, spec.defences)
 
 
-def _behind(model: str, defences: Sequence[DefenceChoice]) -> tuple[Classifier, ModelCard]:
+def _behind(model: str, reading: Reading, defences: Sequence[DefenceChoice]) -> tuple[Classifier, ModelCard]:
     chain = [(defence.name, defence.options) for defence in defences]
     told = described(chain)  # a wrong option is told before the model is loaded
-    classifier = defended(load(model), chain)
+    classifier = defended(load(model, reading), chain)
     return classifier, card(classifier, model, told)
 
 
@@ -168,7 +169,7 @@ def _share(spec: AuditSpec, folder: Path | None, here: Ranks, notify: Notify) ->
             raise SpecError("a GPU that torch can use", got="none", hint="leave out --device cuda")
         torch.backends.cudnn.allow_tf32 = False  # its rounding, 1e-3, would count as a model that depends on the batch
         model = model.to(f"cuda:{here.local % torch.cuda.device_count()}")
-    data = open_data(spec.data).head(spec.limit).scaled(model.low, model.high)
+    data = open_data(spec.data).head(spec.limit).seen_by(model)
     pieces = None if folder is None else folder / "pieces"
     result = audit(model, data, spec, card=told, folder=pieces, ranks=here, notify=notify)
     if result is None:
@@ -189,7 +190,7 @@ def _attack(spec: AttackSpec, notify: Notify) -> Report:
         raise SpecError("--out to name a .npz file", got=repr(spec.out), hint="for example --out adversarial.npz")
     _claim(Path(spec.out).parent)
     model, told = _opened(spec)
-    data = open_data(spec.data).head(spec.limit).scaled(model.low, model.high)
+    data = open_data(spec.data).head(spec.limit).seen_by(model)
     threat = Threat.parse(spec.threat, low=model.low, high=model.high)
     entry = attacks[spec.attack.name]
     options = entry.parse(spec.attack.options)
@@ -255,7 +256,7 @@ def _certify(spec: CertifySpec, notify: Notify) -> Report:
     if spec.out is not None:
         _claim(Path(spec.out))
     model, told = _opened(spec)
-    data = open_data(spec.data).head(spec.limit).scaled(model.low, model.high)
+    data = open_data(spec.data).head(spec.limit).seen_by(model)
     threat = None if spec.threat is None else Threat.parse(spec.threat, low=model.low, high=model.high)
     if threat is not None:
         native(entry, threat)
@@ -326,7 +327,7 @@ def _explain(spec: ExplainSpec, notify: Notify) -> Report:
     started, out = perf_counter(), Path(spec.out)
     models: dict[str, Subject] = {}
     for name in spec.models:
-        model, told = _behind(name, spec.defences)
+        model, told = _behind(name, spec.reading, spec.defences)
         label = told.name if told.name not in models else f"{told.name} {len(models) + 1}"
         models[label] = Subject(model, told)
         layers_of(model, spec.layers)
@@ -339,7 +340,7 @@ def _explain(spec: ExplainSpec, notify: Notify) -> Report:
         suite(spec.suite, threat, first.num_classes)
     picture = _pictured(spec, first)
     if spec.data is not None:
-        data = open_data(spec.data, split="test").head(spec.limit).scaled(first.low, first.high)
+        data = open_data(spec.data, split="test").head(spec.limit).seen_by(first)
     elif picture is not None:
         data = picture
     else:
@@ -405,7 +406,7 @@ def _detect(spec: DetectSpec, notify: Notify) -> Report:
     crafts(spec, threat)
     _claim(out)
     _clear(out / DETECTORS)
-    train, test = (open_data(spec.data, split=name).scaled(model.low, model.high) for name in ("train", "test"))
+    train, test = (open_data(spec.data, split=name).seen_by(model) for name in ("train", "test"))
     learn, calibration, judge = parts(train, test, spec)
     model, checks = preflight(model, judge)
     random = is_random(checks)

@@ -70,7 +70,7 @@ def _classes(model: Classifier, data: Data) -> Check:
             raise DataError(
                 f"classes in the model's order: {', '.join(model.class_names)}",
                 got=", ".join(data.class_names),
-                hint="the labels would be read as other classes",
+                hint="the labels would be read as other classes: give data.named(model.class_names)",
             )
         return Check(
             name="classes",
@@ -78,6 +78,9 @@ def _classes(model: Classifier, data: Data) -> Check:
             message="Model and data name their classes differently; they were matched by number.",
             evidence={"classes": model.num_classes},
         )
+    if data.source_names is not None:
+        message = f"The data have their classes in another order ({_some(data.source_names)}): matched by name."
+        return Check(name="classes", status="repaired", message=message, evidence={"classes": model.num_classes})
     return Check(
         name="classes",
         status="passed",

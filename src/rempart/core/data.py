@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rempart.core import files
 from rempart.core.errors import DataError
+from rempart.core.model import Classifier
 from rempart.core.registry import suggestion
 from rempart.core.repro import digest_arrays
 from rempart.core.types import Images, Labels
@@ -71,6 +72,7 @@ class Data:
         class_names: One name per class.
         read: From sample numbers to pixels, float32 in [0, 1].
         stamps: From sample numbers to bytes that stand for the images in the digest; None: the pixels themselves.
+        source_names: The class names in the order of the data set, where classes were numbered anew.
     """
 
     source: str
@@ -81,6 +83,7 @@ class Data:
     class_names: tuple[str, ...]
     read: Callable[[Tensor], Images]
     stamps: Callable[[Tensor], Iterable[bytes]] | None = None
+    source_names: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -100,7 +103,8 @@ class Data:
             images = (x.numpy() for batch in self.batches(_CHUNK) for x in batch.x)
         else:
             images = (np.frombuffer(stamp, dtype=np.uint8) for stamp in self.stamps(self.index))
-        return digest_arrays([self.index.numpy(), self.labels.numpy(), np.array(self.shape), *images])
+        labels = self.named(self.source_names or self.class_names).labels.numpy()
+        return digest_arrays([self.index.numpy(), labels, np.array(self.shape), *images])
 
     def batch(self, positions: Tensor) -> Batch:
         """The samples at these positions, counted in `index`."""
@@ -129,6 +133,21 @@ class Data:
             return self
         read, stamp = self.read, f"{self.digest} in [{low}, {high}]".encode()
         return replace(self, read=lambda numbers: read(numbers) * (high - low) + low, stamps=lambda _: [stamp])
+
+    def named(self, class_names: tuple[str, ...]) -> "Data":
+        """The same images with classes numbered as in `class_names`, where those are their names in another order.
+
+        The digest stays the same.
+        """
+        if class_names == self.class_names or sorted(class_names) != sorted(self.class_names):
+            return self
+        numbers = torch.tensor([class_names.index(name) for name in self.class_names])
+        source_names = self.source_names or self.class_names
+        return replace(self, labels=numbers[self.labels], class_names=class_names, source_names=source_names)
+
+    def seen_by(self, model: Classifier) -> "Data":
+        """The same images in the box of a model, their classes numbered as its outputs where the names are the same."""
+        return self.named(model.class_names).scaled(model.low, model.high)
 
     def load(self) -> "Data":
         """The same data decoded into memory, as bytes where that loses nothing: for training."""

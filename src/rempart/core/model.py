@@ -52,6 +52,7 @@ class Classifier(nn.Module):
         low: Smallest pixel value.
         high: Largest pixel value.
         output: What `net` returns.
+        notes: What was done to the network where it was loaded, in sentences for reports.
     """
 
     output: Output
@@ -66,6 +67,7 @@ class Classifier(nn.Module):
         low: float = 0.0,
         high: float = 1.0,
         output: Output = "logits",
+        notes: Sequence[str] = (),
     ) -> None:
         super().__init__()
         if num_classes < 2:
@@ -77,6 +79,7 @@ class Classifier(nn.Module):
         self.shape = tuple(shape)
         self.num_classes, self.class_names = num_classes, names
         self.low, self.high, self.output = low, high, output
+        self.notes = tuple(notes)
 
     def forward(self, x: Images) -> Logits:
         """Logits of images in the box.

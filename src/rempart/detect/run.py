@@ -29,7 +29,7 @@ from rempart.detect.fitted import Fitted, calibrate, enough, fit, load
 from rempart.detect.protocol import Crafting, gather, split
 from rempart.models import load as load_model
 from rempart.preprocess import defended
-from rempart.report.schema import DefenceChoice, Detection, DetectorChoice, DetectSpec, Separation
+from rempart.report.schema import AS_IT_IS, DefenceChoice, Detection, DetectorChoice, DetectSpec, Reading, Separation
 
 TO_CALIBRATE = 0.3
 """Share of the test images that thresholds are set on; the others judge. A model is surer of what it was trained on."""
@@ -238,6 +238,7 @@ def score_data(
     source: str,
     out: Path,
     *,
+    reading: Reading = AS_IT_IS,
     defences: Sequence[DefenceChoice] = (),
     limit: int | None = None,
     batch_size: int = 64,
@@ -248,9 +249,9 @@ def score_data(
     """
     disk.refuse_folder(out)
     chain = [(defence.name, defence.options) for defence in defences]
-    classifier = defended(load_model(model), chain)
+    classifier = defended(load_model(model, reading), chain)
     fitted = load(folder, classifier)
-    data = open_data(source).scaled(classifier.low, classifier.high)
+    data = open_data(source).seen_by(classifier)
     fitted = replace(fitted, model=preflight(classifier, data)[0])
     data = data.head(limit)
     lines = ["index,score,threshold,flagged"]

@@ -77,7 +77,7 @@ def prune_model(
         raise SpecError("a share in (0, 1]", got=share)
     if (Path(out) / CONFIG).exists():
         raise SpecError("a folder without a model", got=out, hint="choose another --out")
-    name, options = architecture(source)
+    name, options, box = architecture(source)
     model = load(source)
     found = {told.model.digest: told for told in read_explained(run)}
     told = found.get(digest_state(model.state_dict()))
@@ -94,7 +94,7 @@ def prune_model(
     pruned = prune(model, neurons)
     numbers = {layer: mask.nonzero()[:, 0].tolist() for layer, mask in neurons.items()}
     record = {"from": source, "explained": str(run), "share": share, "choose": choose, "seed": seed, "neurons": numbers}
-    save(pruned, out, name=name, options=options, training={"pruned": record})
+    save(pruned, out, name=name, options=options, box=box, training={"pruned": record})
     return numbers
 
 

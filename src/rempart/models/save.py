@@ -12,9 +12,12 @@ from torch import Tensor
 from rempart.core.disk import replace
 from rempart.core.errors import ModelError
 from rempart.core.model import Classifier, Output
+from rempart.models.reading import read_as
 from rempart.models.zoo import build
+from rempart.report.schema import AS_IT_IS, Reading
 
 CONFIG, WEIGHTS = "config.json", "weights.safetensors"
+UNCHANGED = AS_IT_IS.box
 
 
 class Config(BaseModel):
@@ -29,6 +32,7 @@ class Config(BaseModel):
         low: Smallest pixel value.
         high: Largest pixel value.
         output: What the network returns.
+        box: What the network takes for images in the box, as `Reading` has it.
         training: How the weights came about; for people, not needed to load.
     """
 
@@ -41,6 +45,7 @@ class Config(BaseModel):
     low: float
     high: float
     output: Output = "logits"
+    box: str = UNCHANGED
     training: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -50,6 +55,7 @@ def save(
     *,
     name: str,
     options: Mapping[str, Any] | None = None,
+    box: str = UNCHANGED,
     training: Mapping[str, Any] | None = None,
 ) -> None:
     """Save a classifier that `zoo.build` or a Python factory made, so that `load` gives the same logits bit by bit.
@@ -61,6 +67,7 @@ def save(
         directory: Made where it does not exist.
         name: Architecture that `model` was built from, or `python:package.module:factory`.
         options: Options it was built with.
+        box: What its network takes for images in the box, where it was read in that way.
         training: How the weights came about; must fit into JSON.
 
     Raises:
@@ -74,12 +81,14 @@ def save(
         low=model.low,
         high=model.high,
         output=model.output,  # pyright: ignore[reportArgumentType]
+        box=box,
         training=dict(training or {}),
     )
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     if not name.startswith("python:"):
         with torch.device("meta"):
             twin = build(name, shape=config.shape, num_classes=len(config.class_names), options=config.options)
+            twin = read_as(twin, Reading(box=box))
         if wrong := differing(twin.state_dict(), weights):
             raise ModelError(f"a model built as {name} with options {config.options}", got=f"another {wrong}")
     folder = Path(directory)

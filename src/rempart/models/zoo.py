@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rempart.core.errors import ModelError
 from rempart.core.model import Classifier, Normalize
 from rempart.core.registry import Registry
+from rempart.models.formats.keras import KERAS, keras_network
 
 Shape = tuple[int, ...]
 Width = Annotated[int, Ge(1)]
@@ -36,7 +37,7 @@ def build(
     """Build a registered network behind its normalisation; its first weights depend on the seed alone.
 
     Args:
-        name: A name from `models`.
+        name: A name from `models`, or `keras` for the network that a Keras description in `options` stands for.
         shape: Channels, height, width.
         num_classes: K >= 2.
         class_names: One name per class.
@@ -52,13 +53,16 @@ def build(
         ModelError: If the network cannot take images of this shape.
         SpecError: If the name or an option is unknown.
     """
-    entry = models[name]
     shape = tuple(shape)
     if len(shape) != 3 or min(shape) < 1:
         raise ModelError("an image shape (channels, height, width)", got=shape)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        net = entry.function(shape=shape, num_classes=num_classes, **entry.parse(options or {}))
+        if name == KERAS:
+            net = keras_network(options or {})
+        else:
+            entry = models[name]
+            net = entry.function(shape=shape, num_classes=num_classes, **entry.parse(options or {}))
     channels = shape[0]
     scale = Normalize([0.0] * channels if mean is None else mean, [1.0] * channels if std is None else std)
     return Classifier(nn.Sequential(scale, net), shape=shape, num_classes=num_classes, class_names=class_names)

@@ -121,6 +121,7 @@ def defended(model: Classifier, chain: Sequence[tuple[str, Mapping[str, Any]]]) 
         low=model.low,
         high=model.high,
         output=model.output,
+        notes=model.notes,
     )
     for module in (behind, behind.net, *before.modules()):
         module.training = model.training  # one by one: `train()` would change the network's own modes

@@ -43,10 +43,28 @@ class DefenceChoice(Strict):
     options: Options = Field(default_factory=dict)
 
 
+class Reading(Strict):
+    """How to read a model, where it does not say so itself.
+
+    Attributes:
+        box: What its network takes for images in [0, 1]: `0:255`, `-1:1`, `mean=0.449,std=0.226` (or as many of each as
+            there are channels, separated by commas; in units of [0, 1]), or `per-image` for (x - mean) / std of each
+            image. Budgets stay in units of [0, 1].
+        classes: Names of its outputs, in their order.
+    """
+
+    box: str = "0:1"
+    classes: tuple[str, ...] = ()
+
+
+AS_IT_IS = Reading()
+
+
 class AuditSpec(Strict):
     """Everything an audit depends on; `rempart run report.json` replays it.
 
     Attributes:
+        reading: How to read the model.
         defences: In front of the model, the first nearest to the image; they belong to what is attacked.
         chunk: Samples worked off as a whole and stored when done; a stopped audit loses at most one attack on one.
         devices: Processes that share the chunks, each with a GPU of its own where `device` is cuda.
@@ -54,6 +72,7 @@ class AuditSpec(Strict):
 
     kind: Literal["audit"] = "audit"
     model: str
+    reading: Reading = AS_IT_IS
     data: str
     threat: str
     suite: str | None = None
@@ -74,11 +93,13 @@ class AttackSpec(Strict):
     """One attack on a data set, the adversarial images kept.
 
     Attributes:
+        reading: How to read the model.
         defences: In front of the model, the first nearest to the image.
     """
 
     kind: Literal["attack"] = "attack"
     model: str
+    reading: Reading = AS_IT_IS
     data: str
     threat: str
     attack: AttackChoice
@@ -102,6 +123,7 @@ class TrainSpec(Strict):
         model: Architecture to train from scratch.
         model_options: Options of it that differ from its defaults.
         start: A trained model to fine-tune, instead of an architecture.
+        reading: How to read that model.
         options: Keys of the recipe and options of its objective that differ from it.
         devices: Processes that share each batch, each with a GPU of its own where `device` is cuda.
         log: Where the figures of each epoch go, besides log.csv.
@@ -114,6 +136,7 @@ class TrainSpec(Strict):
     model: str | None = None
     model_options: Options = Field(default_factory=dict)
     start: str | None = None
+    reading: Reading = AS_IT_IS
     recipe: str = "plain"
     options: Options = Field(default_factory=dict)
     seed: int = 0
@@ -129,11 +152,13 @@ class CertifySpec(Strict):
     """A certification by randomised smoothing; with a threat, an attack on the same smoothed classifier beside it.
 
     Attributes:
+        reading: How to read the model.
         defences: In front of the model and behind the noise, the first nearest to the image.
     """
 
     kind: Literal["certify"] = "certify"
     model: str
+    reading: Reading = AS_IT_IS
     data: str
     sigma: Pixels
     samples: int = 10_000
@@ -155,6 +180,7 @@ class DetectSpec(Strict):
     Where the data have one split, it is parted in three.
 
     Attributes:
+        reading: How to read the model.
         detectors: Names with options.
         attacks: What the detectors that learn from attacks learn, and what all are judged by.
         defences: In front of the model, the first nearest to the image.
@@ -168,6 +194,7 @@ class DetectSpec(Strict):
 
     kind: Literal["detect"] = "detect"
     model: str
+    reading: Reading = AS_IT_IS
     data: str
     detectors: tuple[DetectorChoice, ...]
     attacks: tuple[AttackChoice, ...]
@@ -189,6 +216,7 @@ class ExplainSpec(Strict):
 
     Attributes:
         models: One or more; the first is illustrated, and its attacked images are shown to the others too.
+        reading: How to read the models.
         data: What sensitivities are measured on; None: on `image` alone.
         image: A file to illustrate, instead of an image of `data`.
         label: The true class of `image`, by name or number; None: what the first model takes it for.
@@ -203,6 +231,7 @@ class ExplainSpec(Strict):
 
     kind: Literal["explain"] = "explain"
     models: Annotated[tuple[str, ...], Len(1)]
+    reading: Reading = AS_IT_IS
     data: str | None = None
     image: str | None = None
     label: str | None = None
@@ -435,6 +464,7 @@ class ModelCard(Strict):
     Attributes:
         digest: Of weights and defences.
         defences: What stands in front of it, with all options, the first nearest to the image.
+        notes: What was done to it when it was loaded.
     """
 
     source: str
@@ -446,6 +476,7 @@ class ModelCard(Strict):
     low: float = 0.0
     high: float = 1.0
     defences: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class DataCard(Strict):

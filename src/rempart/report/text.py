@@ -195,7 +195,7 @@ def verdict(report: Report) -> str:
 def notes(report: Report) -> tuple[str, ...]:
     """The notes that do not stand among the checks already."""
     told = {check.message for check in (*report.preflight, *report.checks)}
-    return tuple(note for note in report.notes if note not in told)
+    return tuple(note for note in (*report.model.notes, *report.notes) if note not in told)
 
 
 def limits(report: Report) -> Iterator[str]:

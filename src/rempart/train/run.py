@@ -16,8 +16,8 @@ from rempart.core.repro import Draws, environment
 from rempart.core.stats import Rate, wilson
 from rempart.models import build, card, load, save
 from rempart.models.load import architecture
-from rempart.models.save import CONFIG
-from rempart.report.schema import DataCard, Epoch, Report, Training, TrainSpec
+from rempart.models.save import CONFIG, UNCHANGED
+from rempart.report.schema import AS_IT_IS, DataCard, Epoch, Report, Training, TrainSpec
 from rempart.report.store import JSON, claim, read, write
 from rempart.train import checkpoint
 from rempart.train.checkpoint import State
@@ -55,10 +55,9 @@ def run_training(spec: TrainSpec, notify: Notify = silent, *, ranks: Ranks = ALO
     recipe = load_recipe(spec.recipe, spec.options)
     train_data, test_data = _splits(spec.data)
     learn, validation = set_aside(train_data, recipe.validation_images)
-    classifier, name, options = _network(spec, learn)
-    _same_order(classifier, learn)
-    learn, test_data = (data.scaled(classifier.low, classifier.high) for data in (learn, test_data))
-    validation = None if validation is None else validation.scaled(classifier.low, classifier.high)
+    classifier, name, options, box = _network(spec, learn)
+    learn, test_data = (data.seen_by(classifier) for data in (learn, test_data))
+    validation = None if validation is None else validation.seen_by(classifier)
     request = _request(spec, recipe, learn)
     if (finished := _finished(spec, recipe, test_data)) is not None:
         return finished
@@ -80,8 +79,8 @@ def run_training(spec: TrainSpec, notify: Notify = silent, *, ranks: Ranks = ALO
             if new:  # not after a resume, which goes on from this very checkpoint
                 checkpoint.write(out / CHECKPOINT, done, state, request)
             if best(done) is done[-1]:
-                save(classifier, out, name=name, options=options, training=history)
-            save(classifier, out / LAST, name=name, options=options, training=history)
+                save(classifier, out, name=name, options=options, box=box, training=history)
+            save(classifier, out / LAST, name=name, options=options, box=box, training=history)
             write_csv(out / LOG, done)
         except OSError as error:
             hint = "the last checkpoint is whole: make room, and run the same command with --resume"
@@ -182,17 +181,22 @@ def _splits(source: str) -> tuple[Data, Data]:
     return train_data.load(), test_data.load()
 
 
-def _network(spec: TrainSpec, learn: Data) -> tuple[Classifier, str, dict[str, object]]:
-    """The classifier to train, with the name and options it was built from."""
+def _network(spec: TrainSpec, learn: Data) -> tuple[Classifier, str, dict[str, object], str]:
+    """The classifier to train, with the name and options it was built from, and what its network takes for images."""
     if (spec.model is None) == (spec.start is None):
         came = "both" if spec.model else "neither"
         raise SpecError("--model to train from scratch, or --from to train a model further", got=came)
     if spec.start is not None:
         if spec.model_options:
             raise SpecError("no --model-option beside --from", got=", ".join(spec.model_options))
-        name, options = architecture(spec.start)
-        return load(spec.start), name, options
+        name, options, box = architecture(spec.start)
+        if spec.reading.box != UNCHANGED != box:
+            hint = "leave out --box: the folder says it"
+            raise SpecError(f"images in [0, 1] for --from {spec.start}", got=f"{box} in the folder", hint=hint)
+        return load(spec.start, spec.reading), name, options, spec.reading.box if box == UNCHANGED else box
     assert spec.model is not None
+    if spec.reading != AS_IT_IS:
+        raise SpecError("--box and --classes beside --from", got=f"--model {spec.model}")
     mean, std = channel_moments(learn)
     classifier = build(
         spec.model,
@@ -204,16 +208,7 @@ def _network(spec: TrainSpec, learn: Data) -> tuple[Classifier, str, dict[str, o
         std=std,
         seed=spec.seed,
     )
-    return classifier, spec.model, dict(spec.model_options)
-
-
-def _same_order(model: Classifier, data: Data) -> None:
-    if model.class_names != data.class_names and set(model.class_names) == set(data.class_names):
-        raise DataError(
-            f"classes in the model's order: {', '.join(model.class_names)}",
-            got=", ".join(data.class_names),
-            hint="the labels would be read as other classes",
-        )
+    return classifier, spec.model, dict(spec.model_options), UNCHANGED
 
 
 def _request(spec: TrainSpec, recipe: Recipe, learn: Data) -> str:

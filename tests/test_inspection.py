@@ -1,0 +1,156 @@
+"""`rempart inspect` on models whose answers are known."""
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from rempart.cli import app
+from rempart.core.data import open_data
+from rempart.inspection import described, inspect_model
+from rempart.models import build, load, save
+from rempart.report.schema import Reading
+
+CODE = """
+import torch
+from torch import nn
+from rempart import Classifier
+
+
+class Sign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x
+
+    @staticmethod
+    def backward(ctx, slope):
+        return slope.sign()
+
+
+class Wrong(nn.Module):
+    def forward(self, x):
+        return Sign.apply(x)
+
+
+class Detached(nn.Module):
+    def forward(self, x):
+        return x.detach()
+
+
+def net(first, last):
+    torch.manual_seed(0)
+    model = nn.Sequential(first, nn.Flatten(), nn.Linear(64, 10), last)
+    return Classifier(model, shape=(1, 8, 8), num_classes=10).eval()
+
+
+def wrong():
+    return net(Wrong(), nn.Identity())
+
+
+def detached():
+    return net(Detached(), nn.Identity())
+
+
+def probable():
+    return net(nn.Identity(), nn.Softmax(1))
+"""
+
+
+@pytest.fixture(scope="module")
+def lenet(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("lenet")
+    model = build("lenet", shape=(1, 16, 16), num_classes=4, class_names=("a", "b", "c", "d"), mean=[0.4], std=[0.2])
+    save(model, folder, name="lenet")
+    return str(folder)
+
+
+@pytest.fixture
+def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "inspected.py").write_text(CODE)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_shapes_and_parameters_of_each_layer_are_counted(lenet: str) -> None:
+    found = inspect_model(lenet)
+    rows = [(layer.kind, layer.shape, layer.parameters) for layer in found.layers]
+    assert rows == [
+        ("Normalize", (1, 16, 16), 0),
+        ("Conv2d", (20, 12, 12), 20 * 26),
+        ("MaxPool2d", (20, 6, 6), 0),
+        ("Conv2d", (50, 2, 2), 50 * (20 * 25 + 1)),
+        ("MaxPool2d", (50, 1, 1), 0),
+        ("Flatten", (50,), 0),
+        ("Linear", (500,), 500 * 51),
+        ("ReLU", (500,), 0),
+        ("Linear", (4,), 4 * 501),
+    ]
+    assert found.model.parameters == sum(layer.parameters for layer in found.layers)
+    assert found.normalisation == ("mean 0.4, std 0.2",)
+    assert found.problem is None and all(check.status in ("passed", "warned") for check in found.checks)
+    slopes = next(check for check in found.checks if check.name == "finite differences")
+    assert slopes.status == "passed"
+    assert slopes.evidence["gradient"] == pytest.approx(slopes.evidence["finite differences"], rel=0.05)
+
+
+def test_the_prediction_is_that_of_the_first_image(code: None) -> None:
+    found = inspect_model("python:inspected:probable", Reading(classes=tuple("qwertyuiop")), "digits:test")
+    batch = open_data("digits:test").batch(torch.arange(1))
+    with torch.no_grad():
+        probabilities = load("python:inspected:probable").net(batch.x)[0]
+    assert found.prediction is not None
+    assert found.prediction.name == "qwertyuiop"[int(probabilities.argmax())]
+    assert found.prediction.confidence == pytest.approx(float(probabilities.max()), abs=1e-6)
+    assert found.prediction.label == str(int(batch.y))
+    logits = next(check for check in found.checks if check.name == "logits")
+    assert logits.status == "repaired" and "taken off" in logits.message
+
+
+def test_a_gradient_that_is_not_that_of_the_function_is_found(code: None) -> None:
+    found = inspect_model("python:inspected:wrong")
+    assert next(check for check in found.checks if check.name == "finite differences").status == "warned"
+
+
+def test_a_model_without_gradients_is_described_all_the_same(code: None) -> None:
+    found = inspect_model("python:inspected:detached")
+    assert found.problem is not None and "input gradients" in found.problem
+    assert "failed" in described(found) and [layer.kind for layer in found.layers][2] == "Linear"
+
+
+def test_the_command_prints_text_and_json(lenet: str) -> None:
+    text = CliRunner().invoke(app, ["inspect", lenet, "--box", "0:255", "--classes", "w,x,y,z"])
+    assert text.exit_code == 0, text.output
+    assert "4: w, x, y, z" in text.output and "[0, 1] to [0, 255]; mean 0.4, std 0.2" in text.output
+    told = CliRunner().invoke(app, ["inspect", lenet, "--json"])
+    assert json.loads(told.output)["model"]["classes"] == ["a", "b", "c", "d"]
+
+
+def test_keras_layers_have_their_own_names_and_kinds(tmp_path: Path) -> None:
+    keras = pytest.importorskip("keras")
+    layers = keras.layers
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            layers.Rescaling(0.5, offset=-1.0),
+            layers.Conv2D(4, 3, name="stem"),
+            layers.GlobalAveragePooling2D(),
+            layers.Dense(3, activation="softmax", name="head"),
+        ]
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save(tmp_path / "model.keras")
+    found = inspect_model(str(tmp_path / "model.keras"))
+    rows = [(layer.name, layer.kind, layer.shape, layer.parameters) for layer in found.layers]
+    assert rows == [
+        ("net.0", "Normalize", (3, 8, 8), 0),
+        ("net.1.rescaling", "Rescaling", (3, 8, 8), 0),
+        ("net.1.stem", "Conv2D", (4, 6, 6), 4 * 28),
+        ("net.1.global_average_pooling2d", "GlobalAveragePooling2D", (4,), 0),
+        ("net.1.head", "Dense", (3,), 15),
+    ]
+    assert found.normalisation == ("a Rescaling layer, scale 0.5, offset -1.0",)
+    assert found.form == ".keras file" and "softmax of its last layer was taken off" in described(found)
+    assert found.problem is None
