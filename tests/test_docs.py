@@ -403,6 +403,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "defend-by-preprocessing",
                 "from-python",
                 "harden",
+                "models-hugging-face",
+                "models-onnx",
                 "one-attack",
                 "own-model",
                 "replay",
