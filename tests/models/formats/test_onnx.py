@@ -118,7 +118,10 @@ def test_an_activation_at_the_end_is_taken_off_and_told(last: nn.Module, outputs
     path = export(nn.Sequential(raw, last), tmp_path / "net.onnx")
     model = load(str(path))
     name = type(last).__name__.lower()
-    assert (model.output, model.notes) == ("logits", (f"Its last {name} was taken off: attacks see logits.",))
+    assert (model.output, model.notes) == (
+        "logits",
+        (f"The {name} at its end was taken off, so that attacks see logits.",),
+    )
     z = raw(images())
     z = torch.cat([torch.zeros_like(z), z], 1) if outputs == 1 else z
     torch.testing.assert_close(model(images()), z, atol=1e-6, rtol=1e-5)

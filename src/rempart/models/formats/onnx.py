@@ -24,7 +24,6 @@ TOLERANCE = 1e-4
 _DOMAINS = ("", "ai.onnx", "ai.onnx.ml")
 _FLOATS = {1: np.float32, 11: np.float64}
 _CHANNELS = (1, 3, 4)
-_NAMED = {nn.Softmax: "softmax", nn.Sigmoid: "sigmoid"}
 _NAMES = ("class_names", "classes", "names", "labels")
 _FAILURES = (
     *(UnsupportedError, RuntimeError, IndexError, TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError),
@@ -63,14 +62,13 @@ def load_onnx(path: Path) -> Classifier:
         raise ModelError("finite outputs", got=f"NaN or infinity out of {path.name} on noise")
     network = _network(proto, batch, source.name, activation, probes, expected, path)
     classes = max(2, math.prod(expected[0].shape[1:]))
+    name = "softmax" if isinstance(activation, nn.Softmax) else "sigmoid"
     return Classifier(
         nn.Sequential(ChannelsLast(), network) if last else nn.Sequential(network),
         shape=(shape[-1], *shape[:-1]) if last else shape,
         num_classes=classes,
         class_names=_class_names(proto, classes),
-        notes=()
-        if activation is None
-        else (f"Its last {_NAMED[type(activation)]} was taken off: attacks see logits.",),
+        notes=() if activation is None else (f"The {name} at its end was taken off, so that attacks see logits.",),
     )
 
 
