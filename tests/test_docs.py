@@ -405,6 +405,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "from-python",
                 "harden",
                 "models-keras",
+                "models-hugging-face",
+                "models-onnx",
                 "one-attack",
                 "own-model",
                 "replay",

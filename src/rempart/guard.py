@@ -29,6 +29,7 @@ from rempart.core.types import Images, Labels, Logits, Mask, Scores
 from rempart.detect import Fitted
 from rempart.detect.fitted import CARD
 from rempart.models.formats import PYTHON
+from rempart.models.formats.hugging_face import PARTS, is_hugging_face
 from rempart.models.load import load
 from rempart.models.save import CONFIG, WEIGHTS
 from rempart.preprocess import defended, described
@@ -38,6 +39,8 @@ GUARD = "guard.json"
 _File = Literal[
     "model/config.json",
     "model/weights.safetensors",
+    "model/model.safetensors",
+    "model/preprocessor_config.json",
     "model.pt2",
     "model.onnx",
     "model.keras",
@@ -429,7 +432,7 @@ def _gathered(guarded: Guarded, part: Path) -> str | None:
         detect.save(guarded.namer, part / "namer")
     code, _, weights = guarded.source.partition("@") if guarded.source.startswith(PYTHON) else ("", "", guarded.source)
     if weights and Path(weights).is_dir():
-        for name in (CONFIG, WEIGHTS):
+        for name in PARTS if is_hugging_face(Path(weights)) else (CONFIG, WEIGHTS):
             _copy(Path(weights) / name, part / "model" / name)
     elif weights:
         _copy(Path(weights), part / f"model{Path(weights).suffix}")

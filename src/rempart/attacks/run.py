@@ -15,7 +15,7 @@ from rempart.attacks.losses import lead, mean_logits, reached
 from rempart.core.data import Batch, Data
 from rempart.core.errors import AttackError, DataError, ModelError, ThreatError
 from rempart.core.events import Event, Notify, silent
-from rempart.core.model import Classifier, Meter, accelerated, frozen, metered, placed
+from rempart.core.model import Classifier, Meter, accelerated, blind, frozen, metered, placed
 from rempart.core.registry import Entry
 from rempart.core.repro import Draws
 from rempart.core.threat import NORMS, TOLERANCE, Norm, Threat, vector_norm
@@ -168,6 +168,7 @@ def attack_batch(
         AttackError: If the attack returns something its contract forbids.
     """
     job = _job(model, threat, attack, options or {}, target, seed, eight_bit)
+    allowed(job.entry, search or model)
     index = torch.arange(len(x)) if index is None else index
     check_images(model, x, y)
     with prepared(model, x, search) as ready:
@@ -199,6 +200,7 @@ def attack_data(
     """
     job = _job(model, threat, attack, options or {}, target, seed, eight_bit)
     job = replace(job, right=right)
+    allowed(job.entry, search or model)
     parts: list[Outcome] = []
     done, left = 0, 0
 
@@ -295,6 +297,17 @@ def native(entry: Entry[Attack, Traits], threat: Threat) -> Threat:
     return threat
 
 
+def allowed(entry: Entry[Attack, Traits], model: Classifier) -> None:
+    """Refuse an attack that climbs gradients on a model that gives none.
+
+    Raises:
+        ModelError: If it does.
+    """
+    if entry.traits.access == "gradients" and (reason := blind(model)):
+        able = ", ".join(other.name for other in attacks if other.traits.access != "gradients")
+        raise ModelError(f"a model with gradients for {entry.name}", got=f"one without ({reason})", hint=f"use {able}")
+
+
 @dataclass(frozen=True, slots=True)
 class _Job:
     """One validated request: the attack, its options, the threat it is judged in and the one it works in."""
@@ -321,8 +334,8 @@ def _job(
     if isinstance(attack, str):
         entry = attacks[attack]
         options = entry.parse(options)
-    else:
-        traits = Traits(norms=NORMS, targeted=True, random=True)
+    else:  # nobody knows what it asks of the model
+        traits = Traits(norms=NORMS, targeted=True, random=True, access="decisions")
         entry = Entry(getattr(attack, "__name__", "attack"), attack, traits, BaseModel)
     if target is not None and not entry.traits.targeted:
         raise ThreatError(f"an untargeted run of {entry.name}", got="a target", hint="use pgd or cw, which can aim")

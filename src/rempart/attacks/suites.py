@@ -33,11 +33,29 @@ def suite(name: str, threat: Threat, num_classes: int) -> Suite:
     Raises:
         SpecError: If there is none.
     """
+    _known(name)
+    return SUITES[name](threat, num_classes)
+
+
+def _known(name: str) -> None:
     if name not in SUITES:
         raise SpecError(
             f"a suite out of {', '.join(SUITES)}", got=repr(name), hint=suggestion(name, SUITES).strip(" ()")
         )
-    return SUITES[name](threat, num_classes)
+
+
+def without_gradients(name: str) -> Suite:
+    """What is run in place of a suite on a model that gives no gradients: square, then hopskipjump.
+
+    Raises:
+        SpecError: If there is no such suite.
+    """
+    _known(name)
+    note = (
+        f"The model gives no gradients: square and hopskipjump, which need none, stand in for the suite {name}; "
+        "there is no curve over budgets, and checks that need gradients are skipped."
+    )
+    return Suite((("square", {}), ("hopskipjump", {"steps": 20})), cascade=True, notes=(note,))
 
 
 def _quick(threat: Threat, num_classes: int) -> Suite:

@@ -12,8 +12,8 @@ import torch
 
 from rempart.attacks import Verdict, attacks
 from rempart.attacks.losses import score
-from rempart.attacks.run import join, native
-from rempart.attacks.suites import suite
+from rempart.attacks.run import allowed, join, native
+from rempart.attacks.suites import suite, without_gradients
 from rempart.audit import pieces
 from rempart.audit.checks import Diagnosis, diagnose, stamp
 from rempart.audit.curves import from_distances, sweep
@@ -23,7 +23,7 @@ from rempart.audit.preflight import is_random, preflight
 from rempart.core.data import Data
 from rempart.core.errors import Cancelled
 from rempart.core.events import Notify, named, silent
-from rempart.core.model import Classifier
+from rempart.core.model import Classifier, blind
 from rempart.core.ranks import ALONE, Ranks
 from rempart.core.repro import environment
 from rempart.core.stats import Rate, median_interval, wilson
@@ -97,12 +97,16 @@ def audit(
     """
     started = time.perf_counter()
     threat = Threat.parse(spec.threat, low=model.low, high=model.high)
-    planned, notes = plan(spec, threat, model.num_classes)
+    sighted = blind(model) is None
+    planned, notes = plan(spec, threat, model.num_classes, gradients=sighted)
+    for attack in planned:
+        allowed(attacks[attack.name], model)
     device = next(model.parameters(), torch.zeros(())).device
     with seeded(spec.seed, device):
         model, checks = preflight(model, data)
     if is_random(checks):
-        planned, notes = plan(spec, threat, model.num_classes, random=True)
+        planned, notes = plan(spec, threat, model.num_classes, random=True, gradients=sighted)
+    swept = bool(spec.sweep and threat.eps and sighted)
     described, record = DataCard.of(data), environment()
     if folder is not None:
         folder = folder / key(model, data, planned, threat, spec, record, card.digest)
@@ -122,7 +126,7 @@ def audit(
         for content in everything:
             done |= pieces.unpack(content)
         with seeded(spec.seed, device):
-            if spec.sweep and threat.eps:
+            if swept:
                 told = named("eps sweep", notify)
                 eot = EOT if is_random(checks) else 1
                 curves.append(
@@ -192,9 +196,7 @@ def audit(
         checks=diagnosis.checks,
         stamp=stamp((*checks, *diagnosis.checks)) if complete and looked else None,
         worst_case=_worst(samples),
-        not_run=()
-        if complete
-        else _unfinished(planned, labels, finished, parts, swept=bool(curves) or not (spec.sweep and threat.eps)),
+        not_run=() if complete else _unfinished(planned, labels, finished, parts, swept=bool(curves) or not swept),
         curves=tuple(curves),
         examples=examples(model, data, [(a.label, done[n, a.label]) for a in ran for n in finished], threat)
         if error is None
@@ -222,19 +224,21 @@ def averaged(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def plan(
-    spec: AuditSpec, threat: Threat, num_classes: int, *, random: bool = False
+    spec: AuditSpec, threat: Threat, num_classes: int, *, random: bool = False, gradients: bool = True
 ) -> tuple[tuple[Planned, ...], tuple[str, ...]]:
     """The attacks an audit will run, validated: the suite's first, then the named ones; and notes on the suite.
 
     Repeated labels are numbered. Where the model is `random`, attacks that can take mean gradients do, unless they were
-    told how many.
+    told how many. Where it gives no `gradients`, attacks that need none stand in for a suite.
 
     Raises:
         SpecError: If a suite, an attack or an option is unknown, or a loss is undefined for so few classes.
         ThreatError: If an attack cannot work in this threat.
     """
     name = spec.suite if spec.suite is not None or spec.attacks else "fast"
-    chosen = suite(name, threat, num_classes) if name else None
+    chosen = None
+    if name:
+        chosen = suite(name, threat, num_classes) if gradients else without_gradients(name)
     wanted = [(*member, chosen.cascade) for member in chosen.members] if chosen else []
     wanted += [(choice.name, choice.options, False) for choice in spec.attacks]
     planned: list[Planned] = []

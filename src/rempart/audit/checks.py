@@ -17,7 +17,7 @@ from rempart.audit import remedies
 from rempart.core.data import Data
 from rempart.core.errors import Cancelled
 from rempart.core.events import Event, Notify, named, silent
-from rempart.core.model import Classifier, frozen, placed
+from rempart.core.model import Classifier, blind, frozen, placed
 from rempart.core.repro import Draws
 from rempart.core.stats import wilson
 from rempart.core.threat import Threat
@@ -85,6 +85,8 @@ def diagnose(
             notify(Event(stage="checks", done=done, total=len(rules), note=rule.name))
             if bench is None:
                 found = _skipped("The model gets no image right.")
+            elif rule.gradients and blind(model):
+                found = _skipped("It needs gradients, which the model does not give.")
             elif rule.budget and not threat.eps:
                 found = _skipped("It needs a threat with a budget.")
             elif rule.steady and bench.random:
@@ -202,7 +204,7 @@ def _bench(
         batch_size, seed,
     )  # fmt: skip
     known, broken = _union(verdicts.values(), some.index)
-    if threat.eps and not bool(known.any()):
+    if threat.eps and not bool(known.any()) and not blind(model):
         broken = _try(bench, "pgd", "pgd", {"steps": 20, "early_stop": True}).broken
     bench.standing = ~broken
     return bench
@@ -775,6 +777,7 @@ class Rule:
         budget: Whether it needs a threat with a budget.
         thorough: Whether it costs as much as an attack.
         steady: Whether it means nothing for a random model, where chance alone gives the same sign.
+        gradients: Whether it needs gradients, or compares what attacks with them do.
     """
 
     name: str
@@ -783,6 +786,7 @@ class Rule:
     budget: bool = True
     thorough: bool = False
     steady: bool = False
+    gradients: bool = True
 
 
 RULES: tuple[Rule, ...] = (
@@ -797,12 +801,14 @@ RULES: tuple[Rule, ...] = (
         _randomness,
         "Largest difference of repeated passes over the logits' size; a random model needs mean gradients.",
         budget=False,
+        gradients=False,
     ),
     Rule(
         "probabilities",
         _probabilities,
         "Outputs that end at a ceiling are flat where the model is sure.",
         budget=False,
+        gradients=False,
     ),
     Rule(
         "naive gradients",

@@ -10,7 +10,7 @@ from rempart.attacks.losses import climb_direction, lead, score
 from rempart.attacks.run import PASSES, check_images
 from rempart.core.data import Data
 from rempart.core.errors import DataError, ModelError
-from rempart.core.model import Classifier, Output, frozen
+from rempart.core.model import Classifier, Output, blind, frozen
 from rempart.core.types import Images, Labels, Logits
 from rempart.report.schema import Check
 
@@ -27,7 +27,8 @@ def preflight(model: Classifier, data: Data) -> tuple[Classifier, tuple[Check, .
 
     Raises:
         DataError: If the data do not fit the model.
-        ModelError: If outputs are not finite, depend on batch mates, or give no input gradient.
+        ModelError: If outputs are not finite, depend on batch mates, or give no input gradient (but for a network that
+            is known to run elsewhere, `core.model.blind`: a warning says so).
     """
     checks = [_classes(model, data)]
     batch = next(iter(data.head(_SAMPLES).batches(_SAMPLES)))
@@ -223,6 +224,12 @@ def _scale(z: Logits) -> Check:
 
 
 def _gradients(model: Classifier, x: Images, y: Labels) -> Check:
+    if reason := blind(model):
+        message = (
+            f"The model gives no gradients ({reason}). Only attacks that need none can be run: with gradients an "
+            "adversary does better, so that accuracies under attack are too high."
+        )
+        return Check(name="gradients", status="warned", message=message)
     goal = score("ce", targeted=False, num_classes=model.num_classes)
     try:
         gradient, z, _ = climb_direction(model, x, y, goal)

@@ -111,6 +111,23 @@ class Untraced(nn.Module):
     """A part of a network that `accelerated` takes over as it stands: code that draws numbers or leaves torch."""
 
 
+class BlackBox(Untraced):
+    """A network that runs elsewhere and answers without gradients.
+
+    Attributes:
+        reason: Why it does, for the report.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__()
+        self.reason = reason
+
+
+def blind(model: nn.Module) -> str | None:
+    """Why a model gives no gradients; None where it holds no black box."""
+    return next((module.reason for module in model.modules() if isinstance(module, BlackBox)), None)
+
+
 @contextmanager
 def frozen(model: nn.Module) -> Generator[None]:
     """Inference mode of every submodule and parameters without gradient, put back afterwards, also after an error.

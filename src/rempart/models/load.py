@@ -10,7 +10,10 @@ from rempart.core.repro import digest_state
 from rempart.models.formats import FORMS, PYTHON, RECIPE
 from rempart.models.formats.exported import load_exported
 from rempart.models.formats.folder import load_folder, read_config
+from rempart.models.formats.hugging_face import is_hugging_face, load_hugging_face
 from rempart.models.formats.keras import KERAS, keras_options, load_keras
+from rempart.models.formats.named import NAMED, load_named
+from rempart.models.formats.onnx import load_onnx
 from rempart.models.formats.python import load_python
 from rempart.models.reading import read_as
 from rempart.report.schema import AS_IT_IS, ModelCard, Reading
@@ -18,6 +21,7 @@ from rempart.report.schema import AS_IT_IS, ModelCard, Reading
 FILES: dict[str, Callable[[Path], Classifier]] = {
     ".h5": load_keras,
     ".keras": load_keras,
+    ".onnx": load_onnx,
     ".pt2": load_exported,
 }
 """The loader of each kind of file, by its ending."""
@@ -27,12 +31,13 @@ def load(source: str, reading: Reading = AS_IT_IS) -> Classifier:
     """Load a classifier, on the CPU and in inference mode.
 
     Args:
-        source: A directory that `save` wrote; a `.keras` or `.h5` file of a whole Keras model; a `.pt2` file that
-            `torch.export.save` wrote, exported with a dynamic batch size; or `python:package.module:factory`, a
-            function without arguments that returns a `Classifier`, a Keras model, or a network with the attributes
-            `shape` and `num_classes`. Networks take images in [0, 1], but for what `reading` says, to logits. Both of
-            the latter run code of their author: a factory plainly, and a `.pt2` because torch evaluates expressions in
-            it. Load them only from where you would install a package from.
+        source: A directory that `save` wrote; a Hugging Face folder of an image classifier; a `.keras` or `.h5` file of
+            a whole Keras model; an `.onnx` file; a `.pt2` file that `torch.export.save` wrote, exported with a dynamic
+            batch size; `timm:NAME@FILE` or `torchvision:NAME@FILE`, with weights in a safetensors file; or
+            `python:package.module:factory`, a function without arguments that returns a `Classifier`, a Keras model, or
+            a network with the attributes `shape` and `num_classes`. Networks take images in [0, 1], but for what
+            `reading` says, to logits. Two of these run code of their author: a factory plainly, and a `.pt2` because
+            torch evaluates expressions in it. Load them only from where you would install a package from.
             `python:package.module:factory@DIRECTORY` fills the factory's network with the weights trained there.
         reading: What its network takes for images in [0, 1], and the names of its outputs.
 
@@ -45,9 +50,11 @@ def load(source: str, reading: Reading = AS_IT_IS) -> Classifier:
 def _found(source: str) -> Classifier:
     if source.startswith(PYTHON):
         return load_python(source)  # in whatever mode it comes: an audit reports and repairs it
+    if source.startswith(NAMED):
+        return load_named(source).eval()
     path = Path(source)
     if path.is_dir():
-        return load_folder(path).eval()
+        return (load_hugging_face if is_hugging_face(path) else load_folder)(path).eval()
     if not path.is_file():
         raise ModelError(FORMS, got=f"{source!r}, which does not exist")
     if path.suffix in FILES:
@@ -65,17 +72,18 @@ def architecture(source: str) -> tuple[str, dict[str, Any], str]:
     if source.startswith(PYTHON):
         code, _, folder = source.partition("@")
         return code, {}, read_config(Path(folder)).box if folder else AS_IT_IS.box
-    if not Path(source).exists():
+    path = Path(source)
+    if not path.exists() and not source.startswith(NAMED):
         raise ModelError(FORMS, got=f"{source!r}, which does not exist")
-    if Path(source).is_dir():
-        config = read_config(Path(source))
+    if path.is_dir() and not is_hugging_face(path):
+        config = read_config(path)
         return config.architecture, config.options, config.box
-    if FILES.get(Path(source).suffix) is load_keras:
-        return KERAS, keras_options(load_keras(Path(source))), AS_IT_IS.box
+    if FILES.get(path.suffix) is load_keras:
+        return KERAS, keras_options(load_keras(path)), AS_IT_IS.box
     raise ModelError(
         "a directory that `rempart train` wrote or python:package.module:factory, to train it further",
         got=repr(source),
-        hint="an exported program is fixed in inference mode; give the network it was made of",
+        hint="such a model is fixed in inference mode; give the network it was made of",
     )
 
 
@@ -85,6 +93,8 @@ def card(model: Classifier, source: str, defences: Sequence[str] = ()) -> ModelC
     name = path.stem if path.suffix in FILES else path.name
     if source.startswith(PYTHON):
         name = source.rpartition(":")[2]
+    if source.startswith(NAMED):
+        name = source.partition("@")[0]
     return ModelCard(
         source=source,
         name=name,
