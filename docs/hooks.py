@@ -18,7 +18,7 @@ from rempart import cli, listing
 from rempart.attacks import SUITES, attacks
 from rempart.attacks.suites import suite
 from rempart.core import errors, files
-from rempart.core.data import arrays
+from rempart.core.data import arrays, tables
 from rempart.core.registry import Entry, bounds_of
 from rempart.core.stats import Rate
 from rempart.core.threat import Threat
@@ -228,11 +228,17 @@ def _data() -> str:
             table(("form", "meaning"), rows),
             "## In detail",
             "::: rempart.core.data.open_data",
+            "::: rempart.core.data.tables.with_patients",
             "::: rempart.core.data.samples.Data",
             "::: rempart.core.data.samples.Batch",
             "## Limits",
             "Archives and images are untrusted input. The limits are constants.",
-            *(f"::: {m.__name__}.{name}" for m in (arrays, files) for name in vars(m) if name.startswith("MAX_")),
+            *(
+                f"::: {m.__name__}.{name}"
+                for m in (arrays, tables, files)
+                for name in vars(m)
+                if name.startswith("MAX_")
+            ),
             "",
         ]
     )
@@ -262,8 +268,10 @@ _FURTHER = {
         *(f"report.schema.{name}" for name in ("AttackResult", "NormStats", "Check", "Curve", "Example", "Samples")),
         *(f"report.schema.{name}" for name in ("ModelCard", "DataCard", "Epoch", "Certificate", "Bracket")),
         *(f"report.schema.{name}" for name in ("Detection", "Separation", "Held")),
+        *(f"report.schema.{name}" for name in ("Similarity", "Groups", "GroupAccuracy")),
         *(f"core.stats.{name}" for name in ("Rate", "Difference", "wilson", "paired_bootstrap", "median_interval")),
-        *(f"core.stats.{name}" for name in ("Auroc", "auroc")),
+        *(f"core.stats.{name}" for name in ("Auroc", "auroc", "Mean", "clustered")),
+        *(f"core.similarity.{name}" for name in ("psnr", "ssim")),
     ],
     "Reports on disk, comparison, gate": [
         *(f"report.store.{name}" for name in ("read", "read_spec", "write")),

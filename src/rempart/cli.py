@@ -34,7 +34,15 @@ app = typer.Typer(
 Data = Annotated[
     str, typer.Option("--data", help="digits, mnist:DIR, cifar10:PATH, FOLDER, FILE.zip, FILE.npz; :test[:500]")
 ]
-ThreatText = Annotated[str, typer.Option("--threat", help="Norm and budget in pixel units: linf:8/255, l2:0.5, l1:12")]
+Patients = Annotated[
+    str | None, typer.Option("--patients", help="CSV with the columns patient and path or number: who each image is of")
+]
+ThreatText = Annotated[
+    str,
+    typer.Option(
+        "--threat", help="Norm and budget in pixel units, linf:8/255, l2:0.5, l1:12, or in those of the data, linf:10HU"
+    ),
+]
 Options = Annotated[list[str] | None, typer.Option("--option", "-o", help="key=value, repeatable")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of every random draw")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Use the first N samples")]
@@ -65,6 +73,7 @@ def train(
     model_option: Annotated[
         list[str] | None, typer.Option("--model-option", "-m", help="key=value of the architecture, repeatable")
     ] = None,
+    patients: Patients = None,
     seed: Seed = 0,
     device: Annotated[
         Literal["cpu", "cuda"] | None, typer.Option("--device", help="Where to train; the best there is by default")
@@ -85,6 +94,7 @@ def train(
     _run(
         TrainSpec(
             data=data,
+            patients=patients,
             model=model if model or start else "lenet",
             start=start,
             device=device,
@@ -117,6 +127,7 @@ def audit(
     defence: Defence = None,
     limit: Limit = None,
     batch_size: BatchSize = 64,
+    patients: Patients = None,
     seed: Seed = 0,
     eight_bit: EightBit = False,
     sweep: Annotated[bool, typer.Option(help="Add an accuracy-against-eps curve")] = True,
@@ -138,6 +149,7 @@ def audit(
         AuditSpec(
             model=model,
             data=data,
+            patients=patients,
             threat=threat,
             suite=suite,
             attacks=tuple(chosen),
@@ -171,6 +183,7 @@ def attack(
     defence: Defence = None,
     limit: Limit = None,
     batch_size: BatchSize = 64,
+    patients: Patients = None,
     seed: Seed = 0,
     eight_bit: EightBit = False,
 ) -> None:
@@ -182,6 +195,7 @@ def attack(
         AttackSpec(
             model=model,
             data=data,
+            patients=patients,
             threat=threat,
             attack=choice,
             defences=_defences(defence),

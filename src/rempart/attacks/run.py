@@ -18,6 +18,7 @@ from rempart.core.events import Event, Notify, silent
 from rempart.core.model import Classifier, Meter, accelerated, frozen, metered, placed
 from rempart.core.registry import Entry
 from rempart.core.repro import Draws
+from rempart.core.similarity import psnr, ssim
 from rempart.core.threat import NORMS, TOLERANCE, Norm, Threat, vector_norm
 from rempart.core.types import Images, Labels, Mask, Scores
 
@@ -46,6 +47,8 @@ class Verdict:
         margin: True logit minus the best other, on the judged image.
         predicted: Class of the judged image.
         eight_bit: `broken` by the image rounded to 8 bit, where asked for.
+        psnr: Peak signal-to-noise ratio of the adversarial image in dB, where asked for; NaN where there is none.
+        ssim: Structural similarity of the adversarial image and the original, the same.
         norm: The norm the attack worked in.
         queries: Images sent forward by the attack, in all.
         gradients: Images sent backward by the attack, in all.
@@ -68,6 +71,8 @@ class Verdict:
     queries: int
     gradients: int
     seconds: float
+    psnr: Scores | None = None
+    ssim: Scores | None = None
 
     @property
     def right(self) -> Mask:
@@ -143,6 +148,7 @@ def attack_batch(
     search: Classifier | None = None,
     seed: int = 0,
     eight_bit: bool = False,
+    similarity: bool = False,
     notify: Notify = silent,
 ) -> Outcome:
     """Attack one batch of images and judge what comes back.
@@ -159,6 +165,7 @@ def attack_batch(
         search: The model attacked in place of `model`, which still judges: one with better gradients, or a surrogate.
         seed: Seed of every random draw.
         eight_bit: Also judge the images rounded to 8 bit.
+        similarity: Also measure how much the adversarial images look like the originals.
         notify: Receives the attack's events.
 
     Raises:
@@ -168,6 +175,7 @@ def attack_batch(
         AttackError: If the attack returns something its contract forbids.
     """
     job = _job(model, threat, attack, options or {}, target, seed, eight_bit)
+    job = replace(job, similarity=similarity)
     index = torch.arange(len(x)) if index is None else index
     check_images(model, x, y)
     with prepared(model, x, search) as ready:
@@ -187,6 +195,7 @@ def attack_data(
     seed: int = 0,
     eight_bit: bool = False,
     right: bool = False,
+    similarity: bool = False,
     notify: Notify = silent,
 ) -> Outcome:
     """Attack a whole data set in batches; the result is keyed by sample and independent of the batch size.
@@ -198,7 +207,7 @@ def attack_data(
     attack's own events in between.
     """
     job = _job(model, threat, attack, options or {}, target, seed, eight_bit)
-    job = replace(job, right=right)
+    job = replace(job, right=right, similarity=similarity)
     parts: list[Outcome] = []
     done, left = 0, 0
 
@@ -307,6 +316,7 @@ class _Job:
     seed: int
     eight_bit: bool
     right: bool = False
+    similarity: bool = False
 
 
 def _job(
@@ -377,6 +387,7 @@ def _attack(ready: Prepared, job: _Job, batch: Batch, notify: Notify) -> Outcome
     hit = attacked & reached(z, goal, targeted=targeted)
     if not targeted:
         hit = hit | ~correct
+    looks = _similarity(threat, x, found, attacked & hit) if job.similarity else {}
     within = threat.holds(x, found)
     broken = ~correct | (within & reached(z, y, targeted=False))
     return Outcome(
@@ -397,6 +408,7 @@ def _attack(ready: Prepared, job: _Job, batch: Batch, notify: Notify) -> Outcome
         queries=queries,
         gradients=gradients,
         seconds=seconds,
+        **looks,
     )
 
 
@@ -414,6 +426,16 @@ def _check_contract(job: _Job, x: Images, result: Images) -> None:
         size = float(job.own.distance(x, result).max())
         span = f"distances up to {size:g}, pixels in [{float(result.min()):g}, {float(result.max()):g}]"
         raise AttackError(f"{name} to stay inside {job.own} and the box", got=span)
+
+
+def _similarity(threat: Threat, x: Images, found: Images, chosen: Mask) -> dict[str, Scores]:
+    """PSNR and SSIM of the adversarial images among these; NaN for the others."""
+    originals, images, span = x[chosen].cpu(), found[chosen].cpu(), threat.high - threat.low
+    table: dict[str, Scores] = {}
+    for name, values in (("psnr", psnr(originals, images, span)), ("ssim", ssim(originals, images, span))):
+        table[name] = torch.full((len(x),), torch.nan, dtype=torch.float64)
+        table[name][chosen.cpu()] = values
+    return table
 
 
 def _relative(x: Images, found: Images) -> Scores:

@@ -18,6 +18,7 @@ from rempart.audit import pieces
 from rempart.audit.checks import Diagnosis, diagnose, stamp
 from rempart.audit.curves import from_distances, sweep
 from rempart.audit.examples import examples
+from rempart.audit.groups import by_group, numbers
 from rempart.audit.pieces import Pieces, Planned, attack_chunk, chunks, key, seeded, stored
 from rempart.audit.preflight import is_random, preflight
 from rempart.core.data import Data
@@ -38,6 +39,7 @@ from rempart.report.schema import (
     NormStats,
     Report,
     Samples,
+    Similarity,
     pack,
 )
 
@@ -49,7 +51,8 @@ _THOROUGH = ("standard", "plus")
 EOT = 20
 """Passes whose mean gradient an attack on a random model takes, unless it was told how many."""
 
-__all__ = ["EOT", "Audit", "Planned", "audit", "averaged", "is_random", "mean_gradient", "measure", "plan", "preflight"]
+__all__ = ["EOT", "Audit", "Planned", "audit", "averaged", "by_group", "is_random", "mean_gradient", "measure"]
+__all__ += ["numbers", "plan", "preflight"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,7 @@ def audit(
         ModelError: If the model's outputs cannot be attacked.
     """
     started = time.perf_counter()
-    threat = Threat.parse(spec.threat, low=model.low, high=model.high)
+    threat = data.threat(spec.threat, model.low, model.high)
     planned, notes = plan(spec, threat, model.num_classes)
     device = next(model.parameters(), torch.zeros(())).device
     with seeded(spec.seed, device):
@@ -200,6 +203,7 @@ def audit(
         if error is None
         else (),
         samples=samples if ran else None,
+        groups=by_group([part for _, part in pairs], correct, samples.worst_case()) if ran else (),
     )
     return Audit(report, {label: verdict for label, verdict in verdicts.items() if verdict is not None}, error)
 
@@ -283,6 +287,7 @@ def measure(
         else None,
         eight_bit=None if rounded is None else wilson(int(rounded.sum()), len(rounded)),
         norms=_norms(verdict) if verdict is not None and entry.traits.minimum and not attack.survivors else None,
+        similarity=None if verdict is None else _similarity(verdict),
         survivors=attack.survivors,
         tried=tried,
         queries=0 if verdict is None else verdict.queries,
@@ -380,6 +385,17 @@ def _norms(outcome: Verdict) -> NormStats:
         quartiles=(float(np.quantile(finds, 0.25)), float(np.quantile(finds, 0.75))) if len(finds) else None,
         rho2=float(outcome.relative[found].mean()) if bool(found.any()) else None,
     )
+
+
+def _similarity(verdict: Verdict) -> Similarity | None:
+    chosen = verdict.attacked & verdict.found
+    if verdict.psnr is None or verdict.ssim is None or not bool(chosen.any()):
+        return None
+    found = verdict.psnr[chosen].numpy(), verdict.ssim[chosen].numpy()
+    psnr, psnr_low, ssim, ssim_low = (_finite(np.quantile(v, share)) for v in found for share in (0.5, 0.05))
+    if psnr is None or psnr_low is None:  # a model that is random may turn an image that nobody changed
+        return None
+    return Similarity(n=int(chosen.sum()), psnr=psnr, psnr_low=psnr_low, ssim=ssim, ssim_low=ssim_low)
 
 
 def _finite(value: float) -> float | None:

@@ -107,9 +107,9 @@ class Folder:
                 if not path.is_relative_to(self.root.resolve()) or not path.is_file():
                     raise DataError(f"files inside {self.root.resolve().name}", got=name)
             with path.open("rb") as file:
-                return file.read(size)
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = getattr(error, "strerror", None) or "no path"
+                return file.read(min(size, os.fstat(file.fileno()).st_size + 1))  # room is made for all that is asked
+        except (OSError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or "a loop of links"
             raise DataError("a file that can be read", got=f"{name}: {reason}") from None
 
     def _walk(self, prefix: str, depth: int) -> Iterator[str]:

@@ -11,8 +11,8 @@ from rempart.core import files
 from rempart.core.data.arrays import ADVERSARIAL, MAX_CLASSES, TRUE, digits, idx, npz
 from rempart.core.data.folders import class_folders
 from rempart.core.data.modifiers import EXAMPLES, PATTERN, read_modifiers
-from rempart.core.data.parquet import is_table, parquet
-from rempart.core.data.samples import SPLITS, Batch, Data, in_memory
+from rempart.core.data.parquet import image_table, is_table
+from rempart.core.data.samples import PLAIN, SPLITS, Batch, Data, in_memory
 from rempart.core.data.tables import table, with_patients
 from rempart.core.errors import DataError
 from rempart.core.registry import suggestion
@@ -21,6 +21,7 @@ __all__ = [
     "ADVERSARIAL",
     "FORMS",
     "MAX_CLASSES",
+    "PLAIN",
     "SPLITS",
     "TRUE",
     "Batch",
@@ -89,7 +90,7 @@ def open_data(spec: str, *, split: str = "test") -> Data:
     elif path.suffix == ".csv" and path.is_file():
         data = table(path, wanted, read_modifiers(modifiers))
     elif is_table(path):
-        data = parquet(path, wanted, read_modifiers(modifiers))
+        data = image_table(path, wanted, read_modifiers(modifiers))
     elif path.is_dir() or path.suffix == ".zip":
         data = class_folders(path, wanted, read_modifiers(modifiers))
     else:

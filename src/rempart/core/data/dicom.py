@@ -181,7 +181,8 @@ def _pixels(header: Any, name: str) -> np.ndarray:
         np.reshape(_rescale(header, key, default), (-1, *(1,) * (stored.ndim - 1)) if frames > 1 else ())
         for key, default in (("RescaleSlope", 1.0), ("RescaleIntercept", 0.0))
     )
-    values = (stored * slope + intercept)[None]
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = (stored * slope + intercept)[None]
     if not np.isfinite(values).all():
         raise DataError("finite intensities", got=f"NaN or infinity in {name}")
     return values

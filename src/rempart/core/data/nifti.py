@@ -160,7 +160,8 @@ def _values(header: Any, axes: np.ndarray, content: bytes, name: str) -> np.ndar
     slope, intercept = header.get_slope_inter()
     values = stored.astype(np.float64)
     if slope is not None:
-        values = values * slope + (intercept or 0.0)
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = values * slope + (intercept or 0.0)
     if not np.isfinite(values).all():
         raise DataError("finite intensities", got=f"NaN or infinity in {name}")
     return apply_orientation(values, axes)

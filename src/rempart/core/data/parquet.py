@@ -90,7 +90,7 @@ def is_table(path: Path) -> bool:
     return path.suffix == ".parquet"
 
 
-def parquet(path: Path, split: str, modifiers: Modifiers) -> Data:
+def image_table(path: Path, split: str, modifiers: Modifiers) -> Data:
     """Images in a column of a table, their classes in another; the names of the classes from the table's own notes."""
     modifiers.only("@64", "@grey or @rgb", "@label", "@image", what="tables of images")
     saved = path.is_dir() and any((path / name).is_file() for name in (_INFO, _DICT))

@@ -11,6 +11,7 @@ from torch import Tensor
 from rempart.core import files
 from rempart.core.errors import DataError
 from rempart.core.repro import digest_arrays
+from rempart.core.threat import Threat
 from rempart.core.types import Images, Labels
 
 SPLITS = ("train", "val", "test")
@@ -116,6 +117,10 @@ class Data:
             return self
         read, stamp = self.read, f"{self.digest} in [{low}, {high}]".encode()
         return replace(self, read=lambda numbers: read(numbers) * (high - low) + low, stamps=lambda _: [stamp])
+
+    def threat(self, text: str, low: float, high: float) -> Threat:
+        """A threat in the box [low, high] of a model, whose budget may be in the unit of these data: `linf:10HU`."""
+        return Threat.parse(text, low=low, high=high, unit=self.unit, span=self.span)
 
     def load(self) -> "Data":
         """The same data decoded into memory, as bytes where that loses nothing: for training."""
