@@ -24,15 +24,19 @@ _STOPPED = threading.Event()
 app = typer.Typer(
     name="rempart",
     help="Attack, audit and harden image classifiers. MODEL is a folder written by `rempart train`, a .pt2 file, or "
-    "python:package.module:factory. DATA is digits, mnist:DIR, a folder or .zip of class folders, or a .npz file; "
-    "add :train or :test and a slice such as [:500].",
+    "python:package.module:factory. DATA is digits, mnist:DIR, a folder or .zip of class folders (pictures, DICOM, "
+    "NIfTI), or a .csv, .parquet or .npz file; add :train or :test and a slice such as [:500].",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 Data = Annotated[
-    str, typer.Option("--data", help="digits, mnist:DIR, cifar10:PATH, FOLDER, FILE.zip, FILE.npz; :test[:500]")
+    str,
+    typer.Option(
+        "--data",
+        help="digits, mnist:DIR, cifar10:PATH, FOLDER, FILE.zip, FILE.csv, FILE.parquet, FILE.npz; :test[:500]",
+    ),
 ]
 Patients = Annotated[
     str | None, typer.Option("--patients", help="CSV with the columns patient and path or number: who each image is of")

@@ -45,7 +45,7 @@ from rempart.certify import (
 )
 from rempart.core.data import ADVERSARIAL, TRUE, Data, one_image, open_data, with_patients
 from rempart.core.disk import replace
-from rempart.core.errors import Cancelled, RempartError, SpecError
+from rempart.core.errors import Cancelled, DataError, RempartError, SpecError
 from rempart.core.events import Notify, silent
 from rempart.core.model import Classifier, frozen, placed
 from rempart.core.ranks import ALONE, Ranks, launched, ranks
@@ -123,6 +123,12 @@ def _data(spec: AuditSpec | AttackSpec, model: Classifier) -> Data:
     data = open_data(spec.data)
     data = data if spec.patients is None else with_patients(data, Path(spec.patients))
     return data.head(spec.limit).scaled(model.low, model.high)
+
+
+def _unmasked(data: Data) -> Data:
+    if data.mask is not None:
+        raise DataError("data without masks", got=data.source, hint="audit and attack keep to them, nothing else does")
+    return data
 
 
 def _train(spec: TrainSpec, notify: Notify) -> Report | None:
@@ -275,7 +281,7 @@ def _certify(spec: CertifySpec, notify: Notify) -> Report:
     if spec.out is not None:
         _claim(Path(spec.out))
     model, told = _opened(spec)
-    data = open_data(spec.data).head(spec.limit).scaled(model.low, model.high)
+    data = _unmasked(open_data(spec.data)).head(spec.limit).scaled(model.low, model.high)
     threat = None if spec.threat is None else data.threat(spec.threat, model.low, model.high)
     if threat is not None:
         native(entry, threat)
@@ -356,7 +362,7 @@ def _explain(spec: ExplainSpec, notify: Notify) -> Report:
         raise SpecError(f"models for pixels in [{first.low}, {first.high}]", got=other[0], hint="explain it alone")
     picture = _pictured(spec, first)
     if spec.data is not None:
-        data = open_data(spec.data, split="test").head(spec.limit).scaled(first.low, first.high)
+        data = _unmasked(open_data(spec.data, split="test")).head(spec.limit).scaled(first.low, first.high)
     elif picture is not None:
         data = picture
     else:
@@ -420,7 +426,8 @@ def _detect(spec: DetectSpec, notify: Notify) -> Report:
     for choice in spec.detectors:
         detectors[choice.name].parse(choice.options)
     model, about = _opened(spec)
-    train, test = (open_data(spec.data, split=name).scaled(model.low, model.high) for name in ("train", "test"))
+    splits = (_unmasked(open_data(spec.data, split=name)) for name in ("train", "test"))
+    train, test = (data.scaled(model.low, model.high) for data in splits)
     threat = test.threat(spec.threat, model.low, model.high)
     crafts(spec, threat)
     _claim(out)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from pydantic import BaseModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from rempart.attacks.catalogue import Attack, Traits, attacks
 from rempart.attacks.losses import lead, mean_logits, reached
@@ -144,6 +144,7 @@ def attack_batch(
     options: Mapping[str, Any] | None = None,
     *,
     index: Tensor | None = None,
+    mask: Tensor | None = None,
     target: TargetRule | None = None,
     search: Classifier | None = None,
     seed: int = 0,
@@ -161,6 +162,7 @@ def attack_batch(
         attack: A registered name, or a function with the same contract (it is taken to support every norm).
         options: Options of the attack.
         index: Sample numbers: the key of every random draw. Default 0 to n - 1.
+        mask: Where pixels may change, boolean, broadcast over channels; the images are attacked one by one then.
         target: Makes the attack targeted; see `targets`.
         search: The model attacked in place of `model`, which still judges: one with better gradients, or a surrogate.
         seed: Seed of every random draw.
@@ -179,7 +181,7 @@ def attack_batch(
     index = torch.arange(len(x)) if index is None else index
     check_images(model, x, y)
     with prepared(model, x, search) as ready:
-        return _attack(ready, job, Batch(index, x, y), notify)
+        return _attack(ready, job, Batch(index, x, y, mask), notify)
 
 
 def attack_data(
@@ -363,18 +365,11 @@ def _attack(ready: Prepared, job: _Job, batch: Batch, notify: Notify) -> Outcome
     queries, gradients, started = ready.meter.queries, ready.meter.gradients, time.perf_counter()
     if bool(attacked.any()):
         some = attacked.nonzero()[:, 0]
-        result = job.entry.function(
-            ready.search,
-            x[some],
-            goal[some],
-            own,
-            targeted=targeted,
-            rng=Draws(job.seed, index[some.cpu()], (job.entry.name,)),
-            notify=notify,
-            **job.options,
-        )
-        _check_contract(job, x[some], result)
-        found[some] = result
+        given = x[some], goal[some], index[some.cpu()]
+        if batch.mask is None:
+            found[some] = _searched(ready.search, job, *given, notify)
+        else:
+            found[some] = _inside(ready.search, job, *given, batch.mask[some.cpu()], notify)
     queries, gradients = ready.meter.queries - queries, ready.meter.gradients - gradients
     seconds = time.perf_counter() - started
     rounded = None
@@ -410,6 +405,59 @@ def _attack(ready: Prepared, job: _Job, batch: Batch, notify: Notify) -> Outcome
         seconds=seconds,
         **looks,
     )
+
+
+def _searched(model: Classifier, job: _Job, x: Images, goal: Labels, index: Tensor, notify: Notify) -> Images:
+    """What the attack returns for images that are all to be attacked, held to its contract."""
+    result = job.entry.function(
+        model,
+        x,
+        goal,
+        job.own,
+        targeted=job.target is not None,
+        rng=Draws(job.seed, index, (job.entry.name,)),
+        notify=notify,
+        **job.options,
+    )
+    _check_contract(job, x, result)
+    return result
+
+
+class _Inside(nn.Module):
+    """One image seen through its mask: outside it, a model is shown the original, whatever the attack proposes."""
+
+    def __init__(self, model: Classifier, x: Images, mask: Tensor) -> None:
+        super().__init__()
+        self.model, self.x, self.mask = model, x, mask
+
+    def forward(self, z: Images) -> Tensor:
+        return self.model(torch.where(self.mask, z, self.x))
+
+
+def _inside(
+    model: Classifier, job: _Job, x: Images, goal: Labels, index: Tensor, mask: Tensor, notify: Notify
+) -> Images:
+    """The same with perturbations inside masks only, one image after the other, so that each attack keeps to its mask.
+
+    An attack asks about images in any number and order; of one image alone it is known which mask they belong to.
+    """
+    if job.entry.traits.joint:
+        hint = "choose an attack that works image by image, or data without masks"
+        raise ThreatError("an attack that can be kept inside masks", got=job.entry.name, hint=hint)
+    rows: list[Images] = []
+    for k in range(len(x)):
+        one, within = x[k : k + 1], mask[k : k + 1].to(x.device)
+        seen = Classifier(
+            _Inside(model, one, within),
+            shape=model.shape,
+            num_classes=model.num_classes,
+            class_names=model.class_names,
+            low=model.low,
+            high=model.high,
+        )
+        found = _searched(seen, job, one, goal[k : k + 1], index[k : k + 1], notify)
+        rows.append(torch.where(within, found, one))
+    return torch.cat(rows)
 
 
 def _check_contract(job: _Job, x: Images, result: Images) -> None:

@@ -45,6 +45,10 @@ from rempart.report.schema import (
 
 CHECKS = "checks"
 """The label of what probes and remedies broke."""
+_MASKED = (
+    "The adversary changed pixels inside the masks of the images only. The checks after the attacks were left out: "
+    "they know no masks."
+)
 _THOROUGH = ("standard", "plus")
 """Suites whose checks include those that cost as much as an attack."""
 
@@ -131,20 +135,18 @@ def audit(
                 curves.append(
                     sweep(model, data, threat, eot=eot, batch_size=spec.batch_size, seed=spec.seed, notify=told)
                 )
-            diagnosis = diagnose(
-                model,
-                data,
-                threat,
-                {
-                    a.label: verdict
-                    for a in planned
-                    if (verdict := _joined(done, range(len(parts)), a.label)) is not None
-                },
-                thorough=spec.suite in _THOROUGH,
-                batch_size=spec.batch_size,
-                seed=spec.seed,
-                notify=notify,
-            )
+            joined = {a.label: _joined(done, range(len(parts)), a.label) for a in planned}
+            if data.mask is None:
+                diagnosis = diagnose(
+                    model,
+                    data,
+                    threat,
+                    {label: verdict for label, verdict in joined.items() if verdict is not None},
+                    thorough=spec.suite in _THOROUGH,
+                    batch_size=spec.batch_size,
+                    seed=spec.seed,
+                    notify=notify,
+                )
         complete = True
     except (KeyboardInterrupt, Cancelled):
         if ranks.number:
@@ -185,7 +187,7 @@ def audit(
         environment=record | ({"processes": str(ranks.world)} if ranks.world > 1 else {}),
         model=card,
         data=described,
-        notes=(*notes, *_notes(correct, data.num_classes, error)),
+        notes=(*notes, *((_MASKED,) if data.mask else ()), *_notes(correct, data.num_classes, error)),
         preflight=checks,
         clean=wilson(int(correct.sum()), len(correct)) if len(correct) else None,
         attacks=(

@@ -305,13 +305,23 @@ class Pictures:
                 raise DataError("an image that can be read", got=f"{name}: {error}") from None
 
 
+def nonzero(name: str, content: bytes) -> np.ndarray:
+    """1 where a grey picture is not black, else 0: float32, shape (1, height, width)."""
+    with _opened(name, content) as image:
+        try:
+            grey = np.asarray(image if image.mode.startswith("I;16") else image.convert("L"))
+        except _BROKEN_IMAGE as error:
+            raise DataError("an image that can be read", got=f"{name}: {error}") from None
+    return (grey > 0).astype(np.float32)[None]
+
+
 def channels(image: np.ndarray, number: int) -> np.ndarray:
     """An image (c, *s) of floats with one or three channels; grey is the luma of ITU-R 601-2."""
     if len(image) == number:
         return image
     if number == 3:
         return np.repeat(image[:1], 3, axis=0)
-    return np.tensordot(np.float32([0.299, 0.587, 0.114]), image[:3], axes=1)[None].astype(np.float32)
+    return np.tensordot(np.array([0.299, 0.587, 0.114], dtype=np.float32), image[:3], axes=1)[None].astype(np.float32)
 
 
 def resized(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

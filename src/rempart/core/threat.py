@@ -85,7 +85,7 @@ class Threat:
         norm, colon, amount = text.strip().lower().partition(":")
         if not colon and not isinstance(read_number(norm), str):
             raise ThreatError("a norm before the budget", got=repr(text), hint=f"write linf:{norm}")
-        eps = read_number(amount) if colon else None
+        eps = read_number(amount.strip()) if colon else None
         if isinstance(eps, str) and (found := _IN_UNITS.fullmatch(eps)):
             if unit == "1" or found[2] not in (unit.lower(), "raw"):
                 told = "have no unit of their own" if unit == "1" else f"are in {unit}"

@@ -480,6 +480,7 @@ class DataCard(Strict):
     Attributes:
         unit: Of the intensities that pixels stand for: HU, `raw` where they have no name, 1 where they are pixels.
         span: The intensities that the ends of the model's box stand for.
+        masked: Whether an adversary may change images inside masks only.
     """
 
     source: str
@@ -490,6 +491,7 @@ class DataCard(Strict):
     classes: tuple[str, ...]
     unit: str = PLAIN
     span: tuple[float, float] = (0.0, 1.0)
+    masked: bool = False
 
     @classmethod
     def of(cls, data: Data) -> "DataCard":
@@ -503,6 +505,7 @@ class DataCard(Strict):
             classes=data.class_names,
             unit=data.unit,
             span=data.span,
+            masked=data.mask is not None,
         )
 
     def in_units(self, size: float, low: float, high: float) -> str:

@@ -225,6 +225,8 @@ def limits(report: Report) -> Iterator[str]:
         f"The adversary may add {threat.norm} perturbations {size}. Other norms, patches, rotations, blur, noise and "
         "changes of contrast were not tried."
     )
+    if report.data.masked:
+        yield "Pixels outside the masks were left as they are. An adversary who may change them too finds more."
     if any("steps" in attack.options for attack in report.attacks):
         most = {key: max(int(a.options.get(key) or 1) for a in report.attacks) for key in ("steps", "restarts")}
         yield (
@@ -285,8 +287,8 @@ def threat_of(report: Report) -> Threat | None:
     """The threat of an audit, an attack or a certification; None where there is none."""
     if isinstance(report.spec, TrainSpec) or report.spec.threat is None:
         return None
-    told = {"unit": report.data.unit, "span": report.data.span}
-    return Threat.parse(report.spec.threat, low=report.model.low, high=report.model.high, **told)
+    model, data = report.model, report.data
+    return Threat.parse(report.spec.threat, low=model.low, high=model.high, unit=data.unit, span=data.span)
 
 
 def where(report: Report) -> str:

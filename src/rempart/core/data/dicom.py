@@ -163,7 +163,7 @@ def _colour(header: Any) -> bool:
 def _pixels(header: Any, name: str) -> np.ndarray:
     """Intensities (1, *s) in modality units, float64; of colour images pixels (3, *s) in [0, 1], float32."""
     from PIL import Image
-    from pydicom.pixels import apply_color_lut  # pyright: ignore[reportUnknownVariableType]
+    from pydicom.pixels.processing import apply_color_lut
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)

@@ -40,7 +40,20 @@ def class_folders(path: Path, split: str, modifiers: Modifiers) -> Data:
     reference = next(tree[name] for name in (*SPLITS, "all") if any(tree.get(name, {}).values()))
     first = min(itertools.chain(*reference.values()), key=files.order)  # the same one for every split
     numbers = torch.tensor([labels[name] for name in names])
-    return of_files(store, names, numbers, split, class_names, modifiers, first=first)
+    masks = None if modifiers.mask is None else _masks(path.parent / modifiers.mask, names)
+    return of_files(store, names, numbers, split, class_names, modifiers, first=first, masks=masks)
+
+
+def _masks(root: Path, names: Iterable[str]) -> tuple[files.Folder, list[str]]:
+    """The masks that lie in a folder of their own under the names of the images, but for the ending."""
+    found: list[str] = []
+    for name in names:
+        bare = name.removesuffix(".gz").rpartition(".")[0]
+        these = [bare + ending for ending in (".png", ".nii.gz", ".nii") if (root / (bare + ending)).is_file()]
+        if len(these) != 1:
+            raise DataError(f"one mask in {root.name}, a .png, .nii.gz or .nii", got=f"{len(these)} for {name}")
+        found.append(these[0])
+    return files.Folder(root, closed=True), found
 
 
 def _tree(store: files.Store, names: Iterable[str]) -> dict[str, dict[str, list[str]]]:

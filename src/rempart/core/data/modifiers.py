@@ -35,7 +35,7 @@ class Modifiers:
         part: Which slices: one number, or a Python slice; None: all.
         label: Column of the labels in a table.
         image: Column of the images in a table.
-        mask: Folder of masks.
+        mask: Folder of masks, beside the data.
     """
 
     size: tuple[int, int] | None = None

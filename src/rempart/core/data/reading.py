@@ -1,8 +1,9 @@
 """From the names of files to `Data`: what kind they are, what their pixels mean, and which samples they hold."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,6 +48,7 @@ def of_files(
     *,
     first: str,
     patients: Sequence[str] | None = None,
+    masks: tuple[files.Store, Sequence[str]] | None = None,
 ) -> Data:
     """The samples of these files.
 
@@ -59,6 +61,7 @@ def of_files(
         modifiers: How they become images.
         first: A file of the data set, the same one for each split: it says what the files do not agree on.
         patients: The patient of each file, where known.
+        masks: Where the masks lie, and the mask of each file.
 
     Raises:
         DataError: If they are of several kinds, or of one that cannot be read so.
@@ -69,11 +72,49 @@ def of_files(
     (kind,) = kinds
     if kind == files.PICTURE:
         modifiers.only("@64", "@grey or @rgb", "@mask", what="pictures")
-        return pictures(store, names, labels, split, class_names, modifiers, first=first, patients=patients)
+        data = pictures(store, names, labels, split, class_names, modifiers, first=first, patients=patients)
+        return data if masks is None else _masked(data, names, masks)
     if kind is None:
         raise DataError("files of a kind that is known", got=names[0], hint=f"pictures are {' '.join(files.SUFFIXES)}")
     modifiers.only("@64", "@grey or @rgb", "@window", "@slice", "@mask", what=f"{kind} files")
-    return _volumes(_KINDS[kind], store, names, labels, split, class_names, modifiers, first, patients)
+    data = _volumes(_KINDS[kind], store, names, labels, split, class_names, modifiers, first, patients)
+    return data if masks is None else _masked(data, names, masks)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Masks:
+    """Where images may change, read from files of the same size: what is not 0 counts as inside."""
+
+    read: files.Files
+
+    def __call__(self, numbers: Tensor) -> Tensor:
+        """Booleans of shape (n, 1, *s)."""
+        return self.read(numbers) > 0.5
+
+
+def _masked(data: Data, names: Sequence[str], masks: tuple[files.Store, Sequence[str]]) -> Data:
+    """The same data with a mask for each image, sliced and resized like it."""
+    store, own = masks
+    if odd := [name for name in own if files.kind(store, name) not in (files.PICTURE, files.NIFTI)]:
+        raise DataError("masks that are pictures or NIfTI files", got=odd[0])
+    assert isinstance(data.read, files.Files)
+    mask_of = dict(zip(names, own, strict=True))
+    read = replace(
+        data.read,
+        store=store,
+        names=tuple(mask_of[name] for name in data.read.names),
+        shape=(1, *data.shape[1:]),
+        decode=_mask,
+        note="",
+    )
+    return replace(data, mask=Masks(read))
+
+
+def _mask(name: str, content: bytes) -> np.ndarray:
+    """1 where a mask is not 0, else 0: float32, shape (1, *s)."""
+    if name.lower().endswith(files.SUFFIXES):
+        return files.nonzero(name, content)
+    return (nifti.Nifti(PLAIN, (0.0, 1.0), own=False)(name, content) > 0).astype(np.float32)
 
 
 def pictures(
@@ -105,10 +146,12 @@ def _volumes(
     first: str,
     patients: Sequence[str] | None,
 ) -> Data:
-    decode = kind.decoder(first, *store.contents([first]), modifiers)
+    (content,) = store.contents([first])
+    decode = kind.decoder(first, content, modifiers)
     own, volumes = kind.people(store, names)
     patients = own if patients is None else patients
-    axis, planes = None if modifiers.plane is None else PLANES[modifiers.plane], ()
+    axis = None if modifiers.plane is None else PLANES[modifiers.plane]
+    planes: tuple[int, ...] = ()
     if axis is not None:
         picked = [
             (row, plane)

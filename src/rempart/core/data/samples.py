@@ -28,11 +28,13 @@ class Batch:
         index: Sample numbers within the split, int64, shape (n): the key of every result.
         x: Pixels, float32 in [0, 1].
         y: True classes, int64.
+        mask: Where an adversary may change them, shaped to be broadcast over channels; None: everywhere.
     """
 
     index: Tensor
     x: Images
     y: Labels
+    mask: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)  # without slots, which leave no room for the cached digest
@@ -52,6 +54,7 @@ class Data:
         span: The intensities that the ends of the box stand for.
         patients: Who each sample is of, where that is known.
         volumes: Which volume each sample is a slice of, where several are.
+        mask: From sample numbers to where an adversary may change the images; None: everywhere.
     """
 
     source: str
@@ -66,6 +69,7 @@ class Data:
     span: tuple[float, float] = (0.0, 1.0)
     patients: tuple[str, ...] | None = None
     volumes: tuple[str, ...] | None = None
+    mask: Callable[[Tensor], Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -85,12 +89,14 @@ class Data:
             images = (x.numpy() for batch in self.batches(_CHUNK) for x in batch.x)
         else:
             images = (np.frombuffer(stamp, dtype=np.uint8) for stamp in self.stamps(self.index))
-        return digest_arrays([self.index.numpy(), self.labels.numpy(), np.array(self.shape), *images])
+        parts = [] if self.mask is None else [self.mask(part).numpy() for part in self.index.split(_CHUNK)]
+        return digest_arrays([self.index.numpy(), self.labels.numpy(), np.array(self.shape), *images, *parts])
 
     def batch(self, positions: Tensor) -> Batch:
         """The samples at these positions, counted in `index`."""
         index = self.index[positions]
-        return Batch(index, self.read(index), self.labels[positions])
+        mask = None if self.mask is None else self.mask(index)
+        return Batch(index, self.read(index), self.labels[positions], mask)
 
     def batches(self, size: int) -> Iterator[Batch]:
         """All samples in order, `size` at a time; the last batch may be smaller."""

@@ -33,12 +33,18 @@ def table(path: Path, split: str, modifiers: Modifiers) -> Data:
         if files.leads_out(row["path"]):
             came = f"{row['path']!r} in line {number}"
             raise DataError("paths inside the folder of the table", got=came, hint="lay the images beside the table")
+    if modifiers.mask is not None:
+        raise DataError("masks in the column mask of a table", got=f"@mask={modifiers.mask}")
     _once([row["path"] for row in rows], path)
     split, own = _split(rows, split, path)
     _apart(rows, path)
+    masks = [row["mask"] for row in own] if "mask" in rows[0] else None
+    if masks is not None and (odd := [name for name in masks if not name or files.leads_out(name)]):
+        raise DataError("a mask inside the folder of the table in every line", got=repr(odd[0]))
+    store = files.Folder(path.parent, closed=True)
     class_names, number_of = _classes([row["label"] for row in rows])
     return of_files(
-        files.Folder(path.parent, closed=True),
+        store,
         [row["path"] for row in own],
         torch.tensor([number_of(row["label"]) for row in own]),
         split,
@@ -46,6 +52,7 @@ def table(path: Path, split: str, modifiers: Modifiers) -> Data:
         modifiers,
         first=rows[0]["path"],
         patients=[row["patient"] for row in own] if all(row.get("patient") for row in own) else None,
+        masks=None if masks is None else (store, masks),
     )
 
 
