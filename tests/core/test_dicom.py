@@ -145,6 +145,17 @@ def test_colour_images_are_pixels(tmp_path: Path) -> None:
         open_data(f"{tmp_path}@window=40:400")
 
 
+def test_palettes_are_looked_up(tmp_path: Path) -> None:
+    stored, colours = RNG.integers(0, 4, (6, 5)).astype(np.uint8), RNG.integers(0, 256, (3, 256)).astype(np.uint8)
+    tags: dict[str, Any] = {"PhotometricInterpretation": "PALETTE COLOR"}
+    for name, column in zip(("Red", "Green", "Blue"), colours, strict=True):
+        tags[f"{name}PaletteColorLookupTableDescriptor"] = [256, 0, 8]
+        tags[f"{name}PaletteColorLookupTableData"] = column.tobytes()
+    data = open_data(str(folder(tmp_path, ant_0=dicom(stored, **tags), bee_0=dicom(stored, **tags))))
+    assert data.shape == (3, 6, 5)
+    assert torch.equal(everything(data)[0], torch.from_numpy(colours[:, stored] / np.float32(255)))
+
+
 def test_files_without_an_ending_and_in_zips_are_found(tmp_path: Path) -> None:
     content = dicom(SIGNED, WindowCenter=0, WindowWidth=900)
     for name in ("ant/IM0001", "bee/1.2.840.7"):

@@ -208,6 +208,13 @@ def test_a_table_that_repeats_one_image_ten_thousand_times_does_not_fill_the_mem
     assert pa.total_allocated_bytes() - before < 2**24
 
 
+def test_a_label_that_is_long_and_repeated_is_refused(tmp_path: Path) -> None:
+    labels = ["a" * 2**20, "b"] * 5000
+    pq.write_table(pa.table({"image": [b"x"] * 10_000, "label": labels}), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match="at most 500 letters"):
+        open_data(str(tmp_path / "x.parquet"))
+
+
 def test_names_the_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pq.write_table(rows(), tmp_path / "x.parquet")
     for constant in ("MAX_ENTRIES", "MAX_TOTAL_BYTES", "MAX_VOLUME_BYTES", "MAX_IMAGE_BYTES"):

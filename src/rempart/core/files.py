@@ -161,8 +161,13 @@ class Zip:
             raise DataError("an archive that can be read", got=f"{self.path.name}: {error.strerror}") from None
 
     def starts(self, names: Iterable[str], size: int) -> Iterator[bytes]:
-        """The first bytes of each file, which is inflated as a whole for them."""
-        return (content[:size] for content in self.contents(names))
+        """The first bytes of each file, unchecked."""
+        try:
+            with self.path.open("rb") as file:
+                for name in names:
+                    yield self._content(file, name, size)[:size]
+        except OSError as error:
+            raise DataError("an archive that can be read", got=f"{self.path.name}: {error.strerror}") from None
 
     def stamps(self, names: Iterable[str]) -> Iterator[tuple[int, int]]:
         """CRC-32 and size of each file, from the directory alone."""
@@ -172,15 +177,22 @@ class Zip:
     def _inflated(self, file: BinaryIO, name: str) -> bytes:
         member = self.members[name]
         assert member is not None
+        content = self._content(file, name, member.size + 1)
+        if len(content) != member.size or zlib.crc32(content) != member.crc:
+            raise DataError("an archive that is whole", got=f"{name} with a wrong size or checksum")
+        return content
+
+    def _content(self, file: BinaryIO, name: str, size: int) -> bytes:
+        """What is in a file, inflated to so many bytes at most."""
+        member = self.members[name]
+        assert member is not None
         content = b""
         with suppress(struct.error, zlib.error, OverflowError):
             file.seek(member.offset + 26)  # the lengths of the two fields between the entry's header and its data
             file.seek(sum(struct.unpack("<2H", file.read(4))), os.SEEK_CUR)
             content = file.read(member.packed)
             if member.method == zipfile.ZIP_DEFLATED:
-                content = zlib.decompressobj(-15).decompress(content, member.size + 1)
-        if len(content) != member.size or zlib.crc32(content) != member.crc:
-            raise DataError("an archive that is whole", got=f"{name} with a wrong size or checksum")
+                content = zlib.decompressobj(-15).decompress(content, size)
         return content
 
 

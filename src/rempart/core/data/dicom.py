@@ -175,8 +175,9 @@ def _pixels(header: Any, name: str) -> np.ndarray:
     if stored.shape != (*expected, *([3] if _colour(header) else [])):
         raise DataError(f"pixels of shape {expected}", got=f"{stored.shape} in {name}")
     if _colour(header):
-        top = np.float32(np.iinfo(stored.dtype).max)
-        return np.moveaxis(stored, -1, 0).astype(np.float32) / top
+        palette = header.PhotometricInterpretation == "PALETTE COLOR"
+        top = np.iinfo(stored.dtype).max if palette else 2 ** int(header.BitsStored) - 1
+        return (np.moveaxis(stored, -1, 0).astype(np.float32) / np.float32(top)).clip(0, 1)
     slope, intercept = (
         np.reshape(_rescale(header, key, default), (-1, *(1,) * (stored.ndim - 1)) if frames > 1 else ())
         for key, default in (("RescaleSlope", 1.0), ("RescaleIntercept", 0.0))

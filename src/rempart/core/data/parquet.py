@@ -26,7 +26,18 @@ from rempart.core.data.samples import SPLITS, Data, choose
 from rempart.core.errors import DataError
 
 _SPLIT_OF = {"train": "train", "validation": "val", "val": "val", "valid": "val", "dev": "val", "test": "test"}
-_BROKEN = (OSError, ValueError, KeyError, TypeError, IndexError, NotImplementedError, AttributeError, struct.error)
+_BROKEN = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    IndexError,
+    NotImplementedError,
+    AttributeError,
+    MemoryError,
+    struct.error,
+)
+_LONGEST = 500  # letters of a label
 _INFO, _DICT, _STATE = "dataset_info.json", "dataset_dict.json", "state.json"
 
 
@@ -243,13 +254,25 @@ def _labels(tables: Iterable[Path], column: str) -> np.ndarray:
     for file in tables:
         if file.suffix == ".parquet":
             _within(pq.read_metadata(file), file)
-            values = pq.read_table(file, columns=[column])[column]
+            values = _words(pq.read_table(file, columns=[column], read_dictionary=[column])[column])
         else:
             values = _arrow(file, file.stat().st_mtime_ns, file.stat().st_size)[column]
         if values.null_count or not (pa.types.is_integer(values.type) or pa.types.is_string(values.type)):
             raise DataError(f"whole numbers or words in {column}", got=f"{values.type} in {file.name}")
         parts.append(values.to_numpy())
     return np.concatenate(parts)
+
+
+def _words(values: Any) -> Any:
+    """Labels that are words: decoded once it is known that none is long, for a dictionary may repeat it at will."""
+    import pyarrow as pa
+
+    if not pa.types.is_dictionary(values.type):
+        return values
+    for chunk in values.chunks:
+        longest = max((len(word) for word in chunk.dictionary.to_pylist() if word is not None), default=0)
+        files.within(longest, _LONGEST, "of a label", "the column of labels", "letters")
+    return values.cast(pa.string())
 
 
 def _within(metadata: Any, file: Path) -> None:
@@ -284,8 +307,7 @@ def _images(part: Part, column: str, *stamp: int) -> Any:
     import pyarrow.parquet as pq
 
     if part.group is None:
-        values = _arrow(part.file, *stamp)[column].combine_chunks()
-        return _bytes_of(values)
+        return pa.chunked_array([_bytes_of(chunk) for chunk in _arrow(part.file, *stamp)[column].chunks])
     # Row by row: one image that a dictionary repeats a million times is to be noticed before it fills the memory.
     chunks: list[Any] = []
     total = 0
@@ -301,7 +323,6 @@ def _images(part: Part, column: str, *stamp: int) -> Any:
 def _bytes_of(values: Any) -> Any:
     import pyarrow as pa
 
-    values = pa.concat_arrays(values.chunks) if isinstance(values, pa.ChunkedArray) else values
     if pa.types.is_struct(values.type):
         values = values.field("bytes")
     if not (pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type)):
