@@ -120,6 +120,12 @@ def test_frames_are_a_volume_or_slices_of_one(tmp_path: Path) -> None:
         open_data(f"{where}@slice=frame:4")
 
 
+def test_slices_of_flat_images_are_refused(tmp_path: Path) -> None:
+    where = folder(tmp_path, ant_0=WHOLE, bee_0=WHOLE)
+    with pytest.raises(DataError, match="volumes, to take slices of them"):
+        open_data(f"{where}@slice=frame")
+
+
 def test_every_frame_has_its_own_rescale(tmp_path: Path) -> None:
     from pydicom.dataset import Dataset
 

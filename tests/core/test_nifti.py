@@ -173,6 +173,7 @@ def test_names_the_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     [
         ("@slice=frame:1", "axial, coronal or sagittal"),
         ("@slice=axial:5", "a slice out of 5"),
+        ("@slice=axial:5:9", "slices that are there"),
         ("@slice=axial:::0", "slices such as axial"),
         ("@slice=upwards", "a modifier"),
         ("@window=5:0", "positive width"),

@@ -259,7 +259,7 @@ class Files:
         for (name, samples), content in zip(rows.items(), self.store.contents(rows), strict=True):
             image = self.decode(name, content)
             for row, number in samples:
-                one = image if self.axis is None else image.take(self.planes[number], self.axis)
+                one = image if self.axis is None else plane(image, self.axis, self.planes[number], name)
                 images[row] = unit(torch.from_numpy(np.ascontiguousarray(self._fitted(one, name))))
         return images
 
@@ -270,8 +270,8 @@ class Files:
         known = dict(zip(names, self.store.stamps(names), strict=True))
         for number in chosen:
             name = self.names[number]
-            plane = "" if self.axis is None else f" {self.axis} {self.planes[number]}"
-            yield _key(name) + struct.pack("<IQ", *known[name]) + f"{self.note}{plane}".encode()
+            cut = "" if self.axis is None else f" {self.axis} {self.planes[number]}"
+            yield _key(name) + struct.pack("<IQ", *known[name]) + f"{self.note}{cut}".encode()
 
     def _fitted(self, image: np.ndarray, name: str) -> np.ndarray:
         if image.shape == self.shape:
@@ -285,6 +285,13 @@ class Files:
                 hint=hint,
             )
         return resized(image, self.shape) if flat else channels(image, self.shape[0])
+
+
+def plane(image: np.ndarray, axis: int, number: int, name: str) -> np.ndarray:
+    """One slice (c, h, w) of a volume (c, d, h, w)."""
+    if image.ndim != 4:
+        raise DataError("volumes, to take slices of them", got=f"a flat image in {name}")
+    return image.take(number, axis)
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,20 +151,21 @@ def _volumes(
     own, volumes = kind.people(store, names)
     patients = own if patients is None else patients
     axis = None if modifiers.plane is None else PLANES[modifiers.plane]
-    planes: tuple[int, ...] = ()
+    picked: list[tuple[int, int]] = []
     if axis is not None:
         picked = [
             (row, plane)
             for row, (name, start) in enumerate(zip(names, store.starts(names, _SIZES), strict=True))
             for plane in _planes(kind.depths(name, start)[axis - 1], modifiers.part, name)
         ]
-        rows, planes = torch.tensor([row for row, _ in picked]), tuple(plane for _, plane in picked)
-        names, labels = [names[row] for row, _ in picked], labels[rows]
+        if not picked:
+            raise DataError("slices that are there", got="none", hint="look at the number of slices")
+        names, labels = [names[row] for row, _ in picked], labels[torch.tensor([row for row, _ in picked])]
         patients = None if patients is None else [patients[row] for row, _ in picked]
         volumes = None if volumes is None else tuple(volumes[row] for row, _ in picked)
     (content,) = store.contents(names[:1])
     image = decode(names[0], content)
-    image = image if axis is None else image.take(planes[0], axis)
+    image = image if axis is None else files.plane(image, axis, picked[0][1], names[0])
     if image.ndim != 3 and modifiers.size is not None:
         raise DataError("images that are flat, to resize them", got=names[0], hint="take slices: @slice=axial")
     size = image.shape[1:] if modifiers.size is None else modifiers.size[::-1]
@@ -175,7 +176,7 @@ def _volumes(
         decode,
         resize=modifiers.size is not None,
         axis=axis,
-        planes=planes,
+        planes=tuple(plane for _, plane in picked),
         note=str(decode),
     )
     return _data(read, labels, split, class_names, patients, volumes, decode.unit, decode.span)
