@@ -48,14 +48,21 @@ def open_data(spec: str, *, split: str = "test") -> Data:
 
     Specs: `digits` (embedded); `mnist:DIR` (IDX files); the path of a folder or zip of class folders
     (`train/CLASS/NAME.jpg`, or `CLASS/NAME.jpg` for one split that answers to every name), `cifar10:PATH` being the
-    same; the path of a MedMNIST-style `.npz`, or of one that `rempart attack` wrote, whose adversarial images with
-    their true classes are one split that answers to every name. A folder or zip takes `@64` or `@64x48` (width x
-    height; resizes, antialiased) and `@grey` or `@rgb` (default: as the first image of the data set). Then optionally
-    `:train`, `:val` or `:test`, and a Python slice: `brain-mri.zip@64@grey:test[:500]`.
+    same; the path of a `.csv` with the columns `path` and `label`, optionally `split`, `patient` and `mask`; the path
+    of a `.parquet` file with image bytes, of a folder of such, or of one that `datasets` saved; the path of a
+    MedMNIST-style `.npz`, or of one that `rempart attack` wrote, whose adversarial images with their true classes are
+    one split that answers to every name. Then optionally modifiers, `:train`, `:val` or `:test`, and a Python slice:
+    `brain-mri.zip@64@grey:test[:500]`.
+
+    Modifiers of files: `@64` or `@64x48` (width x height; resizes, antialiased), `@grey` or `@rgb` (default: as the
+    first image of the data set). Of DICOM and NIfTI files: `@window=CENTRE:WIDTH`, `@window=own` or `@window=full`
+    (default: as the first file says), `@slice=axial`, `@slice=coronal:40`, `@slice=sagittal:10:60:5`, `@slice=frame`.
+    Of folders: `@mask=FOLDER`. Of tables of images: `@image=COLUMN`, `@label=COLUMN`.
 
     Folders and zips are ordered by the SHA-1 of CLASS/NAME, so that the first N images are a fixed mix of classes;
-    their classes are numbered in sorted order. Arrays keep the order of their file. 8-bit values are divided by 255,
-    16-bit values by 65,535; transparency is dropped.
+    their classes are numbered in sorted order. Arrays and tables keep the order of their file. 8-bit values are divided
+    by 255, 16-bit values by 65,535; transparency is dropped. Intensities of DICOM and NIfTI files go through the window
+    as floating-point numbers; `unit` and `span` of the data say what pixels stand for.
 
     Args:
         spec: What to open.

@@ -161,7 +161,7 @@ class _parsing:
 
 
 def _parquet_files(path: Path) -> list[Path]:
-    return sorted(file for depth in ("*", "*/*", "*/*/*") for file in path.glob(f"{depth}.parquet") if file.is_file())
+    return sorted(file for depth in ("*", "*/*") for file in path.glob(f"{depth}.parquet") if file.is_file())
 
 
 def _by_split(tables: list[Path], path: Path) -> dict[str, list[Path]]:
