@@ -17,7 +17,8 @@ import rempart
 from rempart import cli, listing
 from rempart.attacks import SUITES, attacks
 from rempart.attacks.suites import suite
-from rempart.core import data, errors, files
+from rempart.core import errors, files
+from rempart.core.data import arrays, tables
 from rempart.core.registry import Entry, bounds_of
 from rempart.core.stats import Rate
 from rempart.core.threat import Threat
@@ -227,11 +228,17 @@ def _data() -> str:
             table(("form", "meaning"), rows),
             "## In detail",
             "::: rempart.core.data.open_data",
-            "::: rempart.core.data.Data",
-            "::: rempart.core.data.Batch",
+            "::: rempart.core.data.tables.with_patients",
+            "::: rempart.core.data.samples.Data",
+            "::: rempart.core.data.samples.Batch",
             "## Limits",
             "Archives and images are untrusted input. The limits are constants.",
-            *(f"::: {m.__name__}.{name}" for m in (data, files) for name in vars(m) if name.startswith("MAX_")),
+            *(
+                f"::: {m.__name__}.{name}"
+                for m in (arrays, tables, files)
+                for name in vars(m)
+                if name.startswith("MAX_")
+            ),
             "",
         ]
     )
@@ -245,7 +252,7 @@ def _python() -> str:
         "`import rempart` gives the names of the first section and loads them on first use. `open_data` and `Data` are "
         "on [the page about data](data.md).",
         "## rempart",
-        *(f"::: {o.__module__}.{o.__qualname__}" for o in public if o.__module__ != "rempart.core.data"),
+        *(f"::: {o.__module__}.{o.__qualname__}" for o in public if not o.__module__.startswith("rempart.core.data")),
     ]
     for title, names in _FURTHER.items():
         parts += [f"## {title}", *(f"::: rempart.{name}" for name in names)]
@@ -261,8 +268,10 @@ _FURTHER = {
         *(f"report.schema.{name}" for name in ("AttackResult", "NormStats", "Check", "Curve", "Example", "Samples")),
         *(f"report.schema.{name}" for name in ("ModelCard", "DataCard", "Epoch", "Certificate", "Bracket")),
         *(f"report.schema.{name}" for name in ("Detection", "Separation", "Held")),
+        *(f"report.schema.{name}" for name in ("Similarity", "Groups", "GroupAccuracy")),
         *(f"core.stats.{name}" for name in ("Rate", "Difference", "wilson", "paired_bootstrap", "median_interval")),
-        *(f"core.stats.{name}" for name in ("Auroc", "auroc")),
+        *(f"core.stats.{name}" for name in ("Auroc", "auroc", "Mean", "clustered")),
+        *(f"core.similarity.{name}" for name in ("psnr", "ssim")),
     ],
     "Reports on disk, comparison, gate": [
         *(f"report.store.{name}" for name in ("read", "read_spec", "write")),

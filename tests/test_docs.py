@@ -250,7 +250,7 @@ def check_command(name: str, *arguments: str) -> None:
         name, arguments = f"{name} {arguments[0]}", arguments[1:]
     given = COMMANDS[name].make_context(name, list(arguments)).params
     if given.get("threat") is not None:
-        Threat.parse(given["threat"])
+        Threat.parse(given["threat"], unit="HU", span=(-160, 240))
     for text in given.get("defence") or []:
         choice, _, own = text.partition(":")
         preprocessors[choice].parse(dict(pair.split("=") for pair in own.split(",") if pair))

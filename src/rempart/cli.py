@@ -23,18 +23,31 @@ _STOPPED = threading.Event()
 
 app = typer.Typer(
     name="rempart",
-    help="Attack, audit and harden image classifiers. MODEL is a folder written by `rempart train`, a .keras, .h5 or "
-    ".pt2 file, or python:package.module:factory. DATA is digits, mnist:DIR, a folder or .zip of class folders, or a "
-    ".npz file; add :train or :test and a slice such as [:500].",
+    help="Attack, audit and harden image classifiers. MODEL is a folder written by `rempart train` or of Hugging Face, "
+    "a .keras, .h5, .onnx or .pt2 file, or python:package.module:factory. DATA is digits, mnist:DIR, a folder or .zip of "
+    "class folders (pictures, DICOM, NIfTI), or a .csv, .parquet or .npz file; add :train or :test and a slice such as "
+    "[:500].",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 Data = Annotated[
-    str, typer.Option("--data", help="digits, mnist:DIR, cifar10:PATH, FOLDER, FILE.zip, FILE.npz; :test[:500]")
+    str,
+    typer.Option(
+        "--data",
+        help="digits, mnist:DIR, cifar10:PATH, FOLDER, FILE.zip, FILE.csv, FILE.parquet, FILE.npz; :test[:500]",
+    ),
 ]
-ThreatText = Annotated[str, typer.Option("--threat", help="Norm and budget in pixel units: linf:8/255, l2:0.5, l1:12")]
+Patients = Annotated[
+    str | None, typer.Option("--patients", help="CSV with the columns patient and path or number: who each image is of")
+]
+ThreatText = Annotated[
+    str,
+    typer.Option(
+        "--threat", help="Norm and budget in pixel units, linf:8/255, l2:0.5, l1:12, or in those of the data, linf:10HU"
+    ),
+]
 Options = Annotated[list[str] | None, typer.Option("--option", "-o", help="key=value, repeatable")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of every random draw")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Use the first N samples")]
@@ -78,6 +91,7 @@ def train(
     model_option: Annotated[
         list[str] | None, typer.Option("--model-option", "-m", help="key=value of the architecture, repeatable")
     ] = None,
+    patients: Patients = None,
     seed: Seed = 0,
     device: Annotated[
         Literal["cpu", "cuda"] | None, typer.Option("--device", help="Where to train; the best there is by default")
@@ -98,6 +112,7 @@ def train(
     _run(
         TrainSpec(
             data=data,
+            patients=patients,
             model=model if model or start else "lenet",
             start=start,
             reading=_reading(box, classes),
@@ -133,6 +148,7 @@ def audit(
     defence: Defence = None,
     limit: Limit = None,
     batch_size: BatchSize = 64,
+    patients: Patients = None,
     seed: Seed = 0,
     eight_bit: EightBit = False,
     sweep: Annotated[bool, typer.Option(help="Add an accuracy-against-eps curve")] = True,
@@ -155,6 +171,7 @@ def audit(
             model=model,
             reading=_reading(box, classes),
             data=data,
+            patients=patients,
             threat=threat,
             suite=suite,
             attacks=tuple(chosen),
@@ -190,6 +207,7 @@ def attack(
     defence: Defence = None,
     limit: Limit = None,
     batch_size: BatchSize = 64,
+    patients: Patients = None,
     seed: Seed = 0,
     eight_bit: EightBit = False,
 ) -> None:
@@ -202,6 +220,7 @@ def attack(
             model=model,
             reading=_reading(box, classes),
             data=data,
+            patients=patients,
             threat=threat,
             attack=choice,
             defences=_defences(defence),

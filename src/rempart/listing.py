@@ -22,7 +22,12 @@ _DATA = (
         "FOLDER or FILE.zip",
         "train/CLASS/*.png and test/CLASS/*.png, read in place; @64 resizes, @grey or @rgb converts",
     ),
+    ("  of DICOM files", "the same with .dcm; @window=40:400 (centre:width), own or full; default: the first file's"),
+    ("  of NIfTI files", "the same with .nii or .nii.gz: volumes, or @slice=axial:40, @slice=coronal:::4; @window"),
     ("FILE.npz", "MedMNIST style: {train,val,test}_{images,labels}"),
+    ("FILE.csv", "columns path and label, optionally split and patient; paths inside its folder, files of any kind"),
+    ("FILE.parquet or FOLDER", "image bytes and labels as Hugging Face has them; @image=COLUMN, @label=COLUMN"),
+    ("FOLDER", "what datasets.save_to_disk wrote"),
     ("... :train | :val | :test", "choose a split; [:500], [100:200], [::10] choose samples"),
 )
 

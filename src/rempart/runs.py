@@ -111,7 +111,8 @@ def audited(
     """
     if len(reports) < 2:
         raise SpecError("two or more reports to compare", got=len(reports))
-    asked = Threat.parse(threat) if threat else _agreed(reports)
+    about = next(iter(reports.values())).data
+    asked = Threat.parse(threat, unit=about.unit, span=about.span) if threat else _agreed(reports)
     folders = {path: path if path.is_dir() else path.parent for path in reports}
     models = {path: _model(report, folders[path], (code or {}).get(path)) for path, report in reports.items()}
     runs: list[Trained] = []

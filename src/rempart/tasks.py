@@ -18,7 +18,18 @@ from rempart.attacks import Verdict, attack_data, attacks
 from rempart.attacks.losses import score
 from rempart.attacks.run import native, targets
 from rempart.attacks.suites import suite
-from rempart.audit import Audit, Planned, audit, averaged, is_random, mean_gradient, measure, preflight
+from rempart.audit import (
+    Audit,
+    Planned,
+    audit,
+    averaged,
+    by_group,
+    is_random,
+    mean_gradient,
+    measure,
+    numbers,
+    preflight,
+)
 from rempart.audit.pieces import seeded
 from rempart.certify import (
     Attacked,
@@ -32,15 +43,15 @@ from rempart.certify import (
     join,
     section,
 )
-from rempart.core.data import ADVERSARIAL, TRUE, Data, one_image, open_data
+from rempart.core.data import ADVERSARIAL, TRUE, Data, one_image, open_data, with_patients
 from rempart.core.disk import replace
-from rempart.core.errors import Cancelled, RempartError, SpecError
+from rempart.core.errors import Cancelled, DataError, RempartError, SpecError
 from rempart.core.events import Notify, silent
 from rempart.core.model import Classifier, frozen, placed
 from rempart.core.ranks import ALONE, Ranks, launched, ranks
 from rempart.core.repro import environment
 from rempart.core.stats import Rate, wilson
-from rempart.core.threat import Norm, Threat
+from rempart.core.threat import Norm
 from rempart.detect import detectors
 from rempart.detect import save as save_detector
 from rempart.detect.evaluate import alone
@@ -108,6 +119,19 @@ def _behind(model: str, reading: Reading, defences: Sequence[DefenceChoice]) -> 
     return classifier, card(classifier, model, told)
 
 
+def _data(spec: AuditSpec | AttackSpec, model: Classifier) -> Data:
+    """The samples of a request in the box of the model, with their patients."""
+    data = open_data(spec.data)
+    data = data if spec.patients is None else with_patients(data, Path(spec.patients))
+    return data.head(spec.limit).seen_by(model)
+
+
+def _unmasked(data: Data) -> Data:
+    if data.mask is not None:
+        raise DataError("data without masks", got=data.source, hint="audit and attack keep to them, nothing else does")
+    return data
+
+
 def _train(spec: TrainSpec, notify: Notify) -> Report | None:
     from rempart.train import (  # loads Lightning Fabric, which an audit does not need
         load_recipe,
@@ -169,13 +193,13 @@ def _share(spec: AuditSpec, folder: Path | None, here: Ranks, notify: Notify) ->
             raise SpecError("a GPU that torch can use", got="none", hint="leave out --device cuda")
         torch.backends.cudnn.allow_tf32 = False  # its rounding, 1e-3, would count as a model that depends on the batch
         model = model.to(f"cuda:{here.local % torch.cuda.device_count()}")
-    data = open_data(spec.data).head(spec.limit).seen_by(model)
+    data = _data(spec, model)
     pieces = None if folder is None else folder / "pieces"
     result = audit(model, data, spec, card=told, folder=pieces, ranks=here, notify=notify)
     if result is None:
         return None
     if folder is not None:
-        save_arrays(folder / "samples.npz", _per_sample(result))
+        save_arrays(folder / "samples.npz", _per_sample(result, data))
         write(result.report, folder)  # last: who finds the report can rely on the table
         if result.report.complete:
             shutil.rmtree(folder / "pieces", ignore_errors=True)
@@ -190,8 +214,8 @@ def _attack(spec: AttackSpec, notify: Notify) -> Report:
         raise SpecError("--out to name a .npz file", got=repr(spec.out), hint="for example --out adversarial.npz")
     _claim(Path(spec.out).parent)
     model, told = _opened(spec)
-    data = open_data(spec.data).head(spec.limit).seen_by(model)
-    threat = Threat.parse(spec.threat, low=model.low, high=model.high)
+    data = _data(spec, model)
+    threat = data.threat(spec.threat, model.low, model.high)
     entry = attacks[spec.attack.name]
     options = entry.parse(spec.attack.options)
     native(entry, threat)
@@ -210,11 +234,12 @@ def _attack(spec: AttackSpec, notify: Notify) -> Report:
         target=targets(spec.target, model) if spec.target is not None else None,
         seed=spec.seed,
         eight_bit=spec.eight_bit,
+        similarity=True,
         notify=notify,
     )
     rounded = None if outcome.right_after_rounding is None else outcome.right_after_rounding.numpy()
     arrays = {"index": data.index.numpy(), ADVERSARIAL: outcome.x_adv.numpy(), TRUE: data.labels.numpy()}
-    save_arrays(Path(spec.out), {**arrays, **_columns(outcome)})
+    save_arrays(Path(spec.out), {**arrays, **_columns(outcome), **_groups(data)})
     correct = int(outcome.correct.sum())
     report = Report(
         kind="attack",
@@ -235,6 +260,7 @@ def _attack(spec: AttackSpec, notify: Notify) -> Report:
             clean=pack(outcome.correct),
             right={planned.label: pack(outcome.right)},
         ),
+        groups=by_group([data], outcome.correct.numpy(), outcome.right.numpy()),
     )
     replace(Path(spec.out).with_suffix(".json"), report.model_dump_json(indent=1).encode())
     replace(Path(spec.out).with_suffix(".html"), page(report).encode())
@@ -256,8 +282,8 @@ def _certify(spec: CertifySpec, notify: Notify) -> Report:
     if spec.out is not None:
         _claim(Path(spec.out))
     model, told = _opened(spec)
-    data = open_data(spec.data).head(spec.limit).seen_by(model)
-    threat = None if spec.threat is None else Threat.parse(spec.threat, low=model.low, high=model.high)
+    data = _unmasked(open_data(spec.data)).head(spec.limit).seen_by(model)
+    threat = None if spec.threat is None else data.threat(spec.threat, model.low, model.high)
     if threat is not None:
         native(entry, threat)
         covering(threat, 1)
@@ -335,16 +361,16 @@ def _explain(spec: ExplainSpec, notify: Notify) -> Report:
     first, about = subject.model, subject.card
     if other := [name for name, s in models.items() if (s.model.low, s.model.high) != (first.low, first.high)]:
         raise SpecError(f"models for pixels in [{first.low}, {first.high}]", got=other[0], hint="explain it alone")
-    threat = Threat.parse(spec.threat, low=first.low, high=first.high)
-    if spec.suite is not None:
-        suite(spec.suite, threat, first.num_classes)
     picture = _pictured(spec, first)
     if spec.data is not None:
-        data = open_data(spec.data, split="test").head(spec.limit).seen_by(first)
+        data = _unmasked(open_data(spec.data, split="test")).head(spec.limit).seen_by(first)
     elif picture is not None:
         data = picture
     else:
         raise SpecError("--data or --image", got="neither")
+    threat = data.threat(spec.threat, first.low, first.high)
+    if spec.suite is not None:
+        suite(spec.suite, threat, first.num_classes)
     for choice in spec.attacks:
         native(attacks[choice.name], threat)
         attacks[choice.name].parse(choice.options)
@@ -383,7 +409,7 @@ def _pictured(spec: ExplainSpec, model: Classifier) -> Data | None:
             raise SpecError("--label beside --image", got=f"{spec.label} alone")
         return None
     names = model.class_names
-    one = one_image(spec.image, shape=model.shape, label=0, class_names=names).scaled(model.low, model.high)
+    one = one_image(spec.image, shape=model.shape, label=0, class_names=names).seen_by(model)
     if spec.label is None:
         with frozen(model), torch.no_grad():
             label = int(model(placed(model, one.batch(torch.arange(1)).x)).argmax())
@@ -402,11 +428,12 @@ def _detect(spec: DetectSpec, notify: Notify) -> Report:
     for choice in spec.detectors:
         detectors[choice.name].parse(choice.options)
     model, about = _opened(spec)
-    threat = Threat.parse(spec.threat, low=model.low, high=model.high)
+    splits = (_unmasked(open_data(spec.data, split=name)) for name in ("train", "test"))
+    train, test = (data.seen_by(model) for data in splits)
+    threat = test.threat(spec.threat, model.low, model.high)
     crafts(spec, threat)
     _claim(out)
     _clear(out / DETECTORS)
-    train, test = (open_data(spec.data, split=name).seen_by(model) for name in ("train", "test"))
     learn, calibration, judge = parts(train, test, spec)
     model, checks = preflight(model, judge)
     random = is_random(checks)
@@ -470,12 +497,20 @@ def _certified_samples(table: Certificates, bracket: Bracket | None, attacked: A
     return Samples(index=index, labels=labels, clean=pack(table.correct), right=right)
 
 
-def _per_sample(result: Audit) -> dict[str, np.ndarray]:
+def _groups(data: Data) -> dict[str, np.ndarray]:
+    """Patients and volumes as numbers: the table does not say who they are."""
+    known = {"patient": data.patients, "volume": data.volumes}
+    return {name: numbers(groups) for name, groups in known.items() if groups is not None}
+
+
+def _per_sample(result: Audit, data: Data) -> dict[str, np.ndarray]:
     """The table of an audit: one row per sample, or per sample an attack was given, as its own index says."""
     samples = result.report.samples
     if samples is None:
         return {}
     table = {"index": np.array(samples.index), "label": np.array(samples.labels)}
+    if tuple(data.index.tolist()) == samples.index:
+        table |= _groups(data)
     for label, verdict in result.verdicts.items():
         columns = {"index": verdict.index.numpy(), **_columns(verdict)}
         table |= {f"{label}/{name}": column for name, column in columns.items()}
@@ -483,7 +518,8 @@ def _per_sample(result: Audit) -> dict[str, np.ndarray]:
 
 
 def _columns(outcome: Verdict) -> dict[str, np.ndarray]:
-    return {
+    looks = {"psnr": outcome.psnr, "ssim": outcome.ssim}
+    return {name: column.numpy() for name, column in looks.items() if column is not None} | {
         "correct": outcome.correct.numpy(),
         "broken": outcome.broken.numpy(),
         "success": outcome.success.numpy(),

@@ -21,9 +21,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from rempart.core import data as module
 from rempart.core import files
-from rempart.core.data import Data, open_data
+from rempart.core.data import Data, open_data, samples
 from rempart.core.errors import DataError
 
 REAL = Path(os.environ.get("REMPART_DATA") or Path(__file__).resolve().parents[2] / "../shared/data")
@@ -130,7 +129,7 @@ def test_load_keeps_sample_numbers_of_a_part(tmp_path: Path) -> None:
 
 
 def test_load_goes_over_to_floats_when_bytes_would_lose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_CHUNK", 2)
+    monkeypatch.setattr(samples, "_CHUNK", 2)
     deep = np.full((6, 5), 12345, dtype=np.uint16)
     written(tmp_path, {**{f"a/{k}.png": encoded(pixels(6, 5)) for k in range(5)}, "b/0.png": encoded(deep)})
     data = open_data(f"{tmp_path}")

@@ -462,3 +462,35 @@ def test_radii_of_the_toys_are_the_linear_programme(norm):
             bounds=[*((0, b) for b in (*(1 - x0), *x0)), (0, None)],
         )
         assert float(toys.radii(model, x, y, norm)[i, k]) == pytest.approx(solved.fun, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("text", "norm", "eps"),
+    [
+        ("linf:10HU", "linf", 10 / 400 * 2),
+        ("linf:10raw", "linf", 10 / 400 * 2),
+        ("l2:1/2hu", "l2", 0.5 / 400 * 2),
+        ("l1: 1e2 HU", "l1", 100 / 400 * 2),
+        ("linf:0.05", "linf", 0.05),
+        ("linf", "linf", None),
+    ],
+)
+def test_budgets_in_the_units_of_the_data_become_the_same_share_of_the_box(text: str, norm: str, eps: float) -> None:
+    threat = Threat.parse(text, low=-1, high=1, unit="HU", span=(-160, 240))
+    assert threat.norm == norm and threat.eps == pytest.approx(eps)
+
+
+@pytest.mark.parametrize(
+    ("text", "unit", "message"),
+    [
+        ("linf:10HU", "1", "have no unit of their own; write linf:10"),
+        ("linf:10raw", "1", "have no unit of their own"),
+        ("linf:10Bq", "HU", "are in HU; write linf:10HU"),
+        ("linf:HU", "HU", "a threat such as"),
+        ("linf:1/0HU", "HU", "a threat such as"),
+        ("linf:500HU", "HU", r"linf eps in \[0, 1\]"),
+    ],
+)
+def test_other_units_are_refused(text: str, unit: str, message: str) -> None:
+    with pytest.raises(ThreatError, match=message):
+        Threat.parse(text, unit=unit, span=(-160, 240))

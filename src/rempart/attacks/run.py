@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from pydantic import BaseModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from rempart.attacks.catalogue import Attack, Traits, attacks
 from rempart.attacks.losses import lead, mean_logits, reached
@@ -18,6 +18,7 @@ from rempart.core.events import Event, Notify, silent
 from rempart.core.model import Classifier, Meter, accelerated, blind, frozen, metered, placed
 from rempart.core.registry import Entry
 from rempart.core.repro import Draws
+from rempart.core.similarity import psnr, ssim
 from rempart.core.threat import NORMS, TOLERANCE, Norm, Threat, vector_norm
 from rempart.core.types import Images, Labels, Mask, Scores
 
@@ -46,6 +47,8 @@ class Verdict:
         margin: True logit minus the best other, on the judged image.
         predicted: Class of the judged image.
         eight_bit: `broken` by the image rounded to 8 bit, where asked for.
+        psnr: Peak signal-to-noise ratio of the adversarial image in dB, where asked for; NaN where there is none.
+        ssim: Structural similarity of the adversarial image and the original, the same.
         norm: The norm the attack worked in.
         queries: Images sent forward by the attack, in all.
         gradients: Images sent backward by the attack, in all.
@@ -68,6 +71,8 @@ class Verdict:
     queries: int
     gradients: int
     seconds: float
+    psnr: Scores | None = None
+    ssim: Scores | None = None
 
     @property
     def right(self) -> Mask:
@@ -139,10 +144,12 @@ def attack_batch(
     options: Mapping[str, Any] | None = None,
     *,
     index: Tensor | None = None,
+    mask: Tensor | None = None,
     target: TargetRule | None = None,
     search: Classifier | None = None,
     seed: int = 0,
     eight_bit: bool = False,
+    similarity: bool = False,
     notify: Notify = silent,
 ) -> Outcome:
     """Attack one batch of images and judge what comes back.
@@ -155,10 +162,12 @@ def attack_batch(
         attack: A registered name, or a function with the same contract (it is taken to support every norm).
         options: Options of the attack.
         index: Sample numbers: the key of every random draw. Default 0 to n - 1.
+        mask: Where pixels may change, boolean, broadcast over channels; the images are attacked one by one then.
         target: Makes the attack targeted; see `targets`.
         search: The model attacked in place of `model`, which still judges: one with better gradients, or a surrogate.
         seed: Seed of every random draw.
         eight_bit: Also judge the images rounded to 8 bit.
+        similarity: Also measure how much the adversarial images look like the originals.
         notify: Receives the attack's events.
 
     Raises:
@@ -168,11 +177,12 @@ def attack_batch(
         AttackError: If the attack returns something its contract forbids.
     """
     job = _job(model, threat, attack, options or {}, target, seed, eight_bit)
+    job = replace(job, similarity=similarity)
     allowed(job.entry, search or model)
     index = torch.arange(len(x)) if index is None else index
     check_images(model, x, y)
     with prepared(model, x, search) as ready:
-        return _attack(ready, job, Batch(index, x, y), notify)
+        return _attack(ready, job, Batch(index, x, y, mask), notify)
 
 
 def attack_data(
@@ -188,6 +198,7 @@ def attack_data(
     seed: int = 0,
     eight_bit: bool = False,
     right: bool = False,
+    similarity: bool = False,
     notify: Notify = silent,
 ) -> Outcome:
     """Attack a whole data set in batches; the result is keyed by sample and independent of the batch size.
@@ -199,7 +210,7 @@ def attack_data(
     attack's own events in between.
     """
     job = _job(model, threat, attack, options or {}, target, seed, eight_bit)
-    job = replace(job, right=right)
+    job = replace(job, right=right, similarity=similarity)
     allowed(job.entry, search or model)
     parts: list[Outcome] = []
     done, left = 0, 0
@@ -320,6 +331,7 @@ class _Job:
     seed: int
     eight_bit: bool
     right: bool = False
+    similarity: bool = False
 
 
 def _job(
@@ -366,18 +378,11 @@ def _attack(ready: Prepared, job: _Job, batch: Batch, notify: Notify) -> Outcome
     queries, gradients, started = ready.meter.queries, ready.meter.gradients, time.perf_counter()
     if bool(attacked.any()):
         some = attacked.nonzero()[:, 0]
-        result = job.entry.function(
-            ready.search,
-            x[some],
-            goal[some],
-            own,
-            targeted=targeted,
-            rng=Draws(job.seed, index[some.cpu()], (job.entry.name,)),
-            notify=notify,
-            **job.options,
-        )
-        _check_contract(job, x[some], result)
-        found[some] = result
+        given = x[some], goal[some], index[some.cpu()]
+        if batch.mask is None:
+            found[some] = _searched(ready.search, job, *given, notify)
+        else:
+            found[some] = _inside(ready.search, job, *given, batch.mask[some.cpu()], notify)
     queries, gradients = ready.meter.queries - queries, ready.meter.gradients - gradients
     seconds = time.perf_counter() - started
     rounded = None
@@ -390,6 +395,7 @@ def _attack(ready: Prepared, job: _Job, batch: Batch, notify: Notify) -> Outcome
     hit = attacked & reached(z, goal, targeted=targeted)
     if not targeted:
         hit = hit | ~correct
+    looks = _similarity(threat, x, found, attacked & hit) if job.similarity else {}
     within = threat.holds(x, found)
     broken = ~correct | (within & reached(z, y, targeted=False))
     return Outcome(
@@ -410,7 +416,61 @@ def _attack(ready: Prepared, job: _Job, batch: Batch, notify: Notify) -> Outcome
         queries=queries,
         gradients=gradients,
         seconds=seconds,
+        **looks,
     )
+
+
+def _searched(model: Classifier, job: _Job, x: Images, goal: Labels, index: Tensor, notify: Notify) -> Images:
+    """What the attack returns for images that are all to be attacked, held to its contract."""
+    result = job.entry.function(
+        model,
+        x,
+        goal,
+        job.own,
+        targeted=job.target is not None,
+        rng=Draws(job.seed, index, (job.entry.name,)),
+        notify=notify,
+        **job.options,
+    )
+    _check_contract(job, x, result)
+    return result
+
+
+class _Inside(nn.Module):
+    """One image seen through its mask: outside it, a model is shown the original, whatever the attack proposes."""
+
+    def __init__(self, model: Classifier, x: Images, mask: Tensor) -> None:
+        super().__init__()
+        self.model, self.x, self.mask = model, x, mask
+
+    def forward(self, z: Images) -> Tensor:
+        return self.model(torch.where(self.mask, z, self.x))
+
+
+def _inside(
+    model: Classifier, job: _Job, x: Images, goal: Labels, index: Tensor, mask: Tensor, notify: Notify
+) -> Images:
+    """The same with perturbations inside masks only, one image after the other, so that each attack keeps to its mask.
+
+    An attack asks about images in any number and order; of one image alone it is known which mask they belong to.
+    """
+    if job.entry.traits.joint:
+        hint = "choose an attack that works image by image, or data without masks"
+        raise ThreatError("an attack that can be kept inside masks", got=job.entry.name, hint=hint)
+    rows: list[Images] = []
+    for k in range(len(x)):
+        one, within = x[k : k + 1], mask[k : k + 1].to(x.device)
+        seen = Classifier(
+            _Inside(model, one, within),
+            shape=model.shape,
+            num_classes=model.num_classes,
+            class_names=model.class_names,
+            low=model.low,
+            high=model.high,
+        )
+        found = _searched(seen, job, one, goal[k : k + 1], index[k : k + 1], notify)
+        rows.append(torch.where(within, found, one))
+    return torch.cat(rows)
 
 
 def _check_contract(job: _Job, x: Images, result: Images) -> None:
@@ -427,6 +487,16 @@ def _check_contract(job: _Job, x: Images, result: Images) -> None:
         size = float(job.own.distance(x, result).max())
         span = f"distances up to {size:g}, pixels in [{float(result.min()):g}, {float(result.max()):g}]"
         raise AttackError(f"{name} to stay inside {job.own} and the box", got=span)
+
+
+def _similarity(threat: Threat, x: Images, found: Images, chosen: Mask) -> dict[str, Scores]:
+    """PSNR and SSIM of the adversarial images among these; NaN for the others."""
+    originals, images, span = x[chosen].cpu(), found[chosen].cpu(), threat.high - threat.low
+    table: dict[str, Scores] = {}
+    for name, values in (("psnr", psnr(originals, images, span)), ("ssim", ssim(originals, images, span))):
+        table[name] = torch.full((len(x),), torch.nan, dtype=torch.float64)
+        table[name][chosen.cpu()] = values
+    return table
 
 
 def _relative(x: Images, found: Images) -> Scores:

@@ -18,6 +18,7 @@ from rempart.audit import pieces
 from rempart.audit.checks import Diagnosis, diagnose, stamp
 from rempart.audit.curves import from_distances, sweep
 from rempart.audit.examples import examples
+from rempart.audit.groups import by_group, numbers
 from rempart.audit.pieces import Pieces, Planned, attack_chunk, chunks, key, seeded, stored
 from rempart.audit.preflight import is_random, preflight
 from rempart.core.data import Data
@@ -38,18 +39,24 @@ from rempart.report.schema import (
     NormStats,
     Report,
     Samples,
+    Similarity,
     pack,
 )
 
 CHECKS = "checks"
 """The label of what probes and remedies broke."""
+_MASKED = (
+    "The adversary changed pixels inside the masks of the images only. The checks after the attacks were left out: "
+    "they know no masks."
+)
 _THOROUGH = ("standard", "plus")
 """Suites whose checks include those that cost as much as an attack."""
 
 EOT = 20
 """Passes whose mean gradient an attack on a random model takes, unless it was told how many."""
 
-__all__ = ["EOT", "Audit", "Planned", "audit", "averaged", "is_random", "mean_gradient", "measure", "plan", "preflight"]
+__all__ = ["EOT", "Audit", "Planned", "audit", "averaged", "by_group", "is_random", "mean_gradient", "measure"]
+__all__ += ["numbers", "plan", "preflight"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +103,7 @@ def audit(
         ModelError: If the model's outputs cannot be attacked.
     """
     started = time.perf_counter()
-    threat = Threat.parse(spec.threat, low=model.low, high=model.high)
+    threat = data.threat(spec.threat, model.low, model.high)
     sighted = blind(model) is None
     planned, notes = plan(spec, threat, model.num_classes, gradients=sighted)
     for attack in planned:
@@ -132,20 +139,18 @@ def audit(
                 curves.append(
                     sweep(model, data, threat, eot=eot, batch_size=spec.batch_size, seed=spec.seed, notify=told)
                 )
-            diagnosis = diagnose(
-                model,
-                data,
-                threat,
-                {
-                    a.label: verdict
-                    for a in planned
-                    if (verdict := _joined(done, range(len(parts)), a.label)) is not None
-                },
-                thorough=spec.suite in _THOROUGH,
-                batch_size=spec.batch_size,
-                seed=spec.seed,
-                notify=notify,
-            )
+            joined = {a.label: _joined(done, range(len(parts)), a.label) for a in planned}
+            if data.mask is None:
+                diagnosis = diagnose(
+                    model,
+                    data,
+                    threat,
+                    {label: verdict for label, verdict in joined.items() if verdict is not None},
+                    thorough=spec.suite in _THOROUGH,
+                    batch_size=spec.batch_size,
+                    seed=spec.seed,
+                    notify=notify,
+                )
         complete = True
     except (KeyboardInterrupt, Cancelled):
         if ranks.number:
@@ -186,7 +191,7 @@ def audit(
         environment=record | ({"processes": str(ranks.world)} if ranks.world > 1 else {}),
         model=card,
         data=described,
-        notes=(*notes, *_notes(correct, data.num_classes, error)),
+        notes=(*notes, *((_MASKED,) if data.mask else ()), *_notes(correct, data.num_classes, error)),
         preflight=checks,
         clean=wilson(int(correct.sum()), len(correct)) if len(correct) else None,
         attacks=(
@@ -202,6 +207,7 @@ def audit(
         if error is None
         else (),
         samples=samples if ran else None,
+        groups=by_group([part for _, part in pairs], correct, samples.worst_case()) if ran else (),
     )
     return Audit(report, {label: verdict for label, verdict in verdicts.items() if verdict is not None}, error)
 
@@ -287,6 +293,7 @@ def measure(
         else None,
         eight_bit=None if rounded is None else wilson(int(rounded.sum()), len(rounded)),
         norms=_norms(verdict) if verdict is not None and entry.traits.minimum and not attack.survivors else None,
+        similarity=None if verdict is None else _similarity(verdict),
         survivors=attack.survivors,
         tried=tried,
         queries=0 if verdict is None else verdict.queries,
@@ -384,6 +391,17 @@ def _norms(outcome: Verdict) -> NormStats:
         quartiles=(float(np.quantile(finds, 0.25)), float(np.quantile(finds, 0.75))) if len(finds) else None,
         rho2=float(outcome.relative[found].mean()) if bool(found.any()) else None,
     )
+
+
+def _similarity(verdict: Verdict) -> Similarity | None:
+    chosen = verdict.attacked & verdict.found
+    if verdict.psnr is None or verdict.ssim is None or not bool(chosen.any()):
+        return None
+    found = verdict.psnr[chosen].numpy(), verdict.ssim[chosen].numpy()
+    psnr, psnr_low, ssim, ssim_low = (_finite(np.quantile(v, share)) for v in found for share in (0.5, 0.05))
+    if psnr is None or psnr_low is None:  # a model that is random may turn an image that nobody changed
+        return None
+    return Similarity(n=int(chosen.sum()), psnr=psnr, psnr_low=psnr_low, ssim=ssim, ssim_low=ssim_low)
 
 
 def _finite(value: float) -> float | None:

@@ -172,6 +172,7 @@ def _attack(
             seed=spec.seed,
             eight_bit=spec.eight_bit,
             right=right,
+            similarity=True,
             notify=notify,
         )
     return Piece(outcome.verdict, *_pictures(outcome, data.labels))
@@ -204,10 +205,10 @@ def unpack(content: bytes) -> Pieces:
     """The piece of `pack`, under its key."""
     with np.load(io.BytesIO(content), allow_pickle=False) as file:
         arrays: Mapping[str, np.ndarray] = {name: file[name] for name in file.files}
-    values: dict[str, Any] = {"eight_bit": None}
+    values: dict[str, Any] = {"eight_bit": None, "psnr": None, "ssim": None}
     for name, array in arrays.items():
         if name.startswith("verdict/"):
             values[name.removeprefix("verdict/")] = torch.from_numpy(array) if array.ndim else array.item()
-    verdict = Verdict(**values) if len(values) > 1 else None
+    verdict = Verdict(**values) if "index" in values else None
     shown, images = torch.from_numpy(arrays["shown"]), torch.from_numpy(arrays["images"])
     return {(int(arrays["number"]), str(arrays["label"])): Piece(verdict, shown, images)}

@@ -1,4 +1,4 @@
-"""Image files where they lie, in folders and zip archives: listed, read and decoded within limits, never extracted."""
+"""Files where they lie, in folders and zip archives: listed, read and decoded within limits, never extracted."""
 
 import hashlib
 import os
@@ -6,12 +6,12 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -25,14 +25,21 @@ MAX_ENTRIES = 200_000
 """Entries in one zip archive."""
 MAX_IMAGE_BYTES = 64 * 2**20
 """Uncompressed size of one image file."""
+MAX_VOLUME_BYTES = 2 * 2**30
+"""Uncompressed size of one DICOM or NIfTI file."""
 MAX_TOTAL_BYTES = 20 * 2**30
 """Uncompressed size of all images of an archive, or of one array file."""
 MAX_RATIO = 100
 """Uncompressed over compressed size of all images of an archive; a single blank image may exceed it."""
 MAX_PIXELS = 50_000_000
 """Width times height of one image."""
+MAX_VOXELS = 150_000_000
+"""Values of one volume, all channels counted."""
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
+VOLUMES = (".dcm", ".dicom", ".nii", ".nii.gz")
+DICOM, NIFTI, PICTURE = "DICOM", "NIfTI", "picture"
+_MAGIC = 132  # bytes of a DICOM file up to the letters DICM and with them
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _GREY_MODES = ("1", "L", "LA")
 _BROKEN_IMAGE = (
@@ -40,12 +47,37 @@ _BROKEN_IMAGE = (
     *(struct.error, zlib.error),
 )
 
+Decode = Callable[[str, bytes], np.ndarray]
+"""From the name and the bytes of a file to its image, channels first: uint8, or float32 in [0, 1]."""
+
+
+class Store(Protocol):
+    """Where files lie."""
+
+    def contents(self, names: Iterable[str]) -> Iterator[bytes]:
+        """The files' bytes."""
+        ...
+
+    def starts(self, names: Iterable[str], size: int) -> Iterator[bytes]:
+        """The first bytes of each file."""
+        ...
+
+    def stamps(self, names: Iterable[str]) -> Iterator[tuple[int, int]]:
+        """CRC-32 and size of each file."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """Image files in a folder."""
+    """Files in a folder.
+
+    Attributes:
+        root: The folder.
+        closed: Whether a file outside it is refused, however its name or a link leads there.
+    """
 
     root: Path
+    closed: bool = False
 
     def names(self) -> Iterator[str]:
         """Relative names of everything inside, folders ending in a slash, a little deeper than images belong."""
@@ -54,17 +86,31 @@ class Folder:
     def contents(self, names: Iterable[str]) -> Iterator[bytes]:
         """The files' bytes."""
         for name in names:
-            try:
-                with (self.root / name).open("rb") as file:
-                    content = file.read(MAX_IMAGE_BYTES + 1)
-            except OSError as error:
-                raise DataError("a file that can be read", got=f"{name}: {error.strerror}") from None
-            within(len(content), MAX_IMAGE_BYTES, "MAX_IMAGE_BYTES", name)
+            constant, limit = _limit(name)
+            content = self._read(name, limit + 1)
+            within(len(content), limit, constant, name)
             yield content
+
+    def starts(self, names: Iterable[str], size: int) -> Iterator[bytes]:
+        """The first bytes of each file."""
+        return (self._read(name, size) for name in names)
 
     def stamps(self, names: Iterable[str]) -> Iterator[tuple[int, int]]:
         """CRC-32 and size of each file."""
         return ((zlib.crc32(content), len(content)) for content in self.contents(names))
+
+    def _read(self, name: str, size: int) -> bytes:
+        path = self.root / name
+        try:
+            if self.closed:
+                path = path.resolve(strict=True)
+                if not path.is_relative_to(self.root.resolve()) or not path.is_file():
+                    raise DataError(f"files inside {self.root.resolve().name}", got=name)
+            with path.open("rb") as file:
+                return file.read(min(size, os.fstat(file.fileno()).st_size + 1))  # room is made for all that is asked
+        except (OSError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or "a loop of links"
+            raise DataError("a file that can be read", got=f"{name}: {reason}") from None
 
     def _walk(self, prefix: str, depth: int) -> Iterator[str]:
         try:
@@ -92,7 +138,7 @@ class _Member:
 
 @dataclass(frozen=True, slots=True)
 class Zip:
-    """Image files in a zip archive, read in place: nothing is written to disk, no handle stays open between calls.
+    """Files in a zip archive, read in place: nothing is written to disk, no handle stays open between calls.
 
     Members are inflated here, not by `zipfile`, which would parse the directory again on every call (0.5 s for 60,000
     entries) and believes the size an entry claims.
@@ -114,6 +160,15 @@ class Zip:
         except OSError as error:
             raise DataError("an archive that can be read", got=f"{self.path.name}: {error.strerror}") from None
 
+    def starts(self, names: Iterable[str], size: int) -> Iterator[bytes]:
+        """The first bytes of each file, unchecked."""
+        try:
+            with self.path.open("rb") as file:
+                for name in names:
+                    yield self._content(file, name, size)[:size]
+        except OSError as error:
+            raise DataError("an archive that can be read", got=f"{self.path.name}: {error.strerror}") from None
+
     def stamps(self, names: Iterable[str]) -> Iterator[tuple[int, int]]:
         """CRC-32 and size of each file, from the directory alone."""
         members = (self.members[name] for name in names)
@@ -122,15 +177,22 @@ class Zip:
     def _inflated(self, file: BinaryIO, name: str) -> bytes:
         member = self.members[name]
         assert member is not None
+        content = self._content(file, name, member.size + 1)
+        if len(content) != member.size or zlib.crc32(content) != member.crc:
+            raise DataError("an archive that is whole", got=f"{name} with a wrong size or checksum")
+        return content
+
+    def _content(self, file: BinaryIO, name: str, size: int) -> bytes:
+        """What is in a file, inflated to so many bytes at most."""
+        member = self.members[name]
+        assert member is not None
         content = b""
         with suppress(struct.error, zlib.error, OverflowError):
             file.seek(member.offset + 26)  # the lengths of the two fields between the entry's header and its data
             file.seek(sum(struct.unpack("<2H", file.read(4))), os.SEEK_CUR)
             content = file.read(member.packed)
             if member.method == zipfile.ZIP_DEFLATED:
-                content = zlib.decompressobj(-15).decompress(content, member.size + 1)
-        if len(content) != member.size or zlib.crc32(content) != member.crc:
-            raise DataError("an archive that is whole", got=f"{name} with a wrong size or checksum")
+                content = zlib.decompressobj(-15).decompress(content, size)
         return content
 
 
@@ -146,9 +208,13 @@ def open_zip(path: Path) -> Zip:
     except (OSError, ValueError, EOFError, struct.error, zipfile.BadZipFile, NotImplementedError) as error:
         raise DataError("a zip archive that is whole", got=f"{path.name}: {error}", hint="fetch it again") from None
     within(len(infos), MAX_ENTRIES, "MAX_ENTRIES", path.name, "entries")
-    images = [info for info in infos if is_image(info.filename)]
+    for info in infos:
+        if leads_out(info.filename):
+            raise DataError("an archive whose names stay inside it", got=repr(info.filename), hint="zip it anew")
+    images = [info for info in infos if not info.is_dir() and (is_image(info.filename) or _may_be(info.filename))]
     for info in images:
-        within(max(info.file_size, info.compress_size), MAX_IMAGE_BYTES, "MAX_IMAGE_BYTES", info.filename)
+        constant, limit = _limit(info.filename)
+        within(max(info.file_size, info.compress_size), limit, constant, info.filename)
         if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise DataError("entries stored or deflated, without a password", got=info.filename, hint="zip them anew")
     size, packed = sum(info.file_size for info in images), sum(info.compress_size for info in images)
@@ -162,33 +228,93 @@ def open_zip(path: Path) -> Zip:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Files:
-    """Reads image files and brings them to one shape."""
+    """Reads files and brings their images to one shape.
 
-    store: Folder | Zip
+    Attributes:
+        store: Where they lie.
+        names: The file of each sample; several samples may be slices of one.
+        shape: Of one sample: channels, then spatial axes.
+        decode: From a file to its image.
+        resize: Whether an image of another size is resized; otherwise it is an error.
+        axis: The axis of a volume, channels counted, along which samples are slices.
+        planes: Which slice each sample is.
+        note: What else the pixels depend on, for the digest.
+    """
+
+    store: Store
     names: tuple[str, ...]
-    shape: tuple[int, int, int]
-    resize: bool
+    shape: tuple[int, ...]
+    decode: Decode
+    resize: bool = False
+    axis: int | None = None
+    planes: tuple[int, ...] = ()
+    note: str = ""
 
     def __call__(self, numbers: Tensor) -> Images:
         """The images of these sample numbers, float32 in [0, 1]."""
-        names = [self.names[number] for number in numbers.tolist()]
-        images = torch.empty((len(names), *self.shape), dtype=torch.float32)
-        for row, (name, content) in enumerate(zip(names, self.store.contents(names), strict=True)):
-            images[row] = unit(torch.from_numpy(self._decode(name, content)))
+        images = torch.empty((len(numbers), *self.shape), dtype=torch.float32)
+        rows: dict[str, list[tuple[int, int]]] = {}
+        for row, number in enumerate(numbers.tolist()):
+            rows.setdefault(self.names[number], []).append((row, number))
+        for (name, samples), content in zip(rows.items(), self.store.contents(rows), strict=True):
+            image = self.decode(name, content)
+            for row, number in samples:
+                one = image if self.axis is None else plane(image, self.axis, self.planes[number], name)
+                images[row] = unit(torch.from_numpy(np.ascontiguousarray(self._fitted(one, name))))
         return images
 
     def stamps(self, numbers: Tensor) -> Iterator[bytes]:
-        """CLASS/NAME, CRC-32 and size of each file."""
-        names = [self.names[number] for number in numbers.tolist()]
-        for name, (crc, size) in zip(names, self.store.stamps(names), strict=True):
-            yield _key(name) + struct.pack("<IQ", crc, size)
+        """CLASS/NAME, CRC-32 and size of each file, and what else the pixels depend on."""
+        chosen = numbers.tolist()
+        names = dict.fromkeys(self.names[number] for number in chosen)
+        known = dict(zip(names, self.store.stamps(names), strict=True))
+        for number in chosen:
+            name = self.names[number]
+            cut = "" if self.axis is None else f" {self.axis} {self.planes[number]}"
+            yield _key(name) + struct.pack("<IQ", *known[name]) + f"{self.note}{cut}".encode()
 
-    def _decode(self, name: str, content: bytes) -> np.ndarray:
+    def _fitted(self, image: np.ndarray, name: str) -> np.ndarray:
+        if image.shape == self.shape:
+            return image
+        flat = image.ndim == len(self.shape) == 3
+        if image.shape[1:] != self.shape[1:] and not (self.resize and flat):
+            hint = "add @128 to the data spec, or another size, to resize all" if flat else "take @slice=axial of them"
+            raise DataError(
+                f"images of one size, {_size(self.shape)} like {self.names[0]}",
+                got=f"{_size(image.shape)} in {name}",
+                hint=hint,
+            )
+        return resized(image, self.shape) if flat else channels(image, self.shape[0])
+
+
+def plane(image: np.ndarray, axis: int, number: int, name: str) -> np.ndarray:
+    """One slice (c, h, w) of a volume (c, d, h, w)."""
+    if image.ndim != 4:
+        raise DataError("volumes, to take slices of them", got=f"a flat image in {name}")
+    return image.take(number, axis)
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """Decodes picture files to one shape (channels, height, width).
+
+    Attributes:
+        shape: What they are brought to.
+        resize: Whether one of another size is resized; otherwise it is an error.
+        like: The name of the file whose size it is.
+    """
+
+    shape: tuple[int, int, int]
+    resize: bool
+    like: str
+
+    def __call__(self, name: str, content: bytes) -> np.ndarray:
+        """The image: uint8, or float32 in [0, 1] with one channel for 16-bit files."""
         channels, height, width = self.shape
         with _opened(name, content) as image:
             if not self.resize and image.size != (width, height):
                 raise DataError(
-                    f"images of one size, {width}x{height} like {self.names[0]}",
+                    f"images of one size, {width}x{height} like {self.like}",
                     got=f"{image.width}x{image.height} in {name}",
                     hint="add @128 to the data spec, or another size, to resize all",
                 )
@@ -198,16 +324,51 @@ class Files:
                 raise DataError("an image that can be read", got=f"{name}: {error}") from None
 
 
-def image_shape(store: Folder | Zip, own: str, first: str, modifiers: str) -> tuple[int, int, int]:
-    """Channels, height and width, from the modifiers or from the headers of two images."""
-    size = channels = None
-    for word in modifiers.split("@")[1:]:
-        if word[0].isdigit():
-            width, _, height = word.partition("x")
-            size = int(width), int(height or width)
-            within(size[0] * size[1], MAX_PIXELS, "MAX_PIXELS", f"@{word}", "pixels")
-        else:
-            channels = 1 if word == "grey" else 3
+def nonzero(name: str, content: bytes) -> np.ndarray:
+    """1 where a grey picture is not black, else 0: float32, shape (1, height, width)."""
+    with _opened(name, content) as image:
+        try:
+            grey = np.asarray(image if image.mode.startswith("I;16") else image.convert("L"))
+        except _BROKEN_IMAGE as error:
+            raise DataError("an image that can be read", got=f"{name}: {error}") from None
+    return (grey > 0).astype(np.float32)[None]
+
+
+def channels(image: np.ndarray, number: int) -> np.ndarray:
+    """An image (c, *s) of floats with one or three channels; grey is the luma of ITU-R 601-2."""
+    if len(image) == number:
+        return image
+    if number == 3:
+        return np.repeat(image[:1], 3, axis=0)
+    return np.tensordot(np.array([0.299, 0.587, 0.114], dtype=np.float32), image[:3], axes=1)[None].astype(np.float32)
+
+
+def resized(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """An image (c, h, w) of floats in [0, 1] in another size and number of channels; bilinear, antialiased."""
+    image = channels(image, shape[0])
+    if image.shape == shape:
+        return image
+    size = shape[2], shape[1]
+    scaled = [np.array(Image.fromarray(layer).resize(size, Image.Resampling.BILINEAR)) for layer in image]
+    return np.stack(scaled).clip(0, 1)
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, reversed(shape[1:])))
+
+
+def image_shape(
+    store: Store, own: str, first: str, size: tuple[int, int] | None = None, channels: int | None = None
+) -> tuple[int, int, int]:
+    """Channels, height and width of pictures: as given, or from the headers of two of them.
+
+    Args:
+        store: Where they lie.
+        own: The picture whose size counts.
+        first: The picture whose channels count.
+        size: Width and height to resize to.
+        channels: 1 or 3.
+    """
     if channels is None:
         with _opened(first, *store.contents([first])) as image:
             channels = 1 if image.mode in _GREY_MODES or image.mode.startswith("I;16") else 3
@@ -227,11 +388,12 @@ def read_image(path: Path, shape: tuple[int, ...]) -> Images:
         raise DataError("--data for a model of images that are not flat", got=f"the image file {path}")
     channels, height, width = shape
     store = Folder(Path())
-    found = image_shape(store, str(path), str(path), "")[1:]
+    found = image_shape(store, str(path), str(path))[1:]
     if found != (height, width):
         expected, hint = f"an image of {width}x{height}", "resize it as the training images were"
         raise DataError(expected, got=f"{found[1]}x{found[0]} in {path}", hint=hint)
-    return Files(store, (str(path),), (channels, height, width), resize=False)(torch.zeros(1, dtype=torch.int64))
+    decode = Pictures((channels, height, width), False, str(path))
+    return Files(store, (str(path),), decode.shape, decode)(torch.zeros(1, dtype=torch.int64))
 
 
 def _opened(name: str, content: bytes) -> Image.Image:
@@ -266,8 +428,40 @@ def _pixels(image: Image.Image, channels: int, size: tuple[int, int]) -> np.ndar
 
 
 def is_image(name: str) -> bool:
-    """Whether a file is named like an image."""
-    return os.path.splitext(name)[1].lower() in SUFFIXES
+    """Whether a file is named like a picture or a volume."""
+    return name.lower().endswith((*SUFFIXES, *VOLUMES))
+
+
+def kind(store: Store, name: str) -> str | None:
+    """What a file is, by its ending; without one that says anything, by its first bytes; None: nothing known."""
+    lower = name.lower()
+    if lower.endswith(SUFFIXES):
+        return PICTURE
+    if lower.endswith(VOLUMES):
+        return DICOM if lower.endswith((".dcm", ".dicom")) else NIFTI
+    if not _may_be(name):
+        return None
+    (start,) = store.starts([name], _MAGIC)
+    return DICOM if start[128:] == b"DICM" else None
+
+
+def _may_be(name: str) -> bool:
+    """Whether a file might be DICOM, as far as its name goes: without an ending, or with a number for one."""
+    ending = PurePosixPath(name).suffix[1:]
+    return not ending or ending.isdigit()
+
+
+def _limit(name: str) -> tuple[str, int]:
+    """The limit on the bytes of a file, with its name."""
+    if name.lower().endswith(SUFFIXES):
+        return "MAX_IMAGE_BYTES", MAX_IMAGE_BYTES
+    return "MAX_VOLUME_BYTES", MAX_VOLUME_BYTES
+
+
+def leads_out(name: str) -> bool:
+    """Whether a name in an archive or a table points outside its folder."""
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    return ".." in parts or name.startswith(("/", "\\")) or (len(name) > 1 and name[1] == ":") or "\0" in name
 
 
 def _key(name: str) -> bytes:

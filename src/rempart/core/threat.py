@@ -1,6 +1,7 @@
 """What the adversary may do: a norm, a budget and the pixel box, with the geometry that follows."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -14,6 +15,7 @@ from rempart.core.types import Images, Mask, Scores, read_number
 
 Norm = Literal["linf", "l2", "l1"]
 NORMS: tuple[Norm, ...] = get_args(Norm)
+_IN_UNITS = re.compile(r"([0-9./e+-]*[0-9])\s*([a-z]+)")
 TOLERANCE = 1e-6
 """Slack of `holds`, relative to the budget and, per pixel, to the box: the rounding of float32 images."""
 
@@ -59,12 +61,38 @@ class Threat:
             )
 
     @classmethod
-    def parse(cls, text: str, *, low: float = 0.0, high: float = 1.0) -> "Threat":
-        """Read `linf:8/255`, `l2:0.5`, `l1:12`, or a norm alone for a threat without budget."""
+    def parse(
+        cls,
+        text: str,
+        *,
+        low: float = 0.0,
+        high: float = 1.0,
+        unit: str = "1",
+        span: tuple[float, float] = (0.0, 1.0),
+    ) -> "Threat":
+        """Read `linf:8/255`, `l2:0.5`, `l1:12`, or a norm alone for a threat without budget.
+
+        A budget may be in the unit of the data, `linf:10HU`, or, whatever that is called, `linf:10raw`: it becomes the
+        same share of the box that it is of the span.
+
+        Args:
+            text: The threat.
+            low: Smallest pixel value.
+            high: Largest pixel value.
+            unit: Of the intensities that pixels stand for; 1 where they stand for nothing else.
+            span: The intensities that the ends of the box stand for.
+        """
         norm, colon, amount = text.strip().lower().partition(":")
         if not colon and not isinstance(read_number(norm), str):
             raise ThreatError("a norm before the budget", got=repr(text), hint=f"write linf:{norm}")
-        eps = read_number(amount) if colon else None
+        eps = read_number(amount.strip()) if colon else None
+        if isinstance(eps, str) and (found := _IN_UNITS.fullmatch(eps)):
+            if unit == "1" or found[2] not in (unit.lower(), "raw"):
+                told = "have no unit of their own" if unit == "1" else f"are in {unit}"
+                hint = f"write {norm}:{found[1]}{'' if unit == '1' else unit}"
+                raise ThreatError("a budget in the units of the data", got=f"{text!r}, and the data {told}", hint=hint)
+            eps = read_number(found[1])
+            eps = eps if isinstance(eps, str) else eps / (span[1] - span[0]) * (high - low)
         if isinstance(eps, str):
             raise ThreatError("a threat such as linf:8/255, l2:0.5 or l1:12", got=repr(text))
         return cls(norm=norm, eps=eps, low=low, high=high)  # pyright: ignore[reportArgumentType]  (checked above)

@@ -380,7 +380,7 @@ def _curve_rows(curve: Curve, levels: bool) -> Iterator[Sequence[Markup]]:
 
 def _budget(report: Report) -> str:
     threat = threat_of(report)
-    return "" if threat is None else f"{threat.norm} {amount(threat)}"
+    return "" if threat is None else f"{threat.norm} {amount(threat, report.data)}"
 
 
 def _moment(created: str) -> str:

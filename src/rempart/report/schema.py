@@ -7,7 +7,7 @@ import numpy as np
 from annotated_types import Ge, Gt, Le, Len, Lt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rempart.core.data import Data
+from rempart.core.data import PLAIN, Data
 from rempart.core.errors import DataError
 from rempart.core.stats import Auroc, Difference, Mean, Rate
 from rempart.core.types import Pixels
@@ -65,6 +65,7 @@ class AuditSpec(Strict):
 
     Attributes:
         reading: How to read the model.
+        patients: A CSV table of the patient of each image.
         defences: In front of the model, the first nearest to the image; they belong to what is attacked.
         chunk: Samples worked off as a whole and stored when done; a stopped audit loses at most one attack on one.
         devices: Processes that share the chunks, each with a GPU of its own where `device` is cuda.
@@ -74,6 +75,7 @@ class AuditSpec(Strict):
     model: str
     reading: Reading = AS_IT_IS
     data: str
+    patients: str | None = None
     threat: str
     suite: str | None = None
     attacks: tuple[AttackChoice, ...] = ()
@@ -94,6 +96,7 @@ class AttackSpec(Strict):
 
     Attributes:
         reading: How to read the model.
+        patients: A CSV table of the patient of each image.
         defences: In front of the model, the first nearest to the image.
     """
 
@@ -101,6 +104,7 @@ class AttackSpec(Strict):
     model: str
     reading: Reading = AS_IT_IS
     data: str
+    patients: str | None = None
     threat: str
     attack: AttackChoice
     defences: tuple[DefenceChoice, ...] = ()
@@ -120,6 +124,7 @@ class TrainSpec(Strict):
     """A training run; a run of the same spec with `resume` goes on where one was stopped.
 
     Attributes:
+        patients: A CSV table of the patient of each image.
         model: Architecture to train from scratch.
         model_options: Options of it that differ from its defaults.
         start: A trained model to fine-tune, instead of an architecture.
@@ -133,6 +138,7 @@ class TrainSpec(Strict):
 
     kind: Literal["train"] = "train"
     data: str
+    patients: str | None = None
     model: str | None = None
     model_options: Options = Field(default_factory=dict)
     start: str | None = None
@@ -318,6 +324,24 @@ class NormStats(Strict):
     rho2: float | None
 
 
+class Similarity(Strict):
+    """How much the adversarial images of an attack look like the originals: the larger, the more.
+
+    Attributes:
+        n: Adversarial images: of samples right at first that the attack turned.
+        psnr: Median peak signal-to-noise ratio in dB.
+        psnr_low: 5 % quantile.
+        ssim: Median structural similarity; None for images smaller than its window of 11 pixels.
+        ssim_low: 5 % quantile.
+    """
+
+    n: int
+    psnr: float
+    psnr_low: float
+    ssim: float | None
+    ssim_low: float | None
+
+
 class AttackResult(Strict):
     """What one attack did to every sample of the audit.
 
@@ -330,6 +354,7 @@ class AttackResult(Strict):
         success: Share of the samples that were right at first and were broken; None where none was right.
         eight_bit: Share of all samples still right when the adversarial image is rounded to 8 bit.
         norms: Sizes of the perturbations, for attacks that look for the smallest.
+        similarity: PSNR and SSIM of the adversarial images; None where there are none.
         survivors: Whether it ran only on samples that every attack before left standing; then `accuracy` is that after
             all of them.
         tried: Samples it was given that were right at first.
@@ -346,6 +371,7 @@ class AttackResult(Strict):
     success: Rate | None
     eight_bit: Rate | None = None
     norms: NormStats | None = None
+    similarity: Similarity | None = None
     survivors: bool = False
     tried: int | None = None
     queries: int
@@ -480,7 +506,13 @@ class ModelCard(Strict):
 
 
 class DataCard(Strict):
-    """The data it was audited on."""
+    """The data it was audited on.
+
+    Attributes:
+        unit: Of the intensities that pixels stand for: HU, `raw` where they have no name, 1 where they are pixels.
+        span: The intensities that the ends of the model's box stand for.
+        masked: Whether an adversary may change images inside masks only.
+    """
 
     source: str
     split: str
@@ -488,6 +520,9 @@ class DataCard(Strict):
     n: int
     shape: tuple[int, ...]
     classes: tuple[str, ...]
+    unit: str = PLAIN
+    span: tuple[float, float] = (0.0, 1.0)
+    masked: bool = False
 
     @classmethod
     def of(cls, data: Data) -> "DataCard":
@@ -499,7 +534,14 @@ class DataCard(Strict):
             n=len(data),
             shape=data.shape,
             classes=data.class_names,
+            unit=data.unit,
+            span=data.span,
+            masked=data.mask is not None,
         )
+
+    def in_units(self, size: float, low: float, high: float) -> str:
+        """The size of a perturbation in the box [low, high], in the unit of the data: `10 HU`; empty without a unit."""
+        return "" if self.unit == PLAIN else f"{size / (high - low) * (self.span[1] - self.span[0]):.4g} {self.unit}"
 
 
 class Samples(Strict):
@@ -523,6 +565,38 @@ class Samples(Strict):
         for row in self.right.values():
             right &= unpack(row)
         return right
+
+
+class GroupAccuracy(Strict):
+    """Accuracy where the images of a group belong together.
+
+    Attributes:
+        whole: Share of the groups of which every image is right.
+        mean: Mean over groups of the share of their images that are right; bootstrap over groups.
+        pooled: Share of all images that are right; bootstrap over groups.
+    """
+
+    whole: Rate
+    mean: Mean
+    pooled: Mean
+
+
+class Groups(Strict):
+    """Results by patient or by volume.
+
+    Attributes:
+        kind: What a group is.
+        n: How many there are.
+        most: Images of the largest.
+        clean: Without an attack.
+        worst: Under all attacks.
+    """
+
+    kind: Literal["patient", "volume"]
+    n: int
+    most: int
+    clean: GroupAccuracy
+    worst: GroupAccuracy
 
 
 class Epoch(Strict):
@@ -856,6 +930,7 @@ class Report(Strict):
         clean: Share of all samples that the model gets right without an attack.
         worst_case: Share of all samples that it keeps right under all attacks; where detectors are judged, that of the
             model without one, under the attacks within the threat.
+        groups: The same by patient and by volume, where they are known.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -879,6 +954,7 @@ class Report(Strict):
     curves: tuple[Curve, ...] = ()
     examples: tuple[Example, ...] = ()
     samples: Samples | None = None
+    groups: tuple[Groups, ...] = ()
     epochs: tuple[Epoch, ...] = ()
     training: Training | None = None
     detection: tuple[Detection, ...] = ()

@@ -19,10 +19,12 @@ from rempart.report.schema import (
     AttackSpec,
     Bracket,
     Certificate,
+    DataCard,
     Detection,
     Effect,
     Explained,
     ExplainSpec,
+    Groups,
     Held,
     Report,
     Training,
@@ -59,6 +61,9 @@ def table(report: Report) -> str:
         blocks.append(_grid(*_results(report)))
         if any(attack.survivors for attack in report.attacks[1:]):
             blocks.append(_wrap("> ran only on the images left standing; its accuracy is that after all before it too"))
+        if any(attack.similarity for attack in report.attacks):
+            blocks.append(_grid(*_similar(report)))
+        blocks += [_grid(*_grouped(groups)) for groups in report.groups]
     if report.training is not None and isinstance(report.spec, TrainSpec):
         told = training_facts(report.training, report.spec)
         blocks.append("\n".join(_wrap(f"{name}: {value}") for name, value in told))
@@ -215,11 +220,13 @@ def limits(report: Report) -> Iterator[str]:
     if threat is None:
         yield "Accuracies measured during training are no audit: the attack of a recipe is weak."
         return
-    size = "of any size" if threat.eps is None else f"up to {amount(threat)}"
+    size = "of any size" if threat.eps is None else f"up to {amount(threat, report.data)}"
     yield (
         f"The adversary may add {threat.norm} perturbations {size}. Other norms, patches, rotations, blur, noise and "
         "changes of contrast were not tried."
     )
+    if report.data.masked:
+        yield "Pixels outside the masks were left as they are. An adversary who may change them too finds more."
     if any("steps" in attack.options for attack in report.attacks):
         most = {key: max(int(a.options.get(key) or 1) for a in report.attacks) for key in ("steps", "restarts")}
         yield (
@@ -240,6 +247,12 @@ def limits(report: Report) -> Iterator[str]:
             f"The intervals tell the chance in drawing {count(report.clean.n, 'image')} from this source. They say "
             "nothing about images from another source, device or site."
         )
+        if report.groups:
+            kind = report.groups[0].kind
+            yield (
+                f"Images of one {kind} hang together: intervals over images are too narrow. Those by {kind} are not, "
+                "where there are enough of them, say 20."
+            )
 
 
 def training_facts(training: Training, spec: TrainSpec) -> Iterator[tuple[str, str]]:
@@ -274,7 +287,8 @@ def threat_of(report: Report) -> Threat | None:
     """The threat of an audit, an attack or a certification; None where there is none."""
     if isinstance(report.spec, TrainSpec) or report.spec.threat is None:
         return None
-    return Threat.parse(report.spec.threat, low=report.model.low, high=report.model.high)
+    model, data = report.model, report.data
+    return Threat.parse(report.spec.threat, low=model.low, high=model.high, unit=data.unit, span=data.span)
 
 
 def where(report: Report) -> str:
@@ -284,13 +298,15 @@ def where(report: Report) -> str:
         return ""
     if threat.eps is None:
         return f"with {threat.norm} perturbations of any size"
-    return f"at {threat.norm} {amount(threat)}"
+    return f"at {threat.norm} {amount(threat, report.data)}"
 
 
-def amount(threat: Threat) -> str:
-    """The budget in pixel units, for linf in the box [0, 1] as levels of 255 too."""
+def amount(threat: Threat, data: DataCard | None = None) -> str:
+    """The budget in pixel units, for linf in the box [0, 1] as levels of 255 too; first in the unit of the data."""
     if threat.eps is None:
         return "any size"
+    if data is not None and (told := data.in_units(threat.eps, threat.low, threat.high)):
+        return f"{told} ({threat.eps:.3g} of the box [{threat.low:g}, {threat.high:g}])"
     levels = threat.eps * 255
     plain = f"{threat.eps:.3g}"
     if in_levels(threat.norm, threat.low, threat.high) and levels and abs(levels - round(levels)) < 1e-6:
@@ -716,6 +732,34 @@ def _results(report: Report) -> tuple[Sequence[str], list[Sequence[str]]]:
         rows.append([*row, f"{attack.queries:,}", f"{attack.seconds:.1f}"])
     whole("worst case", report.worst_case)
     return header, rows
+
+
+def _grouped(groups: Groups) -> tuple[Sequence[str], list[Sequence[str]]]:
+    """By patient or volume: those without a wrong image, the mean share, and all images with an interval over them."""
+    rows: list[Sequence[str]] = []
+    for name, found in (("clean", groups.clean), ("worst case", groups.worst)):
+        rates = (found.whole, found.mean, found.pooled)
+        rows.append((name, *(part for rate in rates for part in (f"{rate.value:.1%}", interval(rate)))))
+    header = (
+        f"{count(groups.n, groups.kind)}",
+        "all right",
+        "interval",
+        "mean share",
+        "interval",
+        "images",
+        "interval",
+    )
+    return header, rows
+
+
+def _similar(report: Report) -> tuple[Sequence[str], list[Sequence[str]]]:
+    """What adversarial images look like: medians, and the quantile that one in twenty lies below."""
+    rows: list[Sequence[str]] = []
+    for attack in report.attacks:
+        if (looks := attack.similarity) is not None:
+            of = ("-", "-") if looks.ssim is None else (f"{looks.ssim:.4f}", f"{looks.ssim_low or 0:.4f}")
+            rows.append((attack.label, str(looks.n), f"{looks.psnr:.1f}", f"{looks.psnr_low:.1f}", *of))
+    return ("adversarial images of", "n", "PSNR, dB", "5%", "SSIM", "5%"), rows
 
 
 def _epochs(report: Report) -> tuple[Sequence[str], list[Sequence[str]]]:

@@ -2,12 +2,13 @@
 
 import json
 import time
+from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
-from rempart.core.data import Data, open_data
+from rempart.core.data import Data, open_data, with_patients
 from rempart.core.errors import Cancelled, DataError, SpecError, TrainError
 from rempart.core.events import Notify, silent
 from rempart.core.model import Classifier, frozen, placed
@@ -53,7 +54,7 @@ def run_training(spec: TrainSpec, notify: Notify = silent, *, ranks: Ranks = ALO
     """
     started, out = time.perf_counter(), Path(spec.out)
     recipe = load_recipe(spec.recipe, spec.options)
-    train_data, test_data = _splits(spec.data)
+    train_data, test_data = _splits(spec.data, spec.patients)
     learn, validation = set_aside(train_data, recipe.validation_images)
     classifier, name, options, box = _network(spec, learn)
     learn, test_data = (data.seen_by(classifier) for data in (learn, test_data))
@@ -134,14 +135,26 @@ def run_training(spec: TrainSpec, notify: Notify = silent, *, ranks: Ranks = ALO
 def set_aside(data: Data, images: int) -> tuple[Data, Data | None]:
     """Part training images into those to learn from and up to `images` to choose the epoch by: a tenth at most.
 
-    The same ones for every seed, so that trainings compare. None where there are too few.
+    The same ones for every seed, so that trainings compare. None where there are too few. Where patients are known,
+    whole patients are set aside, as many as fit in; None where none does.
     """
     count = min(images, len(data) // 10)
     if count == 0:
         return data, None
     order = Draws(0, data.index, ("validation",)).uniform(torch.empty(len(data), 1, dtype=torch.float64)).flatten()
     chosen = torch.zeros(len(data), dtype=torch.bool)
-    chosen[order.argsort(stable=True)[:count]] = True
+    drawn = order.argsort(stable=True)
+    if data.patients is None:
+        chosen[drawn[:count]] = True
+    else:
+        sizes = Counter(data.patients)
+        aside: set[str] = set()
+        for patient in dict.fromkeys(data.patients[k] for k in drawn.tolist()):
+            if sum(sizes[p] for p in aside) + sizes[patient] <= count:
+                aside.add(patient)
+        chosen = torch.tensor([patient in aside for patient in data.patients])
+        if not aside:
+            return data, None
     return data.take((~chosen).nonzero().flatten()), data.take(chosen.nonzero().flatten())
 
 
@@ -158,13 +171,15 @@ def channel_moments(data: Data) -> tuple[list[float], list[float]]:
     return mean.tolist(), torch.where(std > 1e-4, std, 1.0).tolist()
 
 
-def _splits(source: str) -> tuple[Data, Data]:
+def _splits(source: str, patients: str | None) -> tuple[Data, Data]:
     """The train split and the test split, in memory.
 
     Raises:
-        DataError: If both are the same one, or there is only one class to learn.
+        DataError: If both are the same one, there is only one class to learn, or a patient lies in both.
     """
     train_data, test_data = open_data(source, split="train"), open_data(source, split="test")
+    if patients is not None:
+        train_data, test_data = (with_patients(data, Path(patients)) for data in (train_data, test_data))
     if train_data.split == test_data.split:
         raise DataError(
             "data with a train and a test split",
@@ -178,6 +193,8 @@ def _splits(source: str) -> tuple[Data, Data]:
             got=f"{len(train_data)} of class {train_data.class_names[present[0]]} alone",
             hint="where images lie sorted by class, take a slice such as [::10] instead of the first ones",
         )
+    if both := set(train_data.patients or ()) & set(test_data.patients or ()):
+        raise DataError("each patient in one split", got=f"{len(both)} in train and test", hint="split by patient")
     return train_data.load(), test_data.load()
 
 
