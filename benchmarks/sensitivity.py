@@ -73,7 +73,8 @@ def measure(place: str, repeat: int, share: float, data: Path, runs: Path, out: 
     setting, folder = SETTINGS[place], out / f"{place} {repeat} {share}"
     if complete(folder):
         return
-    seed = TRAINED[place]["seeds"][repeat] if place == "mnist" else 0
+    seeds = TRAINED[place]["seeds"]
+    seed = seeds[repeat] if len(seeds) > 1 else seeds[0]
     for method in METHODS:
         if not complete(home(runs, place, method, setting["threat"], seed)):
             judge(place, method, setting["threat"], seed, data, runs, quick=False)
@@ -117,7 +118,7 @@ def collect(explained: Path) -> None:
             ]
             for share in SHARES
         }
-        body["settings"][place] = {**setting, **summary(found)}
+        body["settings"][place] = {**setting, **summary(found, trained_apart=len(TRAINED[place]["seeds"]) > 1)}
     RESULTS.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({place: told["methods"] for place, told in body["settings"].items()}, indent=1)[:4000])
 
@@ -125,7 +126,7 @@ def collect(explained: Path) -> None:
 Repeats = list[dict[str, Explained]]
 
 
-def summary(found: dict[float, Repeats]) -> dict[str, Any]:
+def summary(found: dict[float, Repeats], *, trained_apart: bool) -> dict[str, Any]:
     """Everything of one data set."""
     main = found[min(found)]
     return {
@@ -135,7 +136,7 @@ def summary(found: dict[float, Repeats]) -> dict[str, Any]:
         "layers": {layer.name: len(layer.absolute) for layer in main[0]["plain"].layers},
         "methods": {method: of_method(main, method) for method in METHODS},
         "effects": [row for share, repeats in found.items() for row in tested(repeats, share)],
-        "correlation": list(correlated(main)),
+        "correlation": list(correlated(main, trained_apart=trained_apart)),
         "between seeds": {method: between(main, method) for method in METHODS},
     }
 
@@ -185,7 +186,7 @@ def ratio(repeats: Repeats, method: str, key: str, only: str | None = None) -> d
 
 
 def value(layer: Any, key: str) -> float | None:
-    return getattr(layer, key if key.startswith("shared") else f"mean_{key}")
+    return getattr(layer, {"relative": "overall", "absolute": "mean_absolute"}.get(key, key))
 
 
 def tested(repeats: Repeats, share: float) -> Iterator[dict[str, Any]]:
@@ -205,7 +206,7 @@ def tested(repeats: Repeats, share: float) -> Iterator[dict[str, Any]]:
             }
 
 
-def correlated(repeats: Repeats) -> Iterator[dict[str, Any]]:
+def correlated(repeats: Repeats, *, trained_apart: bool) -> Iterator[dict[str, Any]]:
     """Spearman's correlation of relative sensitivity and accuracy under attack over networks, layer by layer.
 
     With all networks, and without the plain ones: a correlation that only they make says no more than claim 1 does.
@@ -213,11 +214,14 @@ def correlated(repeats: Repeats) -> Iterator[dict[str, Any]]:
     for group, methods in (("all", METHODS), ("without plain", METHODS[1:])):
         networks = [repeat[method] for repeat in repeats for method in methods]
         held = torch.tensor([network.attacked.value for network in networks])
+        held = held if trained_apart else held.reshape(len(repeats), -1).mean(0)
         for at, layer in enumerate([EVERY, *(layer.name for layer in networks[0].layers)]):
-            moved = [n.layers[at - 1].mean_relative if at else n.mean_relative for n in networks]
+            moved = [n.layers[at - 1].overall if at else n.mean_relative for n in networks]
+            if not trained_apart:  # parts of the images of the same networks
+                moved = np.mean(np.reshape(moved, (len(repeats), -1)), 0).tolist()
             yield {
                 "networks": group,
-                "n": len(networks),
+                "n": len(moved),
                 "layer": layer,
                 "spearman": rank_correlation(torch.tensor(moved), held),
             }
@@ -232,7 +236,8 @@ def between(repeats: Repeats, method: str) -> dict[str, float] | None:
             for a, b in zip(first[method].layers, second[method].layers, strict=True):
                 one, other = set(a.sensitive), set(b.sensitive)
                 overlaps.append(len(one & other) / len(one | other))
-                chances.append(by_chance(len(a.absolute), len(one)))
+                moving = sum(x > 0 or y > 0 for x, y in zip(a.absolute, b.absolute, strict=True))
+                chances.append(by_chance(moving, len(one), len(other)))
     return {"jaccard": float(np.mean(overlaps)), "chance": float(np.mean(chances))} if overlaps else None
 
 

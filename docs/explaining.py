@@ -186,7 +186,7 @@ def correlation() -> str:
             (layer, *(signed(row["spearman"]) for group, _ in groups for row in rows if is_row(row, layer, group)))
             for layer in dict.fromkeys(row["layer"] for row in rows)
         ]
-        header = ("layer", *(f"{group} ({n} runs)" for group, n in groups))
+        header = ("layer", *(f"{group} ({n} networks)" for group, n in groups))
         parts += [headed("correlation", place), table(header, lines)]
     return "\n\n".join(parts) or HERE
 

@@ -58,6 +58,7 @@ from rempart.detect.evaluate import alone
 from rempart.detect.fitted import CARD, STATE
 from rempart.detect.run import crafts, judged, labelled, means, parts, sets
 from rempart.explain import Subject, explain, layers_of, trend
+from rempart.explain.contribution import run_once
 from rempart.models.load import card, load
 from rempart.models.save import CONFIG, WEIGHTS
 from rempart.preprocess import defended, described
@@ -356,7 +357,7 @@ def _explain(spec: ExplainSpec, notify: Notify) -> Report:
         model, told = _behind(name, spec.reading, spec.defences)
         label = told.name if told.name not in models else f"{told.name} {len(models) + 1}"
         models[label] = Subject(model, told)
-        layers_of(model, spec.layers)
+        run_once(model, torch.full((1, *model.shape), (model.low + model.high) / 2), layers_of(model, spec.layers))
     subject = next(iter(models.values()))
     first, about = subject.model, subject.card
     if other := [name for name, s in models.items() if (s.model.low, s.model.high) != (first.low, first.high)]:
@@ -410,15 +411,19 @@ def _pictured(spec: ExplainSpec, model: Classifier) -> Data | None:
         return None
     names = model.class_names
     one = one_image(spec.image, shape=model.shape, label=0, class_names=names).seen_by(model)
+    with frozen(model), torch.no_grad():
+        seen = int(model(placed(model, one.batch(torch.arange(1)).x)).argmax())
     if spec.label is None:
-        with frozen(model), torch.no_grad():
-            label = int(model(placed(model, one.batch(torch.arange(1)).x)).argmax())
+        label = seen
     elif spec.label in names:
         label = names.index(spec.label)
     elif spec.label.isdecimal() and int(spec.label) < len(names):
         label = int(spec.label)
     else:
         raise SpecError(f"--label as one of {', '.join(names)}", got=spec.label)
+    if spec.data is None and label != seen:
+        hint = "an attack has nothing to change in it; leave out --label, or measure on --data"
+        raise DataError(f"an image that the model takes for {names[label]}", got=names[seen], hint=hint)
     return dataclasses.replace(one, labels=torch.tensor([label]))
 
 

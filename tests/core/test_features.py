@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import toys
 from rempart.core.errors import DataError, ModelError
-from rempart.core.features import blocks, change, features, hidden, moved, penultimate, sensitivity
+from rempart.core.features import Moved, blocks, change, features, hidden, moved, penultimate, sensitivity
 from rempart.models import build
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -299,6 +299,28 @@ def test_of_a_layer_that_runs_twice_in_a_pass_the_last_time_counts():
         before = seen["relu"]
         model(x_adv)
     assert found.pairs == 6 and torch.allclose(found.change, (before - seen["relu"]).abs().sum(0).double(), atol=1e-5)
+
+
+def test_the_whole_layer_is_not_decided_by_neurons_that_hardly_ever_fire():
+    sums = Moved(change=torch.tensor([1.0, 1.0, 0.5]), clean=torch.tensor([5.0, 4.999999, 1e-6]), pairs=10)
+    assert sums.overall == pytest.approx(0.25) and float(sums.relative.mean()) > 1e5
+    woken, dead = Moved(torch.tensor([1.0]), torch.zeros(1), 1), Moved(torch.zeros(1), torch.zeros(1), 1)
+    assert (woken.overall, dead.overall) == (1, 0)
+
+
+def test_a_network_that_multiplies_its_images_is_refused():
+    class Views(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 3), nn.Linear(3, 2)
+
+        def forward(self, x):
+            views = torch.cat([x, x.flip(3)])
+            return self.second(self.first(views.flatten(1))).view(2, len(x), 2).mean(0)
+
+    x = torch.rand(6, 1, 2, 2)
+    with pytest.raises(ModelError, match="24 of first for 12"):
+        moved(Views().eval(), [(x, x)], ["first"])
 
 
 def test_a_layer_that_runs_for_some_batches_alone_counts_their_pairs():

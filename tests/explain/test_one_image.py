@@ -81,7 +81,7 @@ def test_what_does_not_fit_is_refused(model, scan, tmp_path):
     with pytest.raises(SpecError, match="--data or --image"):
         run(model, tmp_path)
     wrong = next(str(k) for k in range(10) if k != run(model, tmp_path, image=scan[0]).illustration.label)
-    with pytest.raises(DataError, match="classifies rightly"):
+    with pytest.raises(DataError, match="an image that the model takes for"):
         run(model, tmp_path, image=scan[0], label=wrong, out=str(tmp_path / "w"))
 
 

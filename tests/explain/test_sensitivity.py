@@ -26,13 +26,24 @@ def chosen(*arguments, **given):
         (0.01, "sensitive", [1]),  # at least one, and of equal ones the first
         (0.34, "sensitive", [1, 2]),
         (0.5, "sensitive", [1, 2, 4]),
-        (0.34, "least", [3, 5]),
-        (0.67, "least", [0, 1, 3, 5]),
-        (1.0, "sensitive", [0, 1, 2, 3, 4, 5]),
+        (0.34, "least", [0, 5]),  # neuron 3 never moves
+        (0.67, "least", [0, 1, 2, 5]),
+        (1.0, "sensitive", [0, 1, 2, 4, 5]),
+        (1.0, "least", [0, 1, 2, 4, 5]),
     ],
 )
 def test_a_share_is_chosen_and_of_equal_neurons_the_first(share, choose, expected):
     assert chosen(SIGMA, share, choose) == expected
+
+
+@pytest.mark.parametrize("choose", ["sensitive", "least", "random"])
+def test_neurons_that_never_move_are_not_chosen(choose):
+    rng = Draws(0, torch.zeros(1, dtype=torch.int64), ("explain",))
+    sigma = torch.zeros(50).index_fill(0, torch.tensor([3, 20, 21, 44]), 0.5)
+    for share in (0.01, 0.05, 0.5):
+        assert set(chosen(sigma, share, choose, rng)) <= {3, 20, 21, 44}
+        assert len(chosen(sigma, share, choose, rng)) == min(max(1, round(50 * share)), 4)
+    assert chosen(torch.zeros(50), 0.1, choose, rng) == []
 
 
 def test_random_neurons_depend_on_the_draws_alone():
@@ -50,10 +61,11 @@ def test_jaccard_by_hand_and_by_chance():
     a, b = torch.tensor([True, True, False, False]), torch.tensor([True, False, True, False])
     assert jaccard(a, b) == pytest.approx(1 / 3) and jaccard(a, a) == 1 and jaccard(a, ~a) == 0
     rng = Draws(0, torch.zeros(1, dtype=torch.int64))
-    masks = [top(torch.zeros(200), 0.25, "random", rng.at(draw)) for draw in range(200)]
-    mean = sum(jaccard(*pair) for pair in zip(masks[::2], masks[1::2], strict=True)) / 100
-    assert by_chance(200, 50) == pytest.approx(50 / 350) and mean == pytest.approx(by_chance(200, 50), abs=0.02)
-    assert by_chance(5, 5) == 1
+    for shares in ((0.25, 0.25), (0.25, 0.1)):
+        masks = [top(torch.ones(200), shares[draw % 2], "random", rng.at(draw)) for draw in range(200)]
+        mean = sum(jaccard(*pair) for pair in zip(masks[::2], masks[1::2], strict=True)) / 100
+        assert mean == pytest.approx(by_chance(200, *(round(200 * share) for share in shares)), abs=0.02)
+    assert by_chance(200, 50, 50) == pytest.approx(50 / 350) and by_chance(5, 5, 5) == 1
 
 
 def test_rank_correlation_is_spearmans_and_none_where_there_is_none():

@@ -435,7 +435,7 @@ def build_explanation(
     values: dict[str, Any] = {"kind": "explain", "spec": spec, "explained": found, "samples": None}
     values["illustration"] = illustration(next(iter(sizes))) if picture else None
     if len(labels) > 2:
-        values["trend"] = Trend(models=len(labels), spearman=-0.5, shared=0.25)
+        values["trend"] = Trend(models=len(labels), spearman=-0.5, chance=0.45, shared=0.25, shared_chance=0.75)
     return audit.model_copy(update={**values, **changes})
 
 
@@ -448,6 +448,7 @@ def explained(label: str, at: int, sizes: dict[str, int], effects: bool) -> Expl
                 name=name,
                 absolute=tuple(absolute.tolist()),
                 relative=tuple((absolute[::-1] / 4).tolist()),
+                overall=float(absolute.mean() / 3),
                 pull=tuple((absolute - 0.1).tolist()),
                 agreement=0.9 - 0.1 * number,
                 sensitive=tuple(int(k) for k in np.argsort(-absolute)[: max(1, n // 10)]),

@@ -141,15 +141,15 @@ def neurons_told(report: Report) -> dict[str, list[list[str]]]:
 
     for i, model in enumerate(report.explained):
         for layer in model.layers:
-            n, means = len(layer.absolute), (np.mean(layer.relative).item(), np.mean(layer.absolute).item())
+            n, means = len(layer.absolute), (layer.overall, np.mean(layer.absolute).item())
             lent = (layer.shared_relative, layer.shared_absolute)
             told = [repr(mean) for mean in means] + ["-" if v is None else repr(v) for v in lent]
             name = [layer.name] if layer.name.strip() else []
             rows.setdefault("figure-profile", []).append([model.label, *name, *told])
             rows.setdefault("figure-heat", []).append([model.label, *name, repr(n), *spread(layer.relative)])
-            for kind, values in (("absolute", layer.absolute), ("relative", layer.relative)):
-                rows.setdefault(f"figure-sorted-{i}", []).append([*name, kind, repr(n), *spread(values)])
-                told = [*name, kind, repr(n), repr(np.mean(values).item())]
+            for kind, value in (("absolute", means[1]), ("relative", means[0])):
+                rows.setdefault(f"figure-sorted-{i}", []).append([*name, kind, repr(n), *spread(getattr(layer, kind))])
+                told = [*name, kind, repr(n), repr(value)]
                 rows.setdefault(f"figure-histogram-{i}", []).append(told)
         for effect in model.effects:
             told = [repr(v) for r in (effect.sensitive, effect.random, effect.least) for v in (r.value, r.low, r.high)]
@@ -176,7 +176,7 @@ def test_an_explanation_shows_the_means_of_the_layers_its_pictures_and_what_they
     values = [value for tag, key, value in found.attributes if tag == "data" and key == "value"]
     for model in report.explained:
         for layer in model.layers:
-            assert repr(np.mean(layer.relative).item()) in values
+            assert repr(layer.overall) in values
         for effect in model.effects:
             assert repr(effect.gap.value) in values
         assert all(repr(row.jaccard) in values for row in model.overlaps)

@@ -226,7 +226,7 @@ def test_an_explanation_is_told_by_its_layers_and_its_tests():
         n = len(layer.absolute)
         assert row["neurons"] == str(n)
         assert row["absolute"] == f"{sum(layer.absolute) / n:.3g}"
-        assert row["relative"] == f"{sum(layer.relative) / n:.3g}"
+        assert row["relative"] == f"{layer.overall:.3g}"
         assert row["agreement"] == f"{layer.agreement:+.2f}"
         assert "shared rel." not in row
     effects = columns(blocks[3])
@@ -257,6 +257,14 @@ def test_the_verdict_on_neurons_rests_on_the_clean_values_put_back_in_all_layers
         gap = effect.gap.model_copy(update={"low": low, "high": high})
         first = report.explained[0].model_copy(update={"effects": (effect.model_copy(update={"gap": gap}),)})
         assert said in verdict(report.model_copy(update={"explained": (first,)}))
+    few = effect.model_copy(update={"gap": effect.gap.model_copy(update={"n": 9})})
+    first = report.explained[0].model_copy(update={"effects": (few,)})
+    assert "Fewer than 10 images show nothing" in verdict(report.model_copy(update={"explained": (first,)}))
+    early = tuple(e for e in report.explained[0].effects if e.layer != "all layers")
+    first = report.explained[0].model_copy(update={"effects": early})
+    assert "No neurons were masked or replaced in all layers" in verdict(
+        report.model_copy(update={"explained": (first,)})
+    )
     assert "No neurons were masked" in verdict(report_of("explanation of one"))
     assert "No model was explained" in verdict(report_of("no explanation"))
 
@@ -273,8 +281,8 @@ def test_limits_of_an_explanation_name_shrunken_activations_the_images_and_too_f
 
 def test_the_trend_over_models_stands_beside_what_chance_does():
     text = " ".join(table(report_of("explanation of five")).split())
-    assert "Over the 5 models" in text and "is -0.50 (+0.25 on the images attacked on the first, without it)" in text
-    assert "wholly in 0.017 of all cases" in text, "2 of the 120 orders of five"
+    assert "Over the 5 models" in text and "is -0.50, and as far from 0 in 0.45 of all orders of the models." in text
+    assert "attacked on the first, without it, it is +0.25, and as far from 0 in 0.75 of all orders" in text
     assert "Spearman" not in table(report_of("explanation"))
 
 

@@ -174,6 +174,15 @@ class Moved:
         alive = torch.where(self.clean > 0, self.change / self.clean.clamp_min(1e-300), torch.ones_like(self.change))
         return torch.where(self.change > 0, alive, 0.0)
 
+    @property
+    def overall(self) -> float:
+        """`relative` of the layer as a whole: all changes together over all activations together.
+
+        A mean over neurons would be that of the few whose own activations are near 0.
+        """
+        change, clean = float(self.change.sum()), float(self.clean.sum())
+        return change / clean if clean > 0 else float(change > 0)
+
 
 def moved(model: nn.Module, pairs: Iterable[tuple[Images, Images]], layers: Sequence[str]) -> dict[str, Moved]:
     """Measure how much each neuron changes between images and their counterparts.
@@ -190,13 +199,17 @@ def moved(model: nn.Module, pairs: Iterable[tuple[Images, Images]], layers: Sequ
         By layer, float64 values on the CPU.
 
     Raises:
-        ModelError: As `watched`, and if a layer does not run.
+        ModelError: As `watched`, if a layer does not run, or if it does not give one row per image.
         DataError: If there are no pairs.
     """
     found: dict[str, Moved] = {}
     latest: dict[str, Moved] = {}
+    rows = 0
 
     def see(layer: str, value: Tensor) -> None:
+        if len(value) != rows:
+            came, hint = f"{len(value)} of {layer} for {rows}", "explain the network without what multiplies its images"
+            raise ModelError("one row of activations per image", got=came, hint=hint)
         before, after = value.flatten(2).chunk(2) if value.ndim > 2 else value[..., None].chunk(2)
         latest[layer] = Moved(_size(before - after), _size(before), len(before))
 
@@ -204,6 +217,7 @@ def moved(model: nn.Module, pairs: Iterable[tuple[Images, Images]], layers: Sequ
         with frozen(model), torch.no_grad(), watched(model, layers, see):
             for both in zip(x.split(_PAIRS), x_adv.split(_PAIRS), strict=True):
                 latest.clear()
+                rows = 2 * len(both[0])
                 model(torch.cat(both))
                 found |= {layer: found[layer] + part if layer in found else part for layer, part in latest.items()}
     if silent := [layer for layer in layers if layer not in found]:

@@ -1,7 +1,8 @@
 """A request to explain: attack in batches, sum up what neurons do, test the sensitive ones."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import permutations
 
 import torch
 
@@ -13,6 +14,7 @@ from rempart.core.errors import Cancelled, DataError
 from rempart.core.events import Event, Notify, named, silent
 from rempart.core.features import Moved, moved
 from rempart.core.model import Classifier, frozen
+from rempart.core.repro import Draws
 from rempart.core.stats import wilson
 from rempart.core.threat import Threat
 from rempart.explain.anew import anew
@@ -32,6 +34,7 @@ from rempart.report.schema import (
     Trend,
 )
 
+_EXACT, _ORDERS = 6, 2000  # up to so many points all orders are tried, of more so many drawn at random
 TO_CHOOSE, TO_TEST = 0, 1
 """Of the images that are right at first, those at even places choose neurons for the tests, those at odd ones test."""
 
@@ -134,7 +137,7 @@ def explain(
         lent: tuple[torch.Tensor, torch.Tensor] | None = None
         for label, subject in models.items():
             seen = found[label]
-            lent_now = _see(subject, seen, batch.x, batch.y, batch.index, threat, spec)
+            lent_now = _see(subject, seen, batch.x, batch.y, batch.index, threat, spec, len(data))
             if label == first:
                 lent = lent_now
             elif lent is not None and len(lent[0]):
@@ -175,12 +178,23 @@ def trend(explained: Sequence[Explained]) -> Trend | None:
         for model, values in zip(explained, lent, strict=True)
         if (means := [value for value in values if value is not None])
     ]
-    return Trend(models=len(own), spearman=_correlated(own), shared=_correlated(shared))
+    (spearman, chance), (beside, beside_chance) = _correlated(own), _correlated(shared)
+    return Trend(models=len(own), spearman=spearman, chance=chance, shared=beside, shared_chance=beside_chance)
 
 
-def _correlated(points: Sequence[tuple[float, float]]) -> float | None:
+def _correlated(points: Sequence[tuple[float, float]]) -> tuple[float | None, float | None]:
+    """Spearman's correlation, and the share of the orders of the points in which it is as far from 0."""
     table = torch.tensor(points, dtype=torch.float64).reshape(-1, 2)
-    return rank_correlation(table[:, 0], table[:, 1])
+    found = rank_correlation(table[:, 0], table[:, 1])
+    if found is None:
+        return None, None
+    if len(table) <= _EXACT:
+        orders: Iterable[torch.Tensor] = map(torch.tensor, permutations(range(len(table))))
+    else:
+        keys = Draws(0, torch.arange(_ORDERS), ("trend",)).uniform(torch.empty(_ORDERS, len(table)))
+        orders = keys.argsort(1)
+    others = [rank_correlation(table[order, 0], table[:, 1]) or 0.0 for order in orders]
+    return found, sum(abs(other) >= abs(found) - 1e-9 for other in others) / len(others)
 
 
 def _see(
@@ -191,8 +205,9 @@ def _see(
     index: torch.Tensor,
     threat: Threat,
     spec: ExplainSpec,
+    total: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attack one batch, add to the sums, and return the pairs of the first attack."""
+    """Attack one batch of `total` images, add to the sums, and return the pairs of the first attack."""
     pairs: tuple[torch.Tensor, torch.Tensor] = x[:0], x[:0]
     model = subject.model
     for number, (label, choice) in enumerate(_labelled(spec).items()):
@@ -209,12 +224,26 @@ def _see(
             at = halves == half
             if bool(at.any()):
                 seen.halves[half].update(joined([seen.halves[half], moved(model, [(a[at], b[at])], seen.layers)]))
-        room = spec.test - sum(len(part.x) for part in seen.kept)
-        at = (halves == TO_TEST).nonzero()[:room, 0] if room > 0 else halves[:0]
+        at = _spread(halves == TO_TEST, seen.right // 2, spec.test, total)
         if len(at):
             seen.kept.append(Pairs(index=place[at], x=a[at], x_adv=b[at], y=c[at]))
         seen.n, seen.right, seen.held = seen.n + len(x), seen.right + len(a), seen.held + int((~made.broken).sum())
     return pairs
+
+
+def _spread(offered: torch.Tensor, before: int, wanted: int, total: int) -> torch.Tensor:
+    """Of the images that may test, those that test: spread over the data, in which classes may come one by one.
+
+    Args:
+        offered: Which images of a batch may.
+        before: How many others there were before them.
+        wanted: How many are to test at most.
+        total: Images of the data, of which half could.
+    """
+    at = offered.nonzero()[:, 0]
+    place = before + torch.arange(len(at))
+    half = max((total + 1) // 2, wanted, 1)
+    return at[place * wanted % half < wanted]
 
 
 def _attacked(
@@ -261,11 +290,12 @@ def _told(
                 name=name,
                 absolute=tuple(sigma.tolist()),
                 relative=tuple(found.relative.tolist()),
+                overall=found.overall,
                 pull=tuple(pulls[name].tolist()) if name in pulls else (),
                 agreement=rank_correlation(sigma, pulls[name].abs()) if name in pulls else None,
                 sensitive=tuple(order.tolist()),
                 shared_absolute=None if lent is None else float(lent.absolute.mean()),
-                shared_relative=None if lent is None else float(lent.relative.mean()),
+                shared_relative=None if lent is None else lent.overall,
             )
         )
     return Explained(
@@ -303,9 +333,14 @@ def _overlaps(seen: Seen, beside: Seen, first: str, label: str, share: float) ->
     for name, sums in others:
         for layer, found in own.items():
             if layer in sums and len(sums[layer].absolute) == len(found.absolute):
-                masks = [top(value.absolute, share) for value in (found, sums[layer])]
-                chance = by_chance(len(masks[0]), int(masks[0].sum()))
-                rows.append(Overlap(layer=layer, beside=name, jaccard=jaccard(*masks), chance=chance))
+                sigmas = found.absolute, sums[layer].absolute
+                first_set, second_set = (top(sigma, share) for sigma in sigmas)
+                moving = int(((sigmas[0] > 0) | (sigmas[1] > 0)).sum())
+                if bool(first_set.any() and second_set.any()):
+                    chance = by_chance(moving, int(first_set.sum()), int(second_set.sum()))
+                    rows.append(
+                        Overlap(layer=layer, beside=name, jaccard=jaccard(first_set, second_set), chance=chance)
+                    )
     return rows
 
 

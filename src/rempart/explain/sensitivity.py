@@ -48,30 +48,36 @@ def matching(names: Sequence[str], patterns: Sequence[str], examples: Sequence[s
 
 
 def top(sigma: Tensor, share: float, choose: Choose = "sensitive", rng: Draws | None = None) -> Tensor:
-    """The mask of a share of a layer's neurons, one at least.
+    """The mask of a share of a layer's neurons, one at least, chosen among those that move.
+
+    Neurons that never move are often dead: as a control they would make any others look important. Where fewer move
+    than the share asks for, it is all of them; where none does, the mask is empty.
 
     Args:
         sigma: Sensitivities, shape (neurons).
-        share: In (0, 1].
+        share: Of all neurons, in (0, 1].
         choose: The most sensitive, the least, or as many at random.
         rng: Draws with one index, for `random`.
     """
-    count = max(1, round(share * len(sigma)))
+    moving = sigma > 0
+    count = min(max(1, round(share * len(sigma))), int(moving.sum()))
     if choose == "random":
         assert rng is not None
         sigma = rng.uniform(torch.empty(1, len(sigma), dtype=torch.float64))[0]
-    order = sigma.argsort(descending=choose != "least", stable=True)
+    away = torch.inf if choose == "least" else -torch.inf
+    order = sigma.masked_fill(~moving, away).argsort(descending=choose != "least", stable=True)
     return torch.zeros(len(sigma), dtype=torch.bool).index_fill(0, order[:count], True)
 
 
 def jaccard(first: Tensor, second: Tensor) -> float:
-    """Shared members over all members of two sets, given as masks."""
+    """Shared members over all members of two sets, given as masks, of which one at least has members."""
     return float((first & second).sum() / (first | second).sum())
 
 
-def by_chance(neurons: int, count: int) -> float:
-    """About what `jaccard` gives for two sets of `count` neurons drawn at random: k / (2n - k)."""
-    return count / (2 * neurons - count)
+def by_chance(neurons: int, first: int, second: int) -> float:
+    """About what `jaccard` gives for sets of so many of `neurons` drawn at random: with s = ab / n, s / (a + b - s)."""
+    shared = first * second / neurons
+    return shared / (first + second - shared)
 
 
 def rank_correlation(first: Tensor, second: Tensor) -> float | None:

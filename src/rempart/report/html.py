@@ -241,7 +241,8 @@ def _neuron_charts(report: Report) -> Iterator[Chart]:
         yield Chart(
             key="profile",
             title="Mean sensitivity of each layer",
-            caption="Layers from the input (top) to the output. Relative: how far neurons move, over the size of their "
+            caption="Layers in the order in which the network registers them, the first on top. Relative: how far "
+            "neurons move, over the size of their "
             "activations; layers and models can be compared by it. Absolute: in units of the activations of the layer, "
             "which differ from model to model. Filled: each model on the images attacked on itself.",
             svg=Markup(neurons.profile(models)),
@@ -250,7 +251,7 @@ def _neuron_charts(report: Report) -> Iterator[Chart]:
                 (
                     model.label,
                     layer.name,
-                    _number(layer.mean_relative),
+                    _number(layer.overall),
                     _number(layer.mean_absolute),
                     _number(layer.shared_relative),
                     _number(layer.shared_absolute),
@@ -296,7 +297,7 @@ def _neuron_charts(report: Report) -> Iterator[Chart]:
                 for layer in model.layers
                 for row in (
                     (layer.name, "absolute", _whole(len(layer.absolute)), _number(layer.mean_absolute)),
-                    (layer.name, "relative", _whole(len(layer.relative)), _number(layer.mean_relative)),
+                    (layer.name, "relative", _whole(len(layer.relative)), _number(layer.overall)),
                 )
             ],
         )

@@ -78,7 +78,7 @@ def profile(models: Sequence[Explained]) -> str:
             for i, model in enumerate(models):
                 look: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
                 at = [names.index(layer.name) for layer in model.layers]
-                own = [getattr(layer, f"mean_{kind}") for layer in model.layers]
+                own = [layer.overall if kind == "relative" else layer.mean_absolute for layer in model.layers]
                 line = {"linestyle": LINES[i % len(LINES)], "markeredgecolor": INK, "markeredgewidth": 0.6}
                 axes.plot(own, at, **look, **line, label=shortened(model.label, 36))
                 lent = [getattr(layer, f"shared_{kind}") for layer in model.layers]

@@ -784,6 +784,7 @@ class Layer(Strict):
         name: Of the module.
         absolute: Sensitivity, in units of the activations: layers and models cannot be compared by it.
         relative: Sensitivity over the size of the activations.
+        overall: The same of the layer: changes of all neurons together over their activations together.
         pull: First-order contribution to the adversarial class; empty where it was not measured.
         agreement: Spearman's correlation of `absolute` and |pull|.
         sensitive: Numbers of the most sensitive neurons, by `absolute`, the most sensitive first.
@@ -794,6 +795,7 @@ class Layer(Strict):
     name: str
     absolute: tuple[float, ...]
     relative: tuple[float, ...]
+    overall: float
     pull: tuple[float, ...] = ()
     agreement: float | None = None
     sensitive: tuple[int, ...]
@@ -804,11 +806,6 @@ class Layer(Strict):
     def mean_absolute(self) -> float:
         """Mean of `absolute` over neurons."""
         return float(np.mean(self.absolute))
-
-    @property
-    def mean_relative(self) -> float:
-        """Mean of `relative` over neurons."""
-        return float(np.mean(self.relative))
 
 
 class Explained(Strict):
@@ -821,7 +818,7 @@ class Explained(Strict):
         attacked: Accuracy under the first attack.
         pairs: Images the sensitivities are means of: those that were right at first.
         tested: Pairs that neurons were masked and replaced on.
-        layers: In the order in which they run.
+        layers: In the order in which they were registered.
         overlaps: With other attacks, and with the first model where layers have the same names and sizes.
         effects: Of masking and replacing.
     """
@@ -838,8 +835,8 @@ class Explained(Strict):
 
     @property
     def mean_relative(self) -> float:
-        """Relative sensitivity: mean over neurons, then over layers."""
-        return float(np.mean([layer.mean_relative for layer in self.layers]))
+        """Relative sensitivity: mean over layers."""
+        return float(np.mean([layer.overall for layer in self.layers]))
 
 
 class Trend(Strict):
@@ -847,15 +844,19 @@ class Trend(Strict):
 
     Attributes:
         models: How many.
-        spearman: Correlation of relative sensitivity (mean over neurons, then layers; each model on its own images)
-            and accuracy under attack; None where one of them does not vary.
-        shared: The same on the images attacked on the first model, of all models but that one; None where these are
-            fewer than three too.
+        spearman: Correlation of relative sensitivity (mean over layers; each model on its own images) and accuracy
+            under attack; None where one of them does not vary.
+        chance: Share of the orders of the models in which it is as far from 0.
+        shared: The correlation on the images attacked on the first model, of all models but that one; None where these
+            are fewer than three too.
+        shared_chance: As `chance`.
     """
 
     models: int
     spearman: float | None
+    chance: float | None = None
     shared: float | None = None
+    shared_chance: float | None = None
 
 
 class Maps(Strict):

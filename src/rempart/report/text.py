@@ -2,7 +2,6 @@
 
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from math import factorial
 
 from rempart.core.stats import Difference, Mean, Rate
 from rempart.core.threat import Threat
@@ -35,6 +34,8 @@ from rempart.report.schema import (
 WIDTH = 100
 LAST_EPOCHS = 12
 _FEW = 3
+ENOUGH_PAIRS = 10
+"""Of fewer images no sentence is drawn from a test of neurons."""
 ENOUGH_MODELS = 5
 """Of fewer models even a perfect order happens by chance in more than one case of twenty."""
 
@@ -448,21 +449,32 @@ def _limits_of_detection(report: Report) -> Iterator[str]:
 
 
 def decisive(model: Explained) -> Effect | None:
-    """The test of the claim that sensitive neurons carry the wrong prediction: their clean values put back."""
-    restored = [effect for effect in model.effects if effect.test == "restored"]
-    return next((effect for effect in restored if effect.layer == EVERY), restored[0] if restored else None)
+    """The test of the claim that sensitive neurons carry the wrong prediction: clean values put back in all layers.
+
+    None where that was not done, or not yet.
+    """
+    whole = EVERY if len(model.layers) > 1 else model.layers[0].name
+    return next((e for e in model.effects if (e.layer, e.test) == (whole, "restored")), None)
 
 
 def trend_of(trend: Trend) -> str:
     """The trend over models in a sentence, with what chance would do."""
     if trend.spearman is None:
         return f"Over the {trend.models} models, sensitivity or accuracy under attack does not vary: there is no trend."
-    other = "" if trend.shared is None else f" ({trend.shared:+.2f} on the images attacked on the first, without it)"
-    return (
-        f"Over the {trend.models} models, Spearman's correlation of mean relative sensitivity and accuracy under "
-        f"attack is {trend.spearman:+.2f}{other}. Two orders drawn at random agree or disagree wholly in "
-        f"{2 / factorial(trend.models):.2g} of all cases."
+    told = (
+        f"Over the {trend.models} models, Spearman's correlation of relative sensitivity and accuracy under attack is "
+        f"{trend.spearman:+.2f}{_by_chance(trend.chance)}."
     )
+    if trend.shared is None:
+        return told
+    return (
+        f"{told} On the images attacked on the first, without it, it is {trend.shared:+.2f}"
+        f"{_by_chance(trend.shared_chance)}."
+    )
+
+
+def _by_chance(share: float | None) -> str:
+    return "" if share is None else f", and as far from 0 in {share:.2g} of all orders of the models"
 
 
 def _explained(report: Report) -> str:
@@ -477,7 +489,7 @@ def _explained(report: Report) -> str:
     )
     effect = decisive(first)
     if effect is None:
-        told += " No neurons were masked or replaced."
+        told += " No neurons were masked or replaced in all layers."
     else:
         layer = effect.layer if effect.layer == EVERY else f"the layer {effect.layer}"
         told += (
@@ -506,6 +518,8 @@ def _anew(effect: Effect, spec: AnySpec | None) -> str:
 
 
 def _read(effect: Effect) -> str:
+    if effect.gap.n < ENOUGH_PAIRS:
+        return f"Fewer than {ENOUGH_PAIRS} images show nothing either way."
     if effect.gap.low > 0:
         return "Here the sensitive neurons carry more of the wrong prediction than random ones."
     if effect.gap.high < 0:
@@ -534,6 +548,11 @@ def _limits_of_explanation(report: Report) -> Iterator[str]:
             "are wide, and none is corrected for the number of tests: of twenty, one may leave zero out by chance."
         )
         yield (
+            "Neurons that never move are left out, of the random ones and the least sensitive too. The set that counts "
+            "as sensitive in tables and figures is that of all pairs, the set tested that of the half that chooses. "
+            "Attacked anew, the whole model has the advantage that all images tested are ones it gets right."
+        )
+        yield (
             "Masking shows the network activations it never saw: what counts is the difference to as many neurons at "
             "random, not the loss as such."
         )
@@ -547,8 +566,18 @@ def _limits_of_explanation(report: Report) -> Iterator[str]:
             )
         else:
             yield "Models that differ in training differ in more than sensitivity: a correlation names no cause."
+    if any(check.name.startswith("determinism") and check.status == "warned" for check in report.preflight):
+        yield (
+            "A model draws random numbers: what its draws move counts as movement too, and each image is judged by one "
+            "pass."
+        )
+    if isinstance(report.spec, ExplainSpec) and report.spec.image is not None and report.spec.label is None:
+        yield "The true class of the image file was not given: it counts as what the first model takes it for."
     if report.illustration is not None:
-        yield "The pictures show one image. Saliency is the slope at one point, and no reason for a prediction."
+        yield (
+            "The pictures show one image, of the data one that the attack broke where there is any. Saliency is the "
+            "slope at one point, and no reason for a prediction."
+        )
     if report.clean is not None:
         yield (
             f"The intervals tell the chance in drawing {count(report.clean.n, 'image')} from this source. They say "
@@ -572,7 +601,7 @@ def _explained_tables(model: Explained) -> Iterator[str]:
             layer.name,
             str(len(layer.absolute)),
             f"{layer.mean_absolute:.3g}",
-            f"{layer.mean_relative:.3g}",
+            f"{layer.overall:.3g}",
             *[_optional(layer.shared_absolute, ".3g"), _optional(layer.shared_relative, ".3g")] * lent,
             _optional(layer.agreement, "+.2f"),
         ]

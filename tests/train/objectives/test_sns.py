@@ -15,7 +15,7 @@ from rempart.core.features import blocks, change, features
 from rempart.core.model import frozen
 from rempart.core.repro import Draws
 from rempart.core.threat import Threat
-from rempart.explain import explain
+from rempart.explain import Subject, explain
 from rempart.models import build
 from rempart.models.load import card
 from rempart.report.schema import DataCard, ExplainSpec, Report
@@ -230,7 +230,8 @@ def explained(folder, model, **other):
     about = card(model, "python:a:b")
     spec = ExplainSpec(models=("a",), data="x", threat="linf:0.05", test=0, draws=2, out=str(folder))
     y = model.eval()(X[:10]).argmax(1)
-    told, _ = explain({"a": (model, about)}, replace(data_, labels=y), Threat(norm="linf", eps=0.05), spec)
+    threat = Threat(norm="linf", eps=0.05)
+    told = explain({"a": Subject(model, about)}, replace(data_, labels=y), threat, spec).explained
     given = {"kind": "explain", "complete": True, "spec": spec, "created": "now", "seconds": 1.0, "environment": {}}
     first = told[0].model_copy(update=other)
     written = Report.model_validate(given | {"model": about, "data": DataCard.of(data_), "explained": (first,)})

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rempart.core.data import Data
-from rempart.core.errors import ModelError
+from rempart.core.errors import DataError, ModelError
 from rempart.core.features import Neurons, blocks, change, features, sensitivity
 from rempart.core.model import frozen, placed
 from rempart.core.repro import Draws
@@ -129,13 +129,15 @@ def _layers(model: nn.Module) -> list[str]:
 
 
 def _explained(run: str, model: nn.Module, data: Data) -> Neurons:
-    """The sensitivities of the first model of an explain run, if its layers are also those of this model.
+    """The sensitivities of an explain run about one model, if its layers are also those of this model.
 
     Raises:
-        DataError: If there is no such run.
+        DataError: If there is no such run, or it is about several models.
         ModelError: If a layer is missing, or has another number of neurons.
     """
-    told = read_explained(run)[0]
+    told, *others = read_explained(run)
+    if others:
+        raise DataError("neurons of a run about one model", got=f"{run}, which is about {len(others) + 1}")
     found = {layer.name: torch.tensor(layer.absolute, dtype=torch.float64) for layer in told.layers}
     with frozen(model), torch.no_grad(), features(model, found) as seen:
         model(placed(model, data.batch(torch.arange(1)).x))
