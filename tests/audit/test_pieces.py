@@ -149,7 +149,7 @@ def plain(piece: Piece) -> dict[str, Any]:
     if piece.verdict is None:
         return {}
     values = {name: getattr(piece.verdict, name) for name in Verdict.__dataclass_fields__}
-    return {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+    return {name: str(value.tolist()) if isinstance(value, torch.Tensor) else value for name, value in values.items()}
 
 
 def test_in_a_cascade_later_attacks_get_the_survivors_alone() -> None:

@@ -48,7 +48,8 @@ def _masks(root: Path, names: Iterable[str]) -> tuple[files.Folder, list[str]]:
     """The masks that lie in a folder of their own under the names of the images, but for the ending."""
     found: list[str] = []
     for name in names:
-        bare = name.removesuffix(".gz").rpartition(".")[0]
+        ending = next((e for e in (".nii.gz", *files.VOLUMES, *files.SUFFIXES) if name.lower().endswith(e)), "")
+        bare = name[: len(name) - len(ending)]
         these = [bare + ending for ending in (".png", ".nii.gz", ".nii") if (root / (bare + ending)).is_file()]
         if len(these) != 1:
             raise DataError(f"one mask in {root.name}, a .png, .nii.gz or .nii", got=f"{len(these)} for {name}")
