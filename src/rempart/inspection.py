@@ -10,10 +10,12 @@ from rempart.audit import preflight
 from rempart.audit.pieces import seeded
 from rempart.core.data import Data, open_data
 from rempart.core.errors import DataError, ModelError
-from rempart.core.model import Classifier, Normalize, frozen, placed
+from rempart.core.model import Classifier, Normalize, blind, frozen, placed
 from rempart.core.types import Images
 from rempart.models import card, load
 from rempart.models.formats import PYTHON
+from rempart.models.formats.hugging_face import is_hugging_face
+from rempart.models.formats.named import NAMED
 from rempart.models.reading import PerImage, Span
 from rempart.report.schema import AS_IT_IS, Check, ModelCard, Reading, Strict
 
@@ -90,7 +92,8 @@ def inspect_model(source: str, reading: Reading = AS_IT_IS, data: str | None = N
         problem = prediction = None
         try:
             mended, checks = preflight(model, given)
-            checks = (*checks, _differences(mended, first.x))
+            if blind(mended) is None:
+                checks = (*checks, _differences(mended, first.x))
             with frozen(mended), torch.no_grad():
                 confidence, label = mended(placed(mended, first.x)).softmax(1).max(1)
             prediction = Prediction(
@@ -227,4 +230,8 @@ def _differences(model: Classifier, x: Images) -> Check:
 def _form(source: str) -> str:
     if source.startswith(PYTHON):
         return "Python function" + (" with trained weights" if "@" in source else "")
+    if source.startswith(NAMED):
+        return f"network of {source.partition(':')[0]}"
+    if is_hugging_face(Path(source)):
+        return "Hugging Face folder"
     return "folder" if Path(source).is_dir() else f"{Path(source).suffix} file"

@@ -22,8 +22,9 @@ import rempart
 from rempart.attacks import attack_batch
 from rempart.core.data import open_data
 from rempart.core.errors import ModelError
-from rempart.core.model import Classifier, accelerated, blind, frozen
+from rempart.core.model import Classifier, Normalize, accelerated, blind, frozen
 from rempart.core.threat import Threat
+from rempart.inspection import inspect_model
 from rempart.models import card, load
 from rempart.models.formats.onnx import InBatches, Runtime
 from rempart.report.schema import AttackChoice, AuditSpec
@@ -329,6 +330,19 @@ def test_an_audit_without_gradients_says_so(solved: str) -> None:
     assert not any("sweep" in curve.label for curve in report.curves)
     status = {check.name: check.status for check in report.checks}
     assert status["randomness"] == "passed" and status["zero gradients"] == status["large budgets"] == "skipped"
+
+
+def test_an_inspection_without_gradients_says_so(solved: str) -> None:
+    found = inspect_model(solved, data="digits[:4]")
+    status = {check.name: check.status for check in found.checks}
+    assert found.problem is None and status["gradients"] == "warned" and "finite differences" not in status
+
+
+def test_an_inspection_finds_the_normalisation(tmp_path: Path) -> None:
+    model = nn.Sequential(Normalize([0.25], [0.5]), network())
+    found = inspect_model(str(export(model, tmp_path / "net.onnx")))
+    assert found.normalisation == ("minus 0.25", "over 0.5")
+    assert [layer.kind for layer in found.layers[:3]] == ["Sub", "Div", "Conv2d"]
 
 
 def test_attacks_that_climb_gradients_are_refused(solved: str) -> None:

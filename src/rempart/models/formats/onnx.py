@@ -24,6 +24,7 @@ TOLERANCE = 1e-4
 _DOMAINS = ("", "ai.onnx", "ai.onnx.ml")
 _FLOATS = {1: np.float32, 11: np.float64}
 _CHANNELS = (1, 3, 4)
+_ARITHMETIC = {"Add": "plus", "Sub": "minus", "Mul": "times", "Div": "over"}
 _NAMES = ("class_names", "classes", "names", "labels")
 _FAILURES = (
     *(UnsupportedError, RuntimeError, IndexError, TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError),
@@ -406,22 +407,30 @@ def _tensor(proto: Any) -> Tensor:
 
 
 class Operation(Untraced):
-    """One operator with its constants: floating ones as parameters or buffers, others as they are."""
+    """One operator with its constants: weights as parameters, other floating numbers as buffers, integers as they are.
+
+    Attributes:
+        kind: Its name.
+        scaling: What it does to pixels, in words, where it is arithmetic with a few constants.
+    """
 
     def __init__(
-        self, function: Operator, inputs: Sequence[Tensor | bool | None], attributes: Mapping[str, Any]
+        self, kind: str, function: Operator, inputs: Sequence[Tensor | bool | None], attributes: Mapping[str, Any]
     ) -> None:
         """Prepare it; `inputs` are constants, None where left out, True where they come with each call."""
         super().__init__()
-        self.function, self.attributes = function, dict(attributes)
+        self.kind, self.function, self.attributes, self.scaling = kind, function, dict(attributes), ""
         self.inputs: list[Tensor | bool | str | None] = list(inputs)
         for i, value in enumerate(inputs):
-            if isinstance(value, Tensor) and value.is_floating_point():
-                self.inputs[i] = f"input_{i}"
-                if value.ndim:
-                    self.register_parameter(f"input_{i}", nn.Parameter(value, requires_grad=True))
-                else:
-                    self.register_buffer(f"input_{i}", value)
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                continue
+            self.inputs[i] = f"input_{i}"
+            if value.numel() == 1 or kind in ("Sub", "Div"):  # biases are added, weights multiplied
+                self.register_buffer(f"input_{i}", value)
+            else:
+                self.register_parameter(f"input_{i}", nn.Parameter(value, requires_grad=True))
+            if kind in _ARITHMETIC and i == 1 and value.numel() <= max(_CHANNELS):
+                self.scaling = f"{_ARITHMETIC[kind]} {'/'.join(f'{v:.4g}' for v in value.flatten().tolist())}"
 
     def forward(self, *values: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Apply it."""
@@ -468,7 +477,7 @@ class Graph(nn.Module):
                     asked = _asked(function)
                     extra = {"opset": opset} if "opset" in asked else {}
                     extra |= {"outputs": len(outputs)} if "outputs" in asked else {}
-                    module = Operation(function, fixed, attributes | extra)
+                    module = Operation(kind, function, fixed, attributes | extra)
                 got = module(*(values[name] for name in moving))
             got = got if isinstance(got, tuple) else (got,)
             if len(got) < len(outputs) and needed.intersection(outputs[len(got) :]):
