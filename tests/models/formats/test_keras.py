@@ -1,6 +1,7 @@
 """Keras models against the same networks written in torch."""
 
 import copy
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -337,4 +338,10 @@ def test_what_is_no_classifier_of_images_of_one_size_is_refused() -> None:
 def test_another_backend_is_an_error_that_says_what_to_set(files: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keras.config, "backend", lambda: "jax")
     with pytest.raises(ModelError, match="torch backend, got jax; set KERAS_BACKEND"):
+        load(files["keras"])
+
+
+def test_without_keras_the_error_names_the_extra(files: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "keras", None)
+    with pytest.raises(ModelError, match=r"pip install 'rempart\[keras\]'"):
         load(files["keras"])
