@@ -29,8 +29,9 @@ from rempart.detect.catalogue import Score
 from rempart.guard import GUARD, Guarded, guard, load_guard, save_guard
 from rempart.models import build, save
 from rempart.models import load as load_model
+from rempart.models.reading import read_as
 from rempart.preprocess import defended
-from rempart.report.schema import DefenceChoice
+from rempart.report.schema import DefenceChoice, Reading
 from test_cli import rempart as command
 
 SHAPE, N = (1, 8, 8), 40
@@ -98,6 +99,22 @@ def guarded(folders: Path) -> Guarded:
 def saved(guarded: Guarded, tmp_path: Path) -> Path:
     save_guard(guarded, tmp_path / "guard")
     return tmp_path / "guard"
+
+
+def test_a_guard_keeps_how_its_model_is_read(folders: Path, tmp_path: Path) -> None:
+    names = tuple(f"kind {k}" for k in range(network().num_classes))
+    learnt("max-softmax", read_as(network(), Reading(box="-1:1")), tmp_path / "detector")
+    reading = Reading(box="-1:1", classes=names)
+    made = guard(str(folders / "model"), (), tmp_path / "detector", reading=reading)
+    with torch.no_grad():
+        expected = network()(2 * X - 1)
+    assert torch.equal(made.predict(X).labels, expected.argmax(1))
+    save_guard(made, tmp_path / "guard")
+    again = load_guard(tmp_path / "guard")
+    assert again.reading == reading
+    assert again.predict(X).names == tuple(names[k] for k in expected.argmax(1))
+    with pytest.raises(ModelError, match="was fitted on"):
+        guard(str(folders / "model"), (), tmp_path / "detector")
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Keras models against the same networks written in torch."""
 
 import copy
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def small(*head: Any, classes: int = K) -> Any:
             layers.BatchNormalization(name="norm"),
             layers.Activation("relu"),
             layers.MaxPooling2D(),
-            layers.Dropout(0.4),
+            layers.Dropout(0.4, seed=3),  # with a seed Keras draws from a state of its own
             layers.Flatten(),
             *(head or (layers.Dense(classes, activation="softmax", name="head"),)),
         ]
@@ -91,6 +92,8 @@ def original() -> Any:
 @pytest.fixture(scope="module")
 def files(original: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("keras")
+    original.compile("adam", "sparse_categorical_crossentropy")
+    original.fit(images().movedim(1, -1).numpy(), torch.arange(6).numpy() % K, verbose=0)
     return {ending: saved(original, folder / f"model.{ending}") for ending in ("keras", "h5")}
 
 
@@ -252,6 +255,7 @@ def test_layers_are_seen_with_channels_first(original: Any, files: Any) -> None:
 
 def test_in_training_batch_norm_uses_the_batch_and_dropout_draws_from_torch(files: Any) -> None:
     model, x = load(files["keras"]), images()
+    model.double().float()  # puts other tensors in the place of the buffers, as a move to a GPU does
     mean = model.get_buffer("net.1.norm.moving_mean").clone()
     model.train()
     torch.manual_seed(0)
@@ -337,4 +341,10 @@ def test_what_is_no_classifier_of_images_of_one_size_is_refused() -> None:
 def test_another_backend_is_an_error_that_says_what_to_set(files: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keras.config, "backend", lambda: "jax")
     with pytest.raises(ModelError, match="torch backend, got jax; set KERAS_BACKEND"):
+        load(files["keras"])
+
+
+def test_without_keras_the_error_names_the_extra(files: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "keras", None)
+    with pytest.raises(ModelError, match=r"pip install 'rempart\[keras\]'"):
         load(files["keras"])
