@@ -420,7 +420,7 @@ def prune(
     found = prune_model(str(model), run, out, share=share, choose=choose, layers=layers or (), seed=seed)
     for layer, neurons in found.items():
         print(f"{layer}: {len(neurons)} neurons taken out")
-    print(f"\n{out}")
+    print(f"\nAudit it on other images than those of {run}, which chose these neurons.\n\n{out}")
 
 
 detect = typer.Typer(
