@@ -270,7 +270,7 @@ _FURTHER = {
         *(f"report.schema.{name}" for name in ("Detection", "Separation", "Held")),
         *(f"report.schema.{name}" for name in ("Similarity", "Groups", "GroupAccuracy")),
         *(f"core.stats.{name}" for name in ("Rate", "Difference", "wilson", "paired_bootstrap", "median_interval")),
-        *(f"core.stats.{name}" for name in ("Auroc", "auroc", "Mean", "clustered")),
+        *(f"core.stats.{name}" for name in ("Auroc", "auroc", "Mean", "bootstrap_mean")),
         *(f"core.similarity.{name}" for name in ("psnr", "ssim")),
     ],
     "Reports on disk, comparison, gate": [

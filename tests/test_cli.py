@@ -83,6 +83,52 @@ def test_replay_gives_the_same_figures(trained: Path, tmp_path: Path, capsys: py
     assert again.created >= first.created and again.samples == first.samples and again.worst_case == first.worst_case
 
 
+def test_pairs_costs_and_window_are_replayed_and_reported(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, costs = tmp_path / "run", tmp_path / "costs.csv"
+    lines = [["", *"0123456789"], *([str(k), *("0" if k == j else "2" for j in range(10))] for k in range(10))]
+    costs.write_text("\n".join(map(",".join, lines)))
+    arguments = ["--data", "digits:test[:30]", "--threat", "linf:0.1", "--attack", "fgsm", "--no-sweep", "--out", out]
+    more = ["--pairs", "3:8,8:3", "--costs", costs, "--window", "1/4:0.75"]
+    status, told, _ = rempart("audit", trained, *arguments, *more, capsys=capsys)
+    first = store.read(out)
+    assert status == 0 and "turned into" in told and "mean cost of an image" in told
+    assert first.spec.window == (0.25, 0.75)  # type: ignore[union-attr]
+    assert {(pair.label, pair.target) for pair in first.pairs} == {(3, 8), (8, 3)}
+    assert first.clean is not None and first.worst_case is not None and first.risk is not None
+    assert first.risk.clean.value == pytest.approx(2 * (1 - first.clean.value))
+    assert first.risk.worst.value == pytest.approx(2 * (1 - first.worst_case.value)), "all mistakes cost the same"
+    with np.load(out / "samples.npz", allow_pickle=False) as table:
+        numbers, label = table["pairs 8/index"], dict(zip(table["index"], table["label"], strict=True))
+        assert [label[n] for n in numbers] == [3] * len(numbers)
+    assert rempart("run", out / "report.json", capsys=capsys)[0] == 0
+    again = store.read(out)
+    assert (again.spec, again.pairs, again.risk, again.samples) == (first.spec, first.pairs, first.risk, first.samples)
+    status, told, _ = rempart("report", out, "--out", tmp_path / "appendix.html", capsys=capsys)
+    assert status == 0 and told.strip() == str(tmp_path / "appendix.html") and (tmp_path / "appendix.html").exists()
+    status, _, err = rempart("report", trained, "--out", tmp_path / "other.html", capsys=capsys)
+    assert status == 2 and "the report of an audit" in err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--pairs", "3:x", "--pairs of the classes"),
+        ("--costs", "none.csv", "a CSV table of costs"),
+        ("--window", "0.8:0.2", "--window as LOW:HIGH"),
+        ("--window", "bone", "--window as LOW:HIGH"),
+    ],
+)
+def test_wrong_classes_costs_and_windows_are_told(
+    option: str, value: str, message: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--data", "digits:test[:5]", "--threat", "linf:0.1", "--attack", "fgsm", "--out", tmp_path / "run"]
+    status, _, err = rempart("audit", trained, *arguments, option, value, capsys=capsys)
+    assert status == 2 and message in err
+    assert not (tmp_path / "run" / "report.json").exists()
+
+
 def test_attack_keeps_the_images_it_was_judged_on(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -407,6 +407,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "models-keras",
                 "models-hugging-face",
                 "models-onnx",
+                "medical-report",
                 "one-attack",
                 "own-model",
                 "replay",
@@ -422,6 +423,8 @@ def test_the_commands_and_programs_of_a_page_run(name: str, trained: Path, tmp_p
     programs = dict(blocks(DOCS / f"{name}.md", "python"))
     for title, program in programs.items():
         (tmp_path / title).write_text(program, "utf-8")
+    for title, table in blocks(DOCS / f"{name}.md", "csv"):
+        (tmp_path / title).write_text(table, "utf-8")
     torch.save({"weight": torch.zeros(2)}, tmp_path / "weights.pth")
     for words in commands:
         execute(words, tmp_path)

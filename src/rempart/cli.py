@@ -152,6 +152,18 @@ def audit(
     seed: Seed = 0,
     eight_bit: EightBit = False,
     sweep: Annotated[bool, typer.Option(help="Add an accuracy-against-eps curve")] = True,
+    pairs: Annotated[
+        str | None,
+        typer.Option("--pairs", help="Also aim from class to class: all, or TRUE:TARGET,TRUE:TARGET by name or number"),
+    ] = None,
+    costs: Annotated[
+        str | None,
+        typer.Option("--costs", help="CSV table of what mistakes cost: a row per true class, a column per predicted"),
+    ] = None,
+    window: Annotated[
+        str | None,
+        typer.Option("--window", help="LOW:HIGH, pixel values that pictures show black and white; default: the box"),
+    ] = None,
     chunk: Annotated[int, typer.Option("--chunk", min=1, help="Samples worked off and stored as a whole")] = 512,
     device: Annotated[Literal["cpu", "cuda"], typer.Option("--device", help="Where the model runs")] = "cpu",
     devices: Annotated[int, typer.Option("--devices", min=1, help="Processes (cuda: GPUs) that share the samples")] = 1,
@@ -182,6 +194,9 @@ def audit(
             seed=seed,
             eight_bit=eight_bit,
             sweep=sweep,
+            pairs=pairs,
+            costs=costs,
+            window=None if window is None else _window(window),
             device=device,
             devices=devices,
             out=out,
@@ -597,6 +612,15 @@ def _budget(text: str) -> float:
     return found
 
 
+def _window(text: str) -> tuple[float, float]:
+    from rempart.core.types import read_number
+
+    low, _, high = (read_number(part) if part != ":" else ":" for part in text.partition(":"))
+    if isinstance(low, str) or isinstance(high, str) or not low < high:
+        raise SpecError("--window as LOW:HIGH in pixel values, LOW < HIGH", got=repr(text), hint="for example 0.2:0.7")
+    return low, high
+
+
 def _attacks(texts: list[str] | None) -> "tuple[AttackChoice, ...]":
     from rempart.report.schema import AttackChoice
 
@@ -618,6 +642,17 @@ def gate(
     passed, reason = comparing.gate(store.read(report), min_robust)
     print(("passed: " if passed else "failed: ") + reason)
     raise typer.Exit(0 if passed else 1)
+
+
+@app.command(name="report")
+def report_(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of `rempart audit`, or its report.json")],
+    out: Annotated[Path, typer.Option("--out", help="FILE.html, or FILE.pdf with the extra pdf")],
+) -> None:
+    """Write the appendix of evidence of an audit: the same report in the order in which a reviewer asks."""
+    from rempart.report.evidence import write_evidence
+
+    print(write_evidence(run, out))
 
 
 @app.command(name="list")

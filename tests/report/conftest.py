@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rempart.audit.classes import by_class, turned
+from rempart.audit.risk import risk
 from rempart.core.stats import Auroc, Difference, Mean, Rate, auroc, wilson
 from rempart.explain.contribution import TESTS
 from rempart.report.html import page
@@ -285,6 +287,28 @@ def build_trained(
     return Trained(training, audit, minimum, sizes)
 
 
+def build_classes(classes: tuple[str, ...] = TUMOURS, *, some: bool = False, **changes: Any) -> Report:
+    """An audit with accuracies by class, a matrix of pairs, and costs: k - j for class k taken for class j below it."""
+    audit = build(classes=classes)
+    assert audit.samples is not None
+    labels, clean = np.array(audit.samples.labels), unpack(audit.samples.clean)
+    rng, size = np.random.default_rng(5), len(classes)
+    pairs = [(a, b) for a in range(size) for b in range(size) if a != b]
+    pairs = pairs[: size // 2] if some else pairs
+    found = (rng.random((len(labels), size)) < np.linspace(0, 1, size)) & clean[:, None]
+    found[np.arange(len(labels)), labels] = False
+    costs = np.clip(np.subtract.outer(np.arange(size), np.arange(size)), 0, None).astype(float) / 2
+    spec = audit.spec.model_copy(update={"pairs": "all", "costs": "costs.csv", "window": (0.1, 0.9)})
+    values: dict[str, Any] = {
+        "spec": spec,
+        "classes": by_class(labels, clean, audit.samples.worst_case()),
+        "pairs": tuple(turned(pairs, labels, clean, found)),
+        "risk": risk(costs, labels, np.where(clean, labels, 0), found),
+        "examples": tuple(example(k, classes, "pgd") for k in range(2)),
+    }
+    return audit.model_copy(update={**values, **changes})
+
+
 def build_certificate(threat: str | None = "linf:2/255", **changes: Any) -> Report:
     """The report of a certification, bracketed where there is a threat."""
     audit = build(attacks=False)
@@ -544,6 +568,11 @@ CASES: dict[str, Callable[[], Report]] = {
     "explanation, hostile": lambda: build_explanation((HOSTILE, "$\\frac{$"), {HOSTILE: 12, "日本\x00": 3}),
     "no explanation": lambda: build_explanation((), complete=False, picture=False),
     "one epoch": lambda: build_training(1),
+    "classes": build_classes,
+    "a few pairs": lambda: build_classes(some=True),
+    "ten classes": lambda: build_classes(tuple("0123456789")),
+    "pairs of thirty": lambda: build_classes(LONG),
+    "classes, hostile": lambda: build_classes((HOSTILE, '"><img src=x>', "$\\frac{$", "日本\x00")),
     "training without cost": lambda: build_training(training=None, clean=None),
 }
 

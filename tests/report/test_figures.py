@@ -1,14 +1,17 @@
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from xml.etree import ElementTree
 
 import matplotlib as mpl
+import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 
-from rempart.core.stats import wilson
+from rempart.core.stats import Rate, wilson
 from rempart.report import figures
 from rempart.report.schema import Curve, Report
+from report.conftest import report_of
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -22,6 +25,8 @@ def drawn(report: Report) -> dict[str, str]:
         found[f"curves-{norm}"] = figures.curves(report, norm)
     if report.epochs:
         found["training"] = figures.training(report)
+    if report.pairs:
+        found["pairs"] = figures.pairs(report)
     return found
 
 
@@ -29,7 +34,7 @@ def texts(svg: str) -> list[str]:
     return ["".join(node.itertext()).strip() for node in ElementTree.fromstring(svg).iter(f"{SVG}text")]
 
 
-@pytest.mark.parametrize("case", ["hostile", "one image", "training", "one epoch"], indirect=True)
+@pytest.mark.parametrize("case", ["hostile", "one image", "training", "one epoch", "classes, hostile"], indirect=True)
 def test_every_figure_is_xml_and_the_same_bytes_twice_whatever_the_users_settings(any_report: Report):
     first = drawn(any_report)
     with mpl.rc_context({"axes.labelsize": 30, "axes.grid": True, "svg.hashsalt": None, "svg.fonttype": "path"}):
@@ -135,3 +140,38 @@ def test_a_training_marks_the_epoch_whose_weights_were_kept(make_training: Calla
     dotted = [path.get("d", "") for path in root.iter(f"{SVG}path") if "stroke-dasharray: 1," in path.get("style", "")]
     places = [[float(v) for v in re.findall(r"-?[\d.]+", d)[::2]] for d in dotted]
     assert sum(place == pytest.approx([expected] * 2, abs=0.5) for place in places) == 2
+
+
+@pytest.mark.parametrize("case", ["classes", "a few pairs"])
+def test_the_cells_of_a_matrix_stand_in_their_row_and_column_and_can_be_read(case: str):
+    """Places read back from the svg: the number of each pair under the name of its target, beside its true class."""
+    report = report_of(case)
+    svg = figures.pairs(report)
+    root = ElementTree.fromstring(svg)
+    cells = {pair: f"{rate.value:.0%}" for pair, rate in shares(report).items()}
+    lines = [("".join(t.itertext()).strip(), t) for t in root.iter(f"{SVG}text")]
+    numbers = [text for text, _ in lines if re.fullmatch(r"\d+%", text)]
+    assert numbers[: len(cells)] == list(cells.values()) or set(cells.values()) <= set(numbers)
+    sizes = [text for text, _ in lines if text.startswith("n=")]
+    assert sizes == [f"n={pair.turned.n}" for pair in report.pairs]
+    dashes = [text for text, _ in lines if text == "-"]
+    rows, columns = {p.label for p in report.pairs}, {p.target for p in report.pairs}
+    assert len(dashes) == len(rows) * len(columns) - len(report.pairs) - len(rows & columns)
+
+
+def test_letters_of_a_matrix_stand_out_in_grey():
+    """At least 4.4 to 1 in lightness alone, as WCAG 2 counts it; on middle grey nothing has more than 4.58."""
+    for share in np.linspace(0, 1, 101):
+        light = luminance(mpl.colormaps[figures.MAP](share)[:3])
+        letters = luminance(to_rgb(figures.LIGHT if share < figures.TURN else figures.DARK))
+        high, low = max(light, letters) + 0.05, min(light, letters) + 0.05
+        assert high / low > 4.4, share
+
+
+def luminance(colour: Sequence[float]) -> float:
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour]
+    return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+
+def shares(report: Report) -> dict[tuple[int, int], Rate]:
+    return {(pair.label, pair.target): pair.turned for pair in report.pairs}

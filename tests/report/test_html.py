@@ -10,7 +10,7 @@ from rempart.report.compare import compare, compare_html
 from rempart.report.html import page
 from rempart.report.schema import ALL, KNOWS, Report
 from rempart.report.text import stamp, verdict
-from report.conftest import page_of, report_of
+from report.conftest import TUMOURS, page_of, report_of
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 HOSTILE = "<script>alert('x')</script>"
@@ -128,6 +128,10 @@ def test_every_figure_has_a_table_with_exactly_the_numbers_of_the_report(any_rep
             ]
             for e in any_report.epochs
         ]
+    names = any_report.model.classes
+    for pair in any_report.pairs:
+        row = [names[pair.label], names[pair.target], *exact(pair.turned)]
+        expected.setdefault("figure-pairs", []).append(row)
     expected |= neurons_told(any_report)
     assert {key: rows[1:] for key, rows in found.items()} == expected
 
@@ -285,3 +289,18 @@ def test_the_page_of_a_comparison_is_sound_and_carries_its_numbers(make_report: 
     assert len(shared) == sum(len(curve.eps) for report in reports.values() for curve in report.curves)
     values = {value for tag, key, value in found.attributes if tag == "data" and key == "value"}
     assert {repr(c.difference.value) for c in comparison.contrasts} <= values
+
+
+def test_classes_costs_and_the_scale_of_a_change_are_told():
+    report = report_of("classes")
+    found = assert_sound(page_of("classes"))
+    assert report.risk is not None
+    for told in report.classes:
+        rates = [f"{rate.value:.1%} [{100 * rate.low:.1f}, {100 * rate.high:.1f}]" for rate in (told.clean, told.worst)]
+        assert f"{TUMOURS[told.label]} {told.clean.n} {rates[0]} {rates[1]}" in found.text
+    for name, mean in (("without an attack", report.risk.clean), ("under attack: at least", report.risk.worst)):
+        assert f"{name} {mean.value:.4g} [{mean.low:.3g}, {mean.high:.3g}]" in found.text
+    assert f"if every mistake could be forced {report.risk.ceiling:.4g}" in found.text
+    assert "taken for pituitary" in found.text and "pituitary 1.5 1 0.5 0" in found.text
+    assert "± 0.05" in found.text, "half the box, ten times enlarged"
+    assert "window [0.1, 0.9]" in found.text

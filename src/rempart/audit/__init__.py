@@ -16,13 +16,15 @@ from rempart.attacks.run import allowed, join, native
 from rempart.attacks.suites import suite, without_gradients
 from rempart.audit import pieces
 from rempart.audit.checks import Diagnosis, diagnose, stamp
+from rempart.audit.classes import PAIRS, aimed, aiming_attack, by_class, reached, read_pairs, row, turned
 from rempart.audit.curves import from_distances, sweep
 from rempart.audit.examples import examples
 from rempart.audit.groups import by_group, numbers
 from rempart.audit.pieces import Pieces, Planned, attack_chunk, chunks, key, seeded, stored
 from rempart.audit.preflight import is_random, preflight
+from rempart.audit.risk import read_costs, risk
 from rempart.core.data import Data
-from rempart.core.errors import Cancelled
+from rempart.core.errors import Cancelled, SpecError
 from rempart.core.events import Notify, named, silent
 from rempart.core.model import Classifier, blind
 from rempart.core.ranks import ALONE, Ranks
@@ -105,14 +107,18 @@ def audit(
     started = time.perf_counter()
     threat = data.threat(spec.threat, model.low, model.high)
     sighted = blind(model) is None
-    planned, notes = plan(spec, threat, model.num_classes, gradients=sighted)
+    known: dict[str, Any] = {"classes": model.class_names, "gradients": sighted}
+    planned, notes = plan(spec, threat, model.num_classes, **known)
     for attack in planned:
         allowed(attacks[attack.name], model)
+    if spec.window is not None and not spec.window[0] < spec.window[1]:
+        raise SpecError("--window as LOW:HIGH with LOW < HIGH", got=f"{spec.window[0]:g}:{spec.window[1]:g}")
+    costs = None if spec.costs is None else read_costs(spec.costs, model.class_names)
     device = next(model.parameters(), torch.zeros(())).device
     with seeded(spec.seed, device):
         model, checks = preflight(model, data)
     if is_random(checks):
-        planned, notes = plan(spec, threat, model.num_classes, random=True, gradients=sighted)
+        planned, notes = plan(spec, threat, model.num_classes, random=True, **known)
     swept = bool(spec.sweep and threat.eps and sighted)
     described, record = DataCard.of(data), environment()
     if folder is not None:
@@ -164,19 +170,29 @@ def audit(
     finished, labels = _finished(done, parts, planned)
     verdicts = {label: _joined(done, finished, label) for label in labels}
     ran = [attack for attack in planned if attack.label in labels]
-    pairs = [(number, parts[number]) for number in finished]
-    right = _rows(ran, done, pairs, lambda verdict: verdict.right)
-    rounded = _rows(ran, done, pairs, lambda verdict: verdict.right_after_rounding) if spec.eight_bit else {}
+    aiming = [attack for attack in ran if attack.target is not None]
+    whole = [(number, parts[number]) for number in finished]
+    right = _together(_rows(ran, done, whole, lambda verdict: verdict.right), aiming)
+    rounded = _rows(ran, done, whole, lambda verdict: verdict.right_after_rounding) if spec.eight_bit else {}
+    rounded = _together(rounded, aiming)
+    ran = [attack for attack in ran if attack.target is None]
     first = verdicts[ran[0].label] if ran else None
     correct = first.correct.numpy() if first is not None else np.empty(0, dtype=bool)
     samples = Samples(
-        index=tuple(number for _, part in pairs for number in part.index.tolist()),
-        labels=tuple(label for _, part in pairs for label in part.labels.tolist()),
+        index=tuple(number for _, part in whole for number in part.index.tolist()),
+        labels=tuple(label for _, part in whole for label in part.labels.tolist()),
         clean=pack(correct),
         right={label: pack(row) for label, row in right.items()},
     )
-    checked, row = _checked(diagnosis, threat, samples)
-    samples = samples.model_copy(update={"right": {**samples.right, **{label: pack(r) for label, r in row.items()}}})
+    checked, more = _checked(diagnosis, threat, samples)
+    samples = samples.model_copy(update={"right": {**samples.right, **{label: pack(r) for label, r in more.items()}}})
+    index, true = np.array(samples.index, dtype=np.int64), np.array(samples.labels, dtype=np.int64)
+    aims = [verdict for a in aiming if (verdict := verdicts[a.label]) is not None]
+    every = [verdict for verdict in (*verdicts.values(), *diagnosis.outcomes.values()) if verdict is not None]
+    found = reached(index, every, model.num_classes)
+    people = [patient for _, part in whole for patient in part.patients or ()]
+    patients = people if len(people) == len(index) else None
+    asked = sorted((source, a.target) for a in aiming for source in a.sources if a.target is not None)
     curves = [
         *(from_distances(a.label, verdict, threat) for a in ran if (verdict := _whole_curve(a, verdicts, threat))),
         *curves,
@@ -196,18 +212,26 @@ def audit(
         clean=wilson(int(correct.sum()), len(correct)) if len(correct) else None,
         attacks=(
             *(measure(a, threat, verdicts[a.label], right[a.label], rounded=rounded.get(a.label)) for a in ran),
+            *([row(aiming, aims, threat, index, correct, right[PAIRS], rounded.get(PAIRS))] if aiming else []),
             *checked,
         ),
         checks=diagnosis.checks,
         stamp=stamp((*checks, *diagnosis.checks)) if complete and looked else None,
         worst_case=_worst(samples),
+        classes=by_class(true, correct, samples.worst_case()) if ran else (),
+        pairs=tuple(turned(asked, true, correct, found)),
+        risk=None
+        if costs is None or first is None
+        else risk(costs, true, np.where(correct, true, first.predicted.numpy()), found, patients, seed=spec.seed),
         not_run=() if complete else _unfinished(planned, labels, finished, parts, swept=bool(curves) or not swept),
         curves=tuple(curves),
-        examples=examples(model, data, [(a.label, done[n, a.label]) for a in ran for n in finished], threat)
+        examples=examples(
+            model, data, [(a.label, done[n, a.label]) for a in ran for n in finished], threat, spec.window
+        )
         if error is None
         else (),
         samples=samples if ran else None,
-        groups=by_group([part for _, part in pairs], correct, samples.worst_case()) if ran else (),
+        groups=by_group([part for _, part in whole], correct, samples.worst_case()) if ran else (),
     )
     return Audit(report, {label: verdict for label, verdict in verdicts.items() if verdict is not None}, error)
 
@@ -230,12 +254,19 @@ def averaged(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def plan(
-    spec: AuditSpec, threat: Threat, num_classes: int, *, random: bool = False, gradients: bool = True
+    spec: AuditSpec,
+    threat: Threat,
+    num_classes: int,
+    *,
+    classes: Sequence[str] = (),
+    random: bool = False,
+    gradients: bool = True,
 ) -> tuple[tuple[Planned, ...], tuple[str, ...]]:
-    """The attacks an audit will run, validated: the suite's first, then the named ones; and notes on the suite.
+    """The attacks an audit will run, validated, and notes on the suite.
 
-    Repeated labels are numbered. Where the model is `random`, attacks that can take mean gradients do, unless they were
-    told how many. Where it gives no `gradients`, attacks that need none stand in for a suite.
+    The suite's come first, then the named ones, then those that aim at one of the `classes` each, if pairs are asked
+    for. Repeated labels are numbered. Where the model is `random`, attacks that can take mean gradients do, unless they
+    were told how many. Where it gives no `gradients`, attacks that need none stand in for a suite and aim.
 
     Raises:
         SpecError: If a suite, an attack or an option is unknown, or a loss is undefined for so few classes.
@@ -260,6 +291,12 @@ def plan(
         label = name if "loss" not in given else f"{name}-{given['loss']}"
         taken = sum(other.label.split(" ")[0] == label for other in planned)
         planned.append(Planned(f"{label} {taken + 1}" if taken else label, name, options, survivors))
+    if spec.pairs is not None:
+        name, given = aiming_attack(num_classes, gradients=gradients)
+        native(attacks[name], threat)
+        mean = mean_gradient(name, given) if random else {}
+        planned += aimed(read_pairs(spec.pairs, classes), name, attacks[name].parse({**given, **mean}))
+        means += [name] if mean else []
     return tuple(planned), (*(chosen.notes if chosen else ()), *averaged(means))
 
 
@@ -337,6 +374,14 @@ def _rows(
             rows[attack.label].append(row)
             standing &= row
     return {label: np.concatenate(row) for label, row in rows.items() if row}
+
+
+def _together(rows: dict[str, np.ndarray], aiming: Sequence[Planned]) -> dict[str, np.ndarray]:
+    """The rows of all targeted attacks as one: right where none of them broke the sample."""
+    rows = dict(rows)
+    if parts := [rows.pop(attack.label) for attack in aiming if attack.label in rows]:
+        rows[PAIRS] = np.logical_and.reduce(parts)
+    return rows
 
 
 def _checked(
@@ -428,7 +473,8 @@ def _notes(correct: np.ndarray, num_classes: int, error: Exception | None) -> tu
 def _unfinished(
     planned: Sequence[Planned], labels: Sequence[str], finished: Sequence[int], parts: Sequence[Data], *, swept: bool
 ) -> tuple[str, ...]:
-    left = [attack.label for attack in planned if attack.label not in labels]
+    left = [PAIRS if a.target is not None else a.label for a in planned if a.label not in labels]
+    left = list(dict.fromkeys(left))
     missing = len(parts) - len(finished)
     if missing and finished:
         samples = sum(len(part) for number, part in enumerate(parts) if number not in finished)

@@ -14,8 +14,17 @@ from rempart.core.types import Images
 from rempart.report.schema import Example
 
 
-def examples(model: Classifier, data: Data, pieces: Sequence[tuple[str, Piece]], threat: Threat) -> tuple[Example, ...]:
-    """Up to four samples that the attack with most successes broke, of different classes where possible."""
+def examples(
+    model: Classifier,
+    data: Data,
+    pieces: Sequence[tuple[str, Piece]],
+    threat: Threat,
+    window: tuple[float, float] | None = None,
+) -> tuple[Example, ...]:
+    """Up to four samples that the attack with most successes broke, of different classes where possible.
+
+    Images are shown with the ends of the `window` as black and white: those of the box, where none is given.
+    """
     broken: Counter[str] = Counter()
     for label, piece in pieces:
         broken[label] += 0 if piece.verdict is None else int((piece.verdict.attacked & piece.verdict.success).sum())
@@ -26,16 +35,25 @@ def examples(model: Classifier, data: Data, pieces: Sequence[tuple[str, Piece]],
     shown, images = torch.cat([piece.shown for piece in kept]), torch.cat([piece.images for piece in kept])
     at = (data.index[:, None] == shown).to(torch.int8).argmax(0)
     chosen = varied(torch.ones(len(at), dtype=torch.bool), data.labels[at])
-    return tuple(_example(model, data, images[k], strongest, int(at[k]), threat) for k in chosen)
+    return tuple(_example(model, data, images[k], strongest, int(at[k]), threat, window) for k in chosen)
 
 
-def _example(model: Classifier, data: Data, image: Images, label: str, at: int, threat: Threat) -> Example:
+def _example(
+    model: Classifier,
+    data: Data,
+    image: Images,
+    label: str,
+    at: int,
+    threat: Threat,
+    window: tuple[float, float] | None,
+) -> Example:
     batch = data.batch(torch.tensor([at]))
     pair = torch.cat([batch.x, image[None].to(batch.x.dtype)])
     with frozen(model), torch.no_grad():
         confidence, predicted = model(placed(model, pair)).softmax(1).max(1)
     change = pair[1] - pair[0]
     span = threat.high - threat.low
+    black, white = window or (threat.low, threat.high)
     factor = float(span / 2 / change.abs().max().clamp_min(1e-12))
     return Example(
         index=int(batch.index[0]),
@@ -47,7 +65,7 @@ def _example(model: Classifier, data: Data, image: Images, label: str, at: int, 
         adversarial_confidence=float(confidence[1]),
         distance=float(threat.distance(pair[:1], pair[1:])),
         amplification=factor,
-        original_png=png((pair[0] - threat.low) / span),
+        original_png=png((pair[0] - black) / (white - black)),
         perturbation_png=png(0.5 + change * factor / span),
-        adversarial_png=png((pair[1] - threat.low) / span),
+        adversarial_png=png((pair[1] - black) / (white - black)),
     )

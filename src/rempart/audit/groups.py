@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from rempart.core.data import Data
-from rempart.core.stats import clustered, wilson
+from rempart.core.stats import bootstrap_mean, wilson
 from rempart.report.schema import GroupAccuracy, Groups
 
 
@@ -41,8 +41,8 @@ def accuracy(right: np.ndarray, groups: Sequence[str]) -> GroupAccuracy:
     shares = np.bincount(number, weights=right) / np.bincount(number)
     return GroupAccuracy(
         whole=wilson(int((shares == 1).sum()), len(shares)),
-        mean=clustered(shares, np.arange(len(shares))),
-        pooled=clustered(right, number),
+        mean=bootstrap_mean(shares, np.arange(len(shares))),
+        pooled=bootstrap_mean(right, number),
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rempart.attacks.run import Outcome, Verdict, attack_data
+from rempart.attacks.run import Outcome, TargetRule, Verdict, attack_data
 from rempart.core.data import Data
 from rempart.core.disk import replace
 from rempart.core.events import Event, Notify
@@ -36,12 +36,16 @@ class Planned:
         name: The attack.
         options: Its validated options.
         survivors: Run it only on samples that every attack before left standing.
+        target: The class to reach; None: any other.
+        sources: The true classes it is run on, where it has a target.
     """
 
     label: str
     name: str
     options: dict[str, Any]
     survivors: bool = False
+    target: int | None = None
+    sources: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,8 @@ def attack_chunk(
     note = f"samples {int(part.index[0])} to {int(part.index[-1])}"
     for at, attack in enumerate(planned):
         given = standing.nonzero()[:, 0] if attack.survivors else torch.arange(len(part))
+        if attack.target is not None:
+            given = torch.isin(part.labels, torch.tensor(attack.sources)).nonzero()[:, 0]
         if (number, attack.label) not in done:
             told = _annotated(attack.label, note, notify)
             right = attack.survivors and at > 0  # what an attack left standing was right at first
@@ -124,7 +130,7 @@ def key(
     Two models may have the same weights and different code: what the model answers to the first images counts too.
     """
     depends = {
-        "planned": [[a.label, a.name, a.options, a.survivors] for a in planned],
+        "planned": [[a.label, a.name, a.options, a.survivors, a.target, a.sources] for a in planned],
         "threat": [str(threat), repr(threat.eps), threat.low, threat.high],
         "spec": [spec.model, spec.data, spec.seed, spec.batch_size, spec.chunk, spec.eight_bit, spec.device],
         "versions": [versions["rempart"], versions["torch"]],
@@ -169,6 +175,7 @@ def _attack(
             attack.name,
             attack.options,
             batch_size=spec.batch_size,
+            target=None if attack.target is None else _aim(attack.target),
             seed=spec.seed,
             eight_bit=spec.eight_bit,
             right=right,
@@ -176,6 +183,10 @@ def _attack(
             notify=notify,
         )
     return Piece(outcome.verdict, *_pictures(outcome, data.labels))
+
+
+def _aim(target: int) -> TargetRule:
+    return lambda z, y: torch.full_like(y, target)
 
 
 def _pictures(outcome: Outcome, labels: Tensor) -> tuple[Tensor, Images]:

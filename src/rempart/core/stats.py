@@ -154,44 +154,50 @@ def student(values: Sequence[float] | np.ndarray, confidence: float = 0.95) -> M
     return Mean(value=value, low=value - reach, high=value + reach, n=n, confidence=confidence)
 
 
-def clustered(
+def bootstrap_mean(
     values: Sequence[float] | np.ndarray,
-    groups: Sequence[str] | np.ndarray,
+    groups: Sequence[str] | np.ndarray | None = None,
     *,
+    bounds: tuple[float, float] = (0.0, 1.0),
     confidence: float = 0.95,
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Mean:
-    """Mean of shares in [0, 1], with a percentile bootstrap that draws whole groups: images of a patient hang together.
+    """Mean of bounded values with a percentile bootstrap over samples, or over whole groups (images of one patient).
 
-    `n` counts the groups. Where all values are 0 or all are 1, a bootstrap sees no spread: then the ends are Wilson's
-    for as many independent groups (our design).
+    Where all values are equal, a bootstrap sees no spread. Then up to Wilson's share of 0 in `n` might be other values,
+    as far away as the bounds (our design).
 
     Args:
         values: One per sample.
-        groups: The group of each.
+        groups: The group of each; `n` counts the groups. None: each sample is drawn on its own.
+        bounds: The least and the largest value there can be.
         confidence: Coverage of the interval; with few groups, say below 20, the bootstrap reaches less.
         resamples: Number of bootstrap resamples.
         seed: Seed of the resampling.
 
     Raises:
-        SpecError: If the two do not have the same, positive length.
+        SpecError: If there is no value, one is outside the bounds or not a number, or the groups are not as many.
 
     Source:
-        Davison, Hinkley 1997, Bootstrap Methods and their Application, section 3.8.
+        Efron 1979; with groups, Davison, Hinkley 1997, Bootstrap Methods and their Application, section 3.8.
     """
-    if len(values) != len(groups) or len(values) == 0:
-        raise SpecError("two equally long, non-empty sequences", got=f"{len(values)} and {len(groups)}")
-    _, number = np.unique(np.asarray(groups), return_inverse=True)
-    counts = np.bincount(number).astype(float)
-    sums = np.bincount(number, weights=np.asarray(values, dtype=float))
-    n, value = len(counts), float(sums.sum() / counts.sum())
-    if value in (0, 1):
-        ends = wilson(n * int(value), n, confidence)
-        return Mean(value=value, low=ends.low, high=ends.high, n=n, confidence=confidence)
+    sample = np.asarray(values, dtype=float)
+    least, most = bounds
+    if len(sample) == 0 or not ((sample >= least) & (sample <= most)).all():
+        raise SpecError(f"one or more values in [{least:g}, {most:g}]", got=f"{len(sample)} values")
+    if groups is not None and len(groups) != len(sample):
+        raise SpecError("one group for each value", got=f"{len(groups)} for {len(sample)}")
+    number = np.arange(len(sample)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    counts, sums = np.bincount(number).astype(float), np.bincount(number, weights=sample)
+    n, value = len(counts), float(sample.mean())
+    if sample.min() == sample.max():
+        other = wilson(0, n, confidence).high
+        low, high = value - other * (value - least), value + other * (most - value)
+        return Mean(value=value, low=low, high=high, n=n, confidence=confidence)
     rng, tail = np.random.default_rng(seed), _tail(confidence)
     means: list[np.ndarray] = []
-    for size in [500] * (resamples // 500) + [resamples % 500] * (resamples % 500 > 0):
+    for size in [500] * (resamples // 500) + [resamples % 500] * (resamples % 500 > 0):  # a table of draws stays small
         drawn = rng.multinomial(n, np.full(n, 1 / n), size=size)
         means.append((drawn @ sums) / (drawn @ counts))
     low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])

@@ -17,6 +17,8 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 from matplotlib.transforms import Affine2D
@@ -34,6 +36,10 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "++++")
 MARKERS = ("o", "s", "D", "^", "v", "P")
 LINES = ("-", "--", "-.", ":")
+MAP = "cividis"  # even in lightness: it reads the same in grey and to the colour-blind
+LIGHT, DARK = "#fefefe", "#020202"  # letters on a map, which does not follow the page
+TURN = 0.47  # from this part of the map on, letters are dark
+ROOMY, CLOSE = 6, 14  # classes whose cells have room for two lines, and for one
 ROW = {CLEAN: ("#999999", ""), WORST: ("#D55E00", "////")}
 STYLE = {
     "axes.edgecolor": INK,
@@ -94,6 +100,45 @@ def grouped(measures: Sequence[str], models: Mapping[str, Mapping[str, Rate]]) -
                     _bar(axes, place + (i - (len(models) - 1) / 2) * width, rates[measure], 0.9 * width, colour, hatch)
         figure.legend(loc="outside upper left")
         return element(figure, "compare", "Accuracy of each model per attack with intervals")
+
+
+def pairs(report: Report) -> str:
+    """How many images of each class (rows) an attack turned into each other class (columns), as a map with numbers."""
+    names, size = report.model.classes, len(report.model.classes)
+    shares, sizes = np.full((size, size), np.nan), dict[int, int]()
+    for pair in report.pairs:
+        shares[pair.label, pair.target] = pair.turned.value
+        sizes[pair.label] = pair.turned.n
+    rows, columns = sorted(sizes), sorted({pair.target for pair in report.pairs})
+    shares = shares[np.ix_(rows, columns)]
+    across, tall = len(columns), len(rows)
+    with style.context(["default", STYLE]):
+        figure = Figure(figsize=(WIDTH, min(0.52, 3.3 / across) * tall + 1.9), layout="constrained")
+        axes = figure.add_subplot()
+        norm = Normalize(0, 1)
+        axes.imshow(np.ma.masked_invalid(shares), cmap=MAP, norm=norm, aspect="auto", interpolation="none")
+        axes.set_xticks(range(across), [shortened(names[k], 14) for k in columns], rotation=40, ha="left")
+        axes.set_yticks(
+            range(tall), [shortened(names[k], 14) + (f", n={sizes[k]}" if across > ROOMY else "") for k in rows]
+        )
+        axes.xaxis.tick_top()
+        axes.tick_params(length=0, labelsize=10.5 if max(across, tall) <= CLOSE else 6)
+        axes.set_xlabel("turned into")
+        axes.xaxis.set_label_position("top")
+        axes.set_ylabel("true class")
+        for edge in axes.spines.values():
+            edge.set_visible(False)
+        for (y, x), share in np.ndenumerate(shares):
+            if np.isnan(share):
+                axes.text(x, y, "·" if rows[y] == columns[x] else "-", ha="center", va="center", alpha=0.6)
+            elif across <= CLOSE:
+                told = f"{share:.0%}\nn={sizes[rows[y]]}" if across <= ROOMY else f"{100 * share:.0f}"
+                colour = LIGHT if share < TURN else DARK
+                axes.text(x, y, told, ha="center", va="center", color=colour, fontsize=9.5, linespacing=1.1)
+        bar = figure.colorbar(ScalarMappable(norm, MAP), ax=axes, location="bottom", aspect=40, fraction=0.08)
+        bar.set_label("share of the images that were right at first")
+        bar.ax.xaxis.set_major_formatter(PercentFormatter(1))
+        return element(figure, "pairs", "Share of the images of each class that an attack turned into each other class")
 
 
 def curves(report: Report, norm: str) -> str:

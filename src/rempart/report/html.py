@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -17,6 +18,7 @@ from rempart.report.schema import (
     KNOWS,
     NO_DETECTOR,
     NONE,
+    AuditSpec,
     Curve,
     Explained,
     ExplainSpec,
@@ -36,6 +38,7 @@ from rempart.report.text import (
     notes,
     options_of,
     points,
+    risk_facts,
     span,
     stamp,
     threat_of,
@@ -44,6 +47,10 @@ from rempart.report.text import (
     verdict,
 )
 
+READING = (
+    "Images that an attack broke. Change: adversarial minus original, enlarged for the eye by the factor told; mid "
+    "grey is no change, and the scale under it tells what black and white stand for."
+)
 _SYMBOLS = {"passed": "✓", "repaired": "↻", "warned": "!", "failed": "✗", "skipped": "-"}
 
 
@@ -61,30 +68,42 @@ class Chart:
 
 def page(report: Report) -> str:
     """The report as one self-contained HTML document."""
-    return (
-        _environment()
-        .get_template("report.html")
-        .render(
-            report=report,
-            stamp=stamp(report),
-            verdict=verdict(report),
-            limits=list(limits(report)),
-            notes=notes(report),
-            created=_moment(report.created),
-            budget=_budget(report),
-            charts={chart.key: chart for chart in _charts(report)},
-            training=list(_training(report)),
-            replay=f"rempart run report.json{' --out NEW' if report.kind == 'train' else ''}",
-            spec=report.spec.model_dump_json(indent=2),
-            level=_level(report),
-            pairs_by=first_attack(report) if isinstance(report.spec, ExplainSpec) else "",
-            trend=trend_of(report.trend) if report.trend is not None else "",
-            symbols=_SYMBOLS,
-            together=(NONE, KNOWS, ALL),
-            no_detector=NO_DETECTOR,
-            name_of=lambda k: report.model.classes[k] if 0 <= k < len(report.model.classes) else str(k),
-        )
+    return rendered(
+        "report.html",
+        **contents(report),
+        budget=_budget(report),
+        training=list(_training(report)),
+        pairs_by=first_attack(report) if isinstance(report.spec, ExplainSpec) else "",
+        trend=trend_of(report.trend) if report.trend is not None else "",
+        together=(NONE, KNOWS, ALL),
+        no_detector=NO_DETECTOR,
     )
+
+
+def rendered(template: str, **values: Any) -> str:
+    """A template with its values as a document."""
+    return _environment().get_template(template).render(**values)
+
+
+def contents(report: Report) -> dict[str, Any]:
+    """What every page about a report is made from."""
+    return {
+        "report": report,
+        "stamp": stamp(report),
+        "verdict": verdict(report),
+        "limits": list(limits(report)),
+        "notes": notes(report),
+        "created": _moment(report.created),
+        "charts": {chart.key: chart for chart in _charts(report)},
+        "replay": f"rempart run report.json{' --out NEW' if report.kind == 'train' else ''}",
+        "spec": report.spec.model_dump_json(indent=2),
+        "risk": list(risk_facts(report)),
+        "level": _level(report),
+        "symbols": _SYMBOLS,
+        "reading": READING + _window(report),
+        "reach_of": lambda e: (report.model.high - report.model.low) / 2 / e.amplification,
+        "name_of": lambda k: report.model.classes[k] if 0 <= k < len(report.model.classes) else str(k),
+    }
 
 
 def _training(report: Report) -> Iterator[tuple[str, str]]:
@@ -193,6 +212,18 @@ def _charts(report: Report) -> Iterator[Chart]:
             svg=Markup(figures.accuracy(report)),
             header=("attack", "right", "images", "share", "low", "high"),
             rows=[(label, *_exact_rate(rate)) for label, rate in rates if rate is not None],
+        )
+    if report.pairs:
+        names = report.model.classes
+        yield Chart(
+            key="pairs",
+            title="Which class becomes which",
+            caption="Rows: the true class. Columns: the class an attack turned its images into. In each cell the share "
+            "of the images of the row that were right at first (n of them); lighter is more. A dash: not tried. Each "
+            "share is a lower bound: a stronger attack can only raise it.",
+            svg=Markup(figures.pairs(report)),
+            header=("true class", "turned into", "turned", "images", "share", "low", "high"),
+            rows=[(names[p.label], names[p.target], *_exact_rate(p.turned)) for p in report.pairs],
         )
     for norm in dict.fromkeys(curve.norm for curve in report.curves):
         levels = in_levels(norm, report.model.low, report.model.high)
@@ -382,6 +413,11 @@ def _curve_rows(curve: Curve, levels: bool) -> Iterator[Sequence[Markup]]:
 def _budget(report: Report) -> str:
     threat = threat_of(report)
     return "" if threat is None else f"{threat.norm} {amount(threat, report.data)}"
+
+
+def _window(report: Report) -> str:
+    window = report.spec.window if isinstance(report.spec, AuditSpec) else None
+    return "" if window is None else f" Originals and adversarial images: window [{window[0]:g}, {window[1]:g}]."
 
 
 def _moment(created: str) -> str:

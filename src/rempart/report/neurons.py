@@ -13,10 +13,9 @@ from matplotlib.ticker import MaxNLocator
 
 from rempart.core.stats import Mean, Rate
 from rempart.core.threat import Threat
-from rempart.report.figures import COLOURS, INK, LINES, MARKERS, STYLE, WIDTH, element, shortened
+from rempart.report.figures import COLOURS, INK, LINES, MAP, MARKERS, STYLE, WIDTH, element, shortened
 from rempart.report.schema import Effect, Explained, Illustration, Layer
 
-MAP = "cividis"  # even in lightness: it reads the same in grey and to the colour-blind
 CELLS = 200  # across a heat map, whatever the number of neurons
 NAME = 14  # letters of a layer
 TITLES = {

@@ -69,6 +69,9 @@ class AuditSpec(Strict):
         defences: In front of the model, the first nearest to the image; they belong to what is attacked.
         chunk: Samples worked off as a whole and stored when done; a stopped audit loses at most one attack on one.
         devices: Processes that share the chunks, each with a GPU of its own where `device` is cuda.
+        pairs: Pairs of classes to try targeted attacks on: `all`, or TRUE:TARGET,TRUE:TARGET by name or number.
+        costs: A CSV file of what it costs to take one class for another.
+        window: Pixel values shown black and white in pictures of images; None: the ends of the model's box.
     """
 
     kind: Literal["audit"] = "audit"
@@ -86,6 +89,9 @@ class AuditSpec(Strict):
     seed: int = 0
     eight_bit: bool = False
     sweep: bool = True
+    pairs: str | None = None
+    costs: str | None = None
+    window: tuple[float, float] | None = None
     device: Literal["cpu", "cuda"] = "cpu"
     devices: Annotated[int, Ge(1)] = 1
     out: str | None = None
@@ -377,6 +383,54 @@ class AttackResult(Strict):
     queries: int
     gradients: int
     seconds: float
+
+
+class ClassAccuracy(Strict):
+    """Accuracy on the images of one true class.
+
+    Attributes:
+        label: Number of the class.
+        clean: Share of its images that are right without an attack.
+        worst: Share of them that are right under all attacks.
+    """
+
+    label: int
+    clean: Rate
+    worst: Rate
+
+
+class Pair(Strict):
+    """How easily images of one class become another.
+
+    Attributes:
+        label: Number of the true class.
+        target: Number of the other class.
+        turned: Of the images of the true class that are right at first, the share that an attack turned into the other
+            class within the threat: the one that aims at it, or any other of the audit.
+    """
+
+    label: int
+    target: int
+    turned: Rate
+
+
+class Risk(Strict):
+    """Mean cost of an image, by a table of what it costs to take one class for another.
+
+    Attributes:
+        costs: A row for each true class, a column for each predicted class, in the order of the model's classes.
+        clean: Without an attack.
+        worst: Where each image costs as much as the dearest class that some attack reached within the threat: a lower
+            bound of what an adversary can reach.
+        ceiling: Where each image costs as much as the dearest class of its row: no adversary can reach more.
+        drawn: What the intervals draw: images, or patients with all their images.
+    """
+
+    costs: tuple[tuple[float, ...], ...]
+    clean: Mean
+    worst: Mean
+    ceiling: float
+    drawn: Literal["image", "patient"] = "image"
 
 
 class Curve(Strict):
@@ -932,6 +986,9 @@ class Report(Strict):
         worst_case: Share of all samples that it keeps right under all attacks; where detectors are judged, that of the
             model without one, under the attacks within the threat.
         groups: The same by patient and by volume, where they are known.
+        classes: Both for each true class of which there are samples.
+        pairs: Which class becomes which, for the pairs that were tried.
+        risk: What that costs.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -950,6 +1007,9 @@ class Report(Strict):
     clean: Rate | None = None
     attacks: tuple[AttackResult, ...] = ()
     worst_case: Rate | None = None
+    classes: tuple[ClassAccuracy, ...] = ()
+    pairs: tuple[Pair, ...] = ()
+    risk: Risk | None = None
     certificate: Certificate | None = None
     not_run: tuple[str, ...] = ()
     curves: tuple[Curve, ...] = ()

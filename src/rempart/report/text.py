@@ -33,6 +33,8 @@ from rempart.report.schema import (
 
 WIDTH = 100
 LAST_EPOCHS = 12
+MOST_CLASSES, MOST_COLUMNS = 20, 6
+"""Rows of a table by class, the worst ones, and columns of a matrix of classes, in a terminal."""
 _FEW = 3
 ENOUGH_PAIRS = 10
 """Of fewer images no sentence is drawn from a test of neurons."""
@@ -60,6 +62,12 @@ def table(report: Report) -> str:
             blocks.append(_wrap(trend_of(report.trend)))
     elif report.kind != "train" and (report.clean is not None or report.attacks):
         blocks.append(_grid(*_results(report)))
+        if report.classes:
+            blocks.append(_grid(*_classes(report)))
+        if report.pairs:
+            blocks += ["turned into (share of the images of a row that were right at first)\n" + _grid(*_pairs(report))]
+        if report.risk is not None:
+            blocks.append(_grid(("mean cost of an image", "value", "interval"), list(risk_facts(report))))
         if any(attack.survivors for attack in report.attacks[1:]):
             blocks.append(_wrap("> ran only on the images left standing; its accuracy is that after all before it too"))
         if any(attack.similarity for attack in report.attacks):
@@ -240,6 +248,7 @@ def limits(report: Report) -> Iterator[str]:
         "No attack was fitted to a defence. Where the model has one (cleaning of the input, randomness, a detector), "
         "an attack that knows it has to be run."
     )
+    yield from _limits_of_classes(report)
     yield "No certificate was computed: nothing here bounds the accuracy under attack from below."
     if report.attacks and all(attack.eight_bit is None for attack in report.attacks):
         yield "Adversarial images were judged with exact pixels; rounded to an 8-bit file, some may fail."
@@ -254,6 +263,33 @@ def limits(report: Report) -> Iterator[str]:
                 f"Images of one {kind} hang together: intervals over images are too narrow. Those by {kind} are not, "
                 "where there are enough of them, say 20."
             )
+
+
+def risk_facts(report: Report) -> Iterator[tuple[str, str, str]]:
+    """What mistakes cost on average, as names, values and intervals."""
+    risk = report.risk
+    if risk is None:
+        return
+    told = [("without an attack", risk.clean), ("under attack: at least", risk.worst)]
+    for name, mean in told:
+        yield name, f"{mean.value:.4g}", span(mean)
+    yield "if every mistake could be forced", f"{risk.ceiling:.4g}", ""
+
+
+def _limits_of_classes(report: Report) -> Iterator[str]:
+    if report.pairs:
+        missing = len(report.model.classes) * (len(report.model.classes) - 1) - len(report.pairs)
+        yield (
+            "A share of images turned from one class into another is a lower bound: a stronger attack can only raise "
+            "it." + (f" {count(missing, 'pair')} of classes had no attack of their own." if missing else "")
+        )
+    if report.risk is not None:
+        aimed = "" if report.pairs else " No attack aimed at a class: with --pairs all, the cost may rise."
+        yield (
+            "The mean cost under attack counts, for each image, the dearest class that some attack reached: a lower "
+            "bound. Images that were wrong at first were not attacked and count with the class they were given."
+            f"{aimed} Its intervals draw {report.risk.drawn}s anew."
+        )
 
 
 def training_facts(training: Training, spec: TrainSpec) -> Iterator[tuple[str, str]]:
@@ -789,6 +825,39 @@ def _similar(report: Report) -> tuple[Sequence[str], list[Sequence[str]]]:
             of = ("-", "-") if looks.ssim is None else (f"{looks.ssim:.4f}", f"{looks.ssim_low or 0:.4f}")
             rows.append((attack.label, str(looks.n), f"{looks.psnr:.1f}", f"{looks.psnr_low:.1f}", *of))
     return ("adversarial images of", "n", "PSNR, dB", "5%", "SSIM", "5%"), rows
+
+
+def _classes(report: Report) -> tuple[Sequence[str], list[Sequence[str]]]:
+    level = f"{100 * report.classes[0].clean.confidence:g}% interval"
+    rows: list[Sequence[str]] = [
+        (
+            report.model.classes[found.label],
+            f"{found.clean.n:,}",
+            *(part for rate in (found.clean, found.worst) for part in (f"{rate.value:.1%}", interval(rate))),
+        )
+        for found in sorted(report.classes, key=lambda found: found.worst.value)[:MOST_CLASSES]
+    ]
+    return ("true class", "images", "clean", level, "worst case", level), rows
+
+
+def _pairs(report: Report) -> tuple[Sequence[str], list[Sequence[str]]]:
+    """The matrix where it fits, else the pairs of the largest shares."""
+    names = report.model.classes
+    shares = {(pair.label, pair.target): pair.turned for pair in report.pairs}
+    rows, columns = (sorted(set(numbers)) for numbers in zip(*shares, strict=True))
+    if len(columns) > MOST_COLUMNS:
+        worst = sorted(shares.items(), key=lambda item: -item[1].value)[:MOST_CLASSES]
+        told: list[Sequence[str]] = [
+            (names[a], names[b], f"{rate.k}", f"{rate.n}", f"{rate.value:.1%}", interval(rate))
+            for (a, b), rate in worst
+        ]
+        return ("true class", "into", "turned", "of", "share", "interval"), told
+    table: list[Sequence[str]] = []
+    for a in rows:
+        found = [shares.get((a, b)) for b in columns]
+        n = next(rate.n for rate in found if rate is not None)
+        table.append((names[a], str(n), *("-" if rate is None else f"{rate.value:.1%}" for rate in found)))
+    return ("true class", "n", *(_cut(names[b], 10) for b in columns)), table
 
 
 def _epochs(report: Report) -> tuple[Sequence[str], list[Sequence[str]]]:
