@@ -489,7 +489,8 @@ def decisive(model: Explained) -> Effect | None:
 
     None where that was not done, or not yet.
     """
-    whole = EVERY if len(model.layers) > 1 else model.layers[0].name
+    names = [layer.name for layer in model.layers]
+    whole = EVERY if len(names) > 1 else names[0]
     return next((e for e in model.effects if (e.layer, e.test) == (whole, "restored")), None)
 
 
