@@ -119,6 +119,7 @@ def collect(explained: Path) -> None:
             for share in SHARES
         }
         body["settings"][place] = {**setting, **summary(found, trained_apart=len(TRAINED[place]["seeds"]) > 1)}
+    body = json.loads(json.dumps(body), parse_float=lambda digits: round(float(digits), 5))
     RESULTS.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({place: told["methods"] for place, told in body["settings"].items()}, indent=1)[:4000])
 
