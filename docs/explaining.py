@@ -63,13 +63,13 @@ def lower() -> str:
     for place, found in places():
         trained = {name: row for name, row in found["methods"].items() if "relative ratio" in row}
         lines = [
-            (name, percent(row["attacked"]), *(times(row[key]) for key in RATIOS), in_words(row))
+            (name, in_words(row), percent(row["attacked"]), *(times(row[key]) for key in RATIOS))
             for name, row in trained.items()
         ]
         plain = found["methods"]["plain"]
-        lines.append(("plain", percent(plain["attacked"]), *("1" for _ in RATIOS), ""))
+        lines.append(("plain", "", percent(plain["attacked"]), *("1" for _ in RATIOS)))
         told = f"{found['threat']}, {found['done']} repeats, {found['pairs']} pairs of the plain networks."
-        header = ("network", "accuracy under pgd", *RATIOS.values(), "lower")
+        header = ("network", "lower", "accuracy under pgd", *RATIOS.values())
         parts += [headed("lower", place), f"{told} {answer_lower(trained)}", table(header, lines)]
     return "\n\n".join(parts) or HERE
 
