@@ -40,8 +40,8 @@ THREAT = "linf:4/255"
 KERAS = "plain.keras"
 DEFENCES = (DefenceChoice(name="bit-depth", options={"bits": 4}), DefenceChoice(name="median", options={"size": 2}))
 DETECTORS = (DetectorChoice(name="max-softmax"), DetectorChoice(name="binary"))
-FULL = {"epochs": 12, "further": 4, "steps": 30, "search": 3, "images": 200, "fit": 200}
-QUICK = {"epochs": 6, "further": 1, "steps": 2, "search": 1, "images": 8, "fit": 40}
+FULL: dict[str, Any] = {"train": None, "epochs": 12, "further": 4, "steps": 30, "search": 3, "images": 200, "fit": 200}
+QUICK: dict[str, Any] = {"train": 160, "epochs": 20, "further": 1, "steps": 2, "search": 1, "images": 8, "fit": 40}
 
 
 def main() -> None:
@@ -59,10 +59,10 @@ def main() -> None:
         given.json.write_text(json.dumps(figures(told, size), indent=1) + "\n", "utf-8")
 
 
-def story(data: str, runs: Path, size: Mapping[str, int]) -> dict[str, Report]:
+def story(data: str, runs: Path, size: Mapping[str, Any]) -> dict[str, Report]:
     """Do what is not done yet, write the page, and return the reports by folder."""
     if not (runs / KERAS).exists():
-        train_keras(data, runs / KERAS, epochs=size["epochs"])
+        train_keras(data, runs / KERAS, images=size["train"], epochs=size["epochs"])
     told = {name: once(spec) for name, spec in specs(data, runs, size).items()}
     page = runs / "story.html"
     compared = [runs / name for name in told if name != "hardened"]
@@ -70,7 +70,7 @@ def story(data: str, runs: Path, size: Mapping[str, int]) -> dict[str, Report]:
     return told
 
 
-def specs(data: str, runs: Path, size: Mapping[str, int]) -> dict[str, AnySpec]:
+def specs(data: str, runs: Path, size: Mapping[str, Any]) -> dict[str, AnySpec]:
     """What is asked for once Keras has trained, by folder and in order."""
     out = {
         name: str(runs / name) for name in ("audit-plain", "hardened", "audit-hardened", "audit-defended", "detectors")
@@ -109,13 +109,13 @@ def specs(data: str, runs: Path, size: Mapping[str, int]) -> dict[str, AnySpec]:
     }
 
 
-def train_keras(data: str, out: Path, *, epochs: int) -> None:
+def train_keras(data: str, out: Path, *, images: int | None, epochs: int) -> None:
     """Train a small network with Keras alone, on images and their mirror images, and save it."""
     import keras
     from keras import layers
 
     keras.utils.set_random_seed(0)
-    train = rempart.open_data(data, split="train")
+    train = rempart.open_data(data, split="train").head(images)
     x = train.read(train.index).movedim(1, -1).numpy()  # Keras has the channels last
     blocks = [
         layer
@@ -151,7 +151,7 @@ def once(spec: AnySpec) -> Report:
     return report
 
 
-def figures(told: Mapping[str, Report], size: Mapping[str, int]) -> dict[str, Any]:
+def figures(told: Mapping[str, Report], size: Mapping[str, Any]) -> dict[str, Any]:
     """What the reports say, as JSON: shares of test images with their intervals."""
     record, detected = told["detectors"].environment, told["detectors"]
     audits = {name.removeprefix("audit-"): report for name, report in told.items() if report.kind == "audit"}

@@ -27,14 +27,17 @@ def mri() -> ModuleType:
 
 
 def textures(path: Path) -> None:
-    """Four classes of noisy 16 x 16 images: stripes across, stripes down, a chequered and an even field."""
+    """Four classes of noisy 16 x 16 images: stripes across, stripes down, a chequered and an even field.
+
+    The contrast of some is small enough for an attack to wipe out, that of others is not.
+    """
     rng, (row, column) = np.random.default_rng(0), np.indices((16, 16)) // 2
     patterns = {"glioma": row, "meningioma": column, "notumor": np.zeros((16, 16), int), "pituitary": row + column}
     with zipfile.ZipFile(path, "w") as archive:
         for split, count in (("train", 40), ("test", 30)):
             for name, pattern in patterns.items():
                 for i in range(count):
-                    drawn = 60 + 100 * (pattern % 2) + rng.integers(0, 60, (16, 16))
+                    drawn = 100 + rng.integers(8, 60) * (pattern % 2) + rng.integers(0, 8, (16, 16))
                     stream = io.BytesIO()
                     Image.fromarray(drawn.astype(np.uint8)).save(stream, "PNG")
                     archive.writestr(f"{split}/{name}/{i}.png", stream.getvalue())
@@ -64,7 +67,7 @@ def test_the_mri_story_tells_what_its_reports_hold_and_does_nothing_twice(
         found = {label: rate["k"] for label, rate in row["attacks"].items()}
         assert found == {label: ones(right) for label, right in samples["right"].items()}
         assert {rate["n"] for rate in (row["clean"], row["worst"])} == {mri.QUICK["images"]}
-        assert row["clean"]["k"] > mri.QUICK["images"] / 2, "the network has learnt nothing"
+    assert told["table"][0]["clean"]["k"] > mri.QUICK["images"] / 2, "Keras has learnt nothing"
     with np.load(runs / "detectors" / "samples.npz") as table:
         report = store.read(runs / "detectors")
         limit = next(d.threshold for d in report.detection if d.label == "max-softmax")

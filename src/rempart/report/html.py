@@ -123,7 +123,7 @@ def compare_page(comparison: Comparison, reports: Mapping[str, Report], detected
             budgets={name: _budget(report) for name, report in reports.items()},
             charts=list(_shared_charts(comparison, reports)),
             level=level,
-            detected=[(report, verdict(report), _budget(report)) for report in detected],
+            detected=[(report, verdict(report)) for report in detected],
             together=(NONE, KNOWS, ALL),
             no_detector=NO_DETECTOR,
         )
