@@ -48,6 +48,7 @@ def ones(*rows: str) -> int:
     return sum(set(place) == {"1"} for place in zip(*rows, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # Keras takes a warning of torch's for a number it cannot read
 def test_the_mri_story_tells_what_its_reports_hold_and_does_nothing_twice(
     mri: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
