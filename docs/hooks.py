@@ -41,6 +41,7 @@ TOLD_ELSEWHERE = {
         "guard_latency",
     ),
     "[What do sensitive neurons do?](explaining.md)": ("sensitivity",),
+    "[The MRI story](how-to/mri.md)": ("mri_story",),
 }
 
 

@@ -319,8 +319,8 @@ def compare(
     reports: Annotated[
         list[Path],
         typer.Argument(
-            help="Audits on the same samples, or training runs on the same data; a run that began with your own code "
-            "as python:package.module:factory@FOLDER"
+            help="Audits on the same samples, with judged detectors if you like, or training runs on the same data; a "
+            "run that began with your own code as python:package.module:factory@FOLDER"
         ),
     ],
     out: Annotated[Path | None, typer.Option("--out", help="HTML file")] = None,

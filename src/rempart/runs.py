@@ -41,8 +41,9 @@ def compare(
     Of a training run, the model is audited first (see `audited`), unless that was done before.
 
     Args:
-        paths: Reports or the folders of runs, two or more of one kind. A training that began with Python code is named
-            with it, as `python:package.module:factory@FOLDER`: what a folder says is never run.
+        paths: Reports or the folders of runs, two or more of one kind; beside audits, also judged detectors, whose
+            tables follow. A training that began with Python code is named with it, as
+            `python:package.module:factory@FOLDER`: what a folder says is never run.
         threat: For training runs, what to audit against. Default: the threat all their recipes measure themselves by.
         limit: For training runs, audit on the first so many test images.
         device: For training runs, where to audit.
@@ -75,9 +76,11 @@ def compare(
     else:
         if threat is not None or limit is not None:
             raise SpecError("--threat and --limit with training runs", got="audits", hint="an audit has its own")
-        named = comparing.named(reports)
+        detected = [report for report in reports if report.kind == "detect"]
+        named = comparing.named([report for report in reports if report.kind != "detect"])
         result = comparing.compare(named)
-        table, page = text.compare_table(result), comparing.compare_html(result, named)
+        table = "\n".join([text.compare_table(result), *map(text.table, detected)])
+        page = comparing.compare_html(result, named, detected)
     if out is not None:
         write_whole(out, page.encode())
     return table

@@ -608,6 +608,11 @@ def make_attack() -> Callable[..., Report]:
 
 
 @pytest.fixture
+def make_detection() -> Callable[..., Report]:
+    return build_detection
+
+
+@pytest.fixture
 def make_explanation() -> Callable[..., Report]:
     return build_explanation
 

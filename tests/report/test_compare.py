@@ -1,4 +1,5 @@
 import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 
 from rempart.core.errors import DataError, SpecError
 from rempart.core.stats import wilson
-from rempart.report.compare import compare, gate, named
+from rempart.report.compare import compare, compare_html, gate, named
 from rempart.report.schema import Check, Report
 
 
@@ -161,3 +162,27 @@ def test_only_an_audit_passes_the_gate(make_attack: Callable[..., Report], make_
 def test_a_gate_in_percent_is_refused(make_report: Callable[..., Report], least: float):
     with pytest.raises(SpecError, match=r"in \[0, 1\]"):
         gate(make_report(n=1), least)
+
+
+def test_a_model_behind_defences_has_another_name_than_the_model_alone(make_report: Callable[..., Report]):
+    plain = make_report()
+    behind = plain.model_copy(
+        update={"model": plain.model.model_copy(update={"defences": ("bit-depth:bits=4", "median:size=2")})}
+    )
+    alone, both = named([plain, behind])
+    assert both == f"{alone} behind bit-depth and median"
+
+
+def test_detectors_follow_the_comparison_with_all_they_hold(
+    make_report: Callable[..., Report], make_detection: Callable[..., Report]
+):
+    reports, judged = {"a": make_report(), "b": make_report(seed=2)}, make_detection()
+    bare = compare_html(compare(reports), reports)
+    page = compare_html(compare(reports), reports, [judged])
+    assert judged.clean is not None and judged.worst_case is not None
+    shares = [judged.clean, judged.worst_case]
+    for found in judged.detection:
+        shares += [row.held for row in found.held if row.attack in ("none", "all of these", "knows the detector")]
+    told = Counter(re.findall(r'<data value="([^"]+)">', page)) - Counter(re.findall(r'<data value="([^"]+)">', bare))
+    assert Counter(repr(rate.value) for rate in shares) <= told
+    assert "Detectors beside" in page and "Detectors beside" not in bare

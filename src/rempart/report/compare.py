@@ -99,16 +99,29 @@ def compare(reports: Mapping[str, Report], *, confidence: float = 0.95) -> Compa
     )
 
 
-def compare_html(comparison: Comparison, reports: Mapping[str, Report]) -> str:
-    """A comparison as one self-contained HTML page, with the curves the reports share."""
+def compare_html(comparison: Comparison, reports: Mapping[str, Report], detected: Sequence[Report] = ()) -> str:
+    """A comparison as one self-contained HTML page, with the curves the reports share.
+
+    Args:
+        comparison: Of the audits.
+        reports: The audits, by name.
+        detected: Judged detectors, whose tables follow: they are about test images of their own.
+    """
     from rempart.report.html import compare_page  # loads matplotlib, which the gate of a pipeline does not need
 
-    return compare_page(comparison, reports)
+    return compare_page(comparison, reports, detected)
 
 
 def named(reports: Sequence[Report]) -> dict[str, Report]:
-    """Give reports short names that differ: the last part of the model's source, the whole of it, or with a number."""
-    for name in (lambda r: PurePath(r.model.source).name or r.model.name, lambda r: r.model.source):
+    """Give reports short names that differ.
+
+    The last part of the model's source, with its defences where that helps; else the whole source, or a number.
+    """
+
+    def short(report: Report) -> str:
+        return PurePath(report.model.source).name or report.model.name
+
+    for name in (short, lambda r: f"{short(r)}{r.behind}", lambda r: r.model.source):
         names = [name(report) for report in reports]
         if len(set(names)) == len(names):
             return dict(zip(names, reports, strict=True))

@@ -111,8 +111,8 @@ def _training(report: Report) -> Iterator[tuple[str, str]]:
         yield from training_facts(report.training, report.spec)
 
 
-def compare_page(comparison: Comparison, reports: Mapping[str, Report]) -> str:
-    """A comparison as one self-contained HTML document."""
+def compare_page(comparison: Comparison, reports: Mapping[str, Report], detected: Sequence[Report] = ()) -> str:
+    """A comparison as one self-contained HTML document, followed by the detectors of other reports."""
     level = f"{100 * comparison.confidence:g}%"
     return (
         _environment()
@@ -123,6 +123,9 @@ def compare_page(comparison: Comparison, reports: Mapping[str, Report]) -> str:
             budgets={name: _budget(report) for name, report in reports.items()},
             charts=list(_shared_charts(comparison, reports)),
             level=level,
+            detected=[(report, verdict(report)) for report in detected],
+            together=(NONE, KNOWS, ALL),
+            no_detector=NO_DETECTOR,
         )
     )
 

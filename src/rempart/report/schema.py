@@ -1036,8 +1036,13 @@ class Report(Strict):
         if len(self.explained) > 1:
             others = len(self.explained) - 1
             return f"{self.model.name} and {others} other{'s' * (others > 1)} on {self.data.source}"
-        behind = " behind " + " and ".join(name.partition(":")[0] for name in self.model.defences)
-        return f"{self.model.name}{behind if self.model.defences else ''} on {self.data.source}"
+        return f"{self.model.name}{self.behind} on {self.data.source}"
+
+    @property
+    def behind(self) -> str:
+        """What stands in front of the model, by name: ` behind jpeg and median`; empty where nothing does."""
+        names = " and ".join(name.partition(":")[0] for name in self.model.defences)
+        return f" behind {names}" if names else ""
 
 
 def fault(error: ValidationError) -> str:
