@@ -377,6 +377,8 @@ def explain(
     """Show which neurons an attack moves, whether they carry the wrong prediction, and what the model looks at."""
     from rempart.report.schema import ExplainSpec
 
+    if not 0 < share <= 1:
+        raise SpecError("a share in (0, 1]", got=share)
     _run(
         ExplainSpec(
             models=tuple(model),

@@ -20,6 +20,7 @@ from rempart.models import build, load, save
 from rempart.models.load import card
 from rempart.report import store
 from rempart.report.schema import AttackChoice, Check, ExplainSpec
+from test_cli import rempart
 
 PGD = (AttackChoice(name="pgd", options={"steps": 3}),)
 
@@ -103,3 +104,10 @@ def test_random_models_are_attacked_by_mean_gradients(monkeypatch, random):
     checks = (Check(name="determinism", status="warned", message="m"),) if random else ()
     explain({"a": Subject(model, card(model, "a"), checks)}, data, Threat.parse("linf:0.02"), spec)
     assert seen == [EOT if random else None]
+
+
+@pytest.mark.parametrize("share", ["0", "2"])
+def test_a_wrong_share_is_told_as_such(model, tmp_path, share, capsys):
+    given = ["--data", "digits", "--threat", "linf:0.1", "--share", share, "--out", tmp_path / "o"]
+    status, _, error = rempart("explain", model, *given, capsys=capsys)
+    assert status == 2 and "a share in (0, 1]" in error and not (tmp_path / "o").exists()

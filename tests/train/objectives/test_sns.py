@@ -268,7 +268,7 @@ def test_a_resume_needs_the_explain_run_no_more(tmp_path):
 def test_an_explain_run_that_does_not_fit_is_refused(tmp_path):
     told = explained(tmp_path, lenet())
     objective = sns(threat="linf:0.05", neurons=str(tmp_path))
-    with pytest.raises(ModelError, match="the name of a layer"):
+    with pytest.raises(ModelError, match=r"the layers of .* in this network"):
         objective.before_epoch(toys.linear(SHAPE), data(), rng=RNG, epoch=1)
     narrow = told.layers[0].model_copy(update={"absolute": (1.0, 2.0)})
     explained(tmp_path, lenet(), layers=(narrow,))

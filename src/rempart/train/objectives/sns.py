@@ -139,12 +139,15 @@ def _explained(run: str, model: nn.Module, data: Data) -> Neurons:
     if others:
         raise DataError("neurons of a run about one model", got=f"{run}, which is about {len(others) + 1}")
     found = {layer.name: torch.tensor(layer.absolute, dtype=torch.float64) for layer in told.layers}
-    with frozen(model), torch.no_grad(), features(model, found) as seen:
-        model(placed(model, data.batch(torch.arange(1)).x))
+    hint = "explain the model that the training begins with"
+    try:
+        with frozen(model), torch.no_grad(), features(model, found) as seen:
+            model(placed(model, data.batch(torch.arange(1)).x))
+    except ModelError as error:
+        raise ModelError(f"the layers of {run} in this network", got=str(error), hint=hint) from None
     for layer, sigma in found.items():
         count = seen[layer].shape[1] if layer in seen else 0
         if count != len(sigma):
-            hint = "explain the model that the training begins with"
             raise ModelError(f"{len(sigma)} neurons in {layer}, as in {run}", got=count, hint=hint)
     return found
 
