@@ -1,6 +1,7 @@
 """Preflight: each planted fault is found by its own check, repaired, warned about, or stops the audit."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -297,3 +298,17 @@ def test_a_backward_pass_of_its_own_is_kept_where_noise_does_not_show_it() -> No
     x, y = data.batch(torch.arange(len(data))).x, data.labels
     threat = Threat(norm="linf", eps=2 * float(toys.radius(plain, x, y, "linf").max()) + 0.01)
     assert bool(attack_batch(model, x, y, threat, "pgd").success.all())
+
+
+def test_names_of_one_side_alone_are_told_in_the_order_of_the_outputs():
+    model = toys.linear()
+    x = toys.images(model.shape, 6)
+    y = toys.labels(model, x)
+    named = Data("t", "test", torch.arange(6), y, model.shape, ("eight", "five", "zero"), lambda numbers: x[numbers])
+    _, checks = preflight(model, named)
+    (told,) = (check for check in checks if check.name == "classes")
+    assert (
+        told.status == "passed" and "The data call them eight, five, zero, in the order of the outputs." in told.message
+    )
+    _, checks = preflight(model, dataclasses.replace(named, class_names=model.class_names))
+    assert next(check for check in checks if check.name == "classes").message == "3 classes in model and data."

@@ -82,10 +82,13 @@ def _classes(model: Classifier, data: Data) -> Check:
     if data.source_names is not None:
         message = f"The data have their classes in another order ({_some(data.source_names)}): matched by name."
         return Check(name="classes", status="repaired", message=message, evidence={"classes": model.num_classes})
+    message = f"{model.num_classes} classes in model and data."
+    if model.class_names != data.class_names:
+        message += f" The data call them {_some(data.class_names)}, in the order of the outputs."
     return Check(
         name="classes",
         status="passed",
-        message=f"{model.num_classes} classes in model and data.",
+        message=message,
         evidence={"classes": model.num_classes},
     )
 
