@@ -10,7 +10,7 @@ from typing import Any
 
 from hooks import table
 
-from defences import HERE, PLACES, dots, kept, read
+from defences import HERE, PLACES, dots, kept, percent, read, sign
 
 Interval = Mapping[str, float]
 EVERY = "all layers"
@@ -151,10 +151,6 @@ def answer_carry(found: Mapping[str, Any]) -> str:
     return " ".join([sizes, *sentences])
 
 
-def sign(found: Interval) -> int:
-    return (found["low"] > 0) - (found["high"] < 0)
-
-
 # ---- which neurons, and the correlation
 
 
@@ -216,11 +212,6 @@ def cut(found: Interval) -> tuple[float, float, float]:
 
 def headed(name: str, place: str) -> str:
     return f"### {PLACES[place]} {{ #{name}-{place} }}"
-
-
-def percent(found: Interval) -> str:
-    value, low, high = cut(found)
-    return kept(f"{100 * value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]")
 
 
 def times(found: Interval) -> str:

@@ -10,9 +10,8 @@ from typing import Any
 
 from hooks import table
 
-from defences import HERE, dots, kept, read
+from defences import HERE, PLACES, dots, kept, read
 
-PLACES = {"mnist": "MNIST, LeNet", "mri": "Brain MRI, mri-cnn"}
 ATTACKS = ("fgsm", "bim", "mim", "pgd", "cw", "deepfool")
 SHARES = {
     "preprocessing": {"clean": "no attack", "oblivious": "attack without it", "adaptive": "attack through it"},
