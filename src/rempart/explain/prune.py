@@ -11,6 +11,7 @@ from rempart.core.errors import ModelError, SpecError
 from rempart.core.features import Neurons, block_of, watched
 from rempart.core.model import Classifier, frozen, placed
 from rempart.core.repro import Draws, digest_state
+from rempart.explain.anew import without
 from rempart.explain.sensitivity import Choose, matching, top
 from rempart.models.load import architecture, load
 from rempart.models.save import CONFIG, save
@@ -115,9 +116,6 @@ def _check(model: Classifier, pruned: Classifier, neurons: Neurons) -> None:
     noise = Draws(0, torch.arange(_PROBE), ("prune",)).uniform(torch.empty(_PROBE, *model.shape))
     x = placed(model, model.low + (model.high - model.low) * noise)
 
-    def masked(layer: str, value: Tensor) -> Tensor:
-        return value.masked_fill(neurons[layer].to(value.device).view(1, -1, *(1,) * (value.ndim - 2)), 0)
-
     def is_zero(layer: str, value: Tensor) -> None:
         left = value[:, neurons[layer].to(value.device)].abs()
         if bool((left != 0).any()):
@@ -128,8 +126,7 @@ def _check(model: Classifier, pruned: Classifier, neurons: Neurons) -> None:
     with frozen(model), frozen(pruned), torch.no_grad():
         with watched(pruned, neurons, is_zero):
             z = pruned(x)
-        with watched(model, neurons, masked):
-            expected = model(x)
+        expected = without(model, neurons)(x)
     if not torch.allclose(z, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())):
         raise ModelError(f"neurons of {', '.join(neurons)} that nothing goes around", got="other logits", hint=_HINT)
 
