@@ -47,7 +47,7 @@ from rempart.core.data import ADVERSARIAL, TRUE, Data, one_image, open_data, wit
 from rempart.core.disk import replace
 from rempart.core.errors import Cancelled, DataError, RempartError, SpecError
 from rempart.core.events import Notify, silent
-from rempart.core.model import Classifier, frozen, placed
+from rempart.core.model import Classifier, class_number, frozen, placed
 from rempart.core.ranks import ALONE, Ranks, launched, ranks
 from rempart.core.repro import environment
 from rempart.core.stats import Rate, wilson
@@ -413,13 +413,8 @@ def _pictured(spec: ExplainSpec, model: Classifier) -> Data | None:
     one = one_image(spec.image, shape=model.shape, label=0, class_names=names).seen_by(model)
     with frozen(model), torch.no_grad():
         seen = int(model(placed(model, one.batch(torch.arange(1)).x)).argmax())
-    if spec.label is None:
-        label = seen
-    elif spec.label in names:
-        label = names.index(spec.label)
-    elif spec.label.isdecimal() and int(spec.label) < len(names):
-        label = int(spec.label)
-    else:
+    label = seen if spec.label is None else class_number(spec.label, names)
+    if label is None:
         raise SpecError(f"--label as one of {', '.join(names)}", got=spec.label)
     if spec.data is None and label != seen:
         hint = "an attack has nothing to change in it; leave out --label, or measure on --data"

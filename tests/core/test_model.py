@@ -9,7 +9,7 @@ from torch.nn.functional import dropout
 
 import toys
 from rempart.core.errors import ModelError
-from rempart.core.model import Classifier, Normalize, accelerated, frozen, metered
+from rempart.core.model import Classifier, Normalize, accelerated, class_number, frozen, metered
 from rempart.core.repro import digest_state
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -536,3 +536,10 @@ def test_a_box_that_is_active_is_noticed():
 
 def _sum(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(1).sum(1)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("cat", 0), ("1", 2), ("0", 0), ("2", 2), ("dog", None), ("3", None), ("", None)]
+)
+def test_a_class_is_named_or_numbered_and_the_name_wins(text, number):
+    assert class_number(text, ("cat", "owl", "1")) == number

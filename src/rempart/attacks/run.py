@@ -15,7 +15,7 @@ from rempart.attacks.losses import lead, mean_logits, reached
 from rempart.core.data import Batch, Data
 from rempart.core.errors import AttackError, DataError, ModelError, ThreatError
 from rempart.core.events import Event, Notify, silent
-from rempart.core.model import Classifier, Meter, accelerated, blind, frozen, metered, placed
+from rempart.core.model import Classifier, Meter, accelerated, blind, class_number, frozen, metered, placed
 from rempart.core.registry import Entry
 from rempart.core.repro import Draws
 from rempart.core.similarity import psnr, ssim
@@ -251,12 +251,11 @@ def targets(rule: str, model: Classifier) -> TargetRule:
         return lambda z, y: z.scatter(1, y[:, None], -torch.inf).argmax(1)
     if rule == "least-likely":
         return lambda z, y: z.scatter(1, y[:, None], torch.inf).argmin(1)
-    names = [*model.class_names, *(str(k) for k in range(model.num_classes))]
-    if rule not in names:
+    k = class_number(rule, model.class_names)
+    if k is None:
         raise ThreatError(
             f"a target out of nearest, least-likely, {', '.join(model.class_names)}, or a class number", got=repr(rule)
         )
-    k = names.index(rule) % model.num_classes
     return lambda z, y: torch.full_like(y, k)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from rempart.attacks import Verdict
 from rempart.audit.pieces import Planned
 from rempart.core.errors import SpecError
+from rempart.core.model import class_number
 from rempart.core.registry import suggestion
 from rempart.core.stats import wilson
 from rempart.core.threat import Threat
@@ -33,17 +34,22 @@ def read_pairs(text: str, classes: Sequence[str]) -> tuple[tuple[int, int], ...]
 
 
 def _pair(text: str, classes: Sequence[str]) -> tuple[int, int]:
-    names = {**{str(k): k for k in range(len(classes))}, **{name: k for k, name in enumerate(classes)}}
     true, colon, target = text.partition(":")
     if not colon:
         raise SpecError("--pairs as all, or as TRUE:TARGET,TRUE:TARGET", got=repr(text))
-    for name in (true, target):
-        if name not in names:
-            known = f"--pairs of the classes {', '.join(classes)}, or of their numbers"
-            raise SpecError(known, got=repr(name), hint=suggestion(name, names).strip(" ()"))
-    if names[true] == names[target]:
+    first, second = _class(true, classes), _class(target, classes)
+    if first == second:
         raise SpecError("--pairs of two different classes", got=repr(text))
-    return names[true], names[target]
+    return first, second
+
+
+def _class(name: str, classes: Sequence[str]) -> int:
+    number = class_number(name, classes)
+    if number is None:
+        known = f"--pairs of the classes {', '.join(classes)}, or of their numbers"
+        hint = suggestion(name, [*map(str, range(len(classes))), *classes]).strip(" ()")
+        raise SpecError(known, got=repr(name), hint=hint)
+    return number
 
 
 def aiming_attack(num_classes: int, *, gradients: bool = True) -> tuple[str, dict[str, Any]]:

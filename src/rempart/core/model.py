@@ -107,6 +107,12 @@ class Classifier(nn.Module):
         return z
 
 
+def class_number(text: str, class_names: Sequence[str]) -> int | None:
+    """The class that a name or a number means, the name first; None where there is no such class."""
+    known = [*class_names, *map(str, range(len(class_names)))]
+    return known.index(text) % len(class_names) if text in known else None
+
+
 class Untraced(nn.Module):
     """A part of a network that `accelerated` takes over as it stands: code that draws numbers or leaves torch."""
 
