@@ -79,6 +79,7 @@ class Prediction:
         labels: Predicted classes, int64, shape (n).
         names: Their names.
         confidence: Softmax of the predicted class, in [0, 1]; it says nothing of attacks.
+        softmax: Of every class, shape (n, classes).
         accepted: Whether the image passes, shape (n).
         scores: How suspicious it is; larger = more.
         threshold: An image is rejected above it.
@@ -89,6 +90,7 @@ class Prediction:
     labels: Labels
     names: tuple[str, ...]
     confidence: Tensor
+    softmax: Tensor
     accepted: Mask
     scores: Scores
     threshold: float
@@ -157,7 +159,8 @@ class Guarded:
                 if not passes:
                     with frozen(self.classifier):
                         self.classifier(x)
-            confidence, labels = passes[0].double().softmax(1).max(1)
+            softmax = passes[0].double().softmax(1)
+            confidence, labels = softmax.max(1)
             rejected = self.detector.flags(scores) | ~confidence.isfinite()
             attacks, probabilities = self._named(x, index, rejected)
         assert self.detector.card.threshold is not None  # `flags` raises without one
@@ -165,6 +168,7 @@ class Guarded:
             labels=labels.cpu(),
             names=tuple(self.classifier.class_names[label] for label in labels.tolist()),
             confidence=confidence.cpu(),
+            softmax=softmax.cpu(),
             accepted=~rejected.cpu(),
             scores=scores.cpu(),
             threshold=self.detector.card.threshold.value,

@@ -120,12 +120,12 @@ def prepared(model: Classifier, images: Images, search: Classifier | None = None
     """Freeze a classifier for attacks on such images, or on `search` in its place, and put it back as it was."""
     with frozen(model), frozen(search or model):
         fast = accelerated(model, images) if search is None else search
-        passes = PASSES if _is_random(model, images[:6]) else 1
+        passes = PASSES if varies(model, images[:6]) else 1
         with metered(fast) as meter:
             yield Prepared(fast, model, meter, passes)
 
 
-def _is_random(model: Classifier, images: Images) -> bool:
+def varies(model: Classifier, images: Images) -> bool:
     """Whether two passes over the same images differ by more than rounding."""
     if len(images) == 0:
         return False

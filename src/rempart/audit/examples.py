@@ -8,7 +8,7 @@ import torch
 from rempart.audit.pieces import Piece, varied
 from rempart.core.data import Data
 from rempart.core.model import Classifier, frozen, placed
-from rempart.core.png import png
+from rempart.core.png import pair
 from rempart.core.threat import Threat
 from rempart.core.types import Images
 from rempart.report.schema import Example
@@ -48,13 +48,10 @@ def _example(
     window: tuple[float, float] | None,
 ) -> Example:
     batch = data.batch(torch.tensor([at]))
-    pair = torch.cat([batch.x, image[None].to(batch.x.dtype)])
+    both = torch.cat([batch.x, image[None].to(batch.x.dtype)])
     with frozen(model), torch.no_grad():
-        confidence, predicted = model(placed(model, pair)).softmax(1).max(1)
-    change = pair[1] - pair[0]
-    span = threat.high - threat.low
-    black, white = window or (threat.low, threat.high)
-    factor = float(span / 2 / change.abs().max().clamp_min(1e-12))
+        confidence, predicted = model(placed(model, both)).softmax(1).max(1)
+    shown = pair(both[0], both[1], threat.low, threat.high, window)
     return Example(
         index=int(batch.index[0]),
         attack=label,
@@ -63,9 +60,9 @@ def _example(
         confidence=float(confidence[0]),
         adversarial=int(predicted[1]),
         adversarial_confidence=float(confidence[1]),
-        distance=float(threat.distance(pair[:1], pair[1:])),
-        amplification=factor,
-        original_png=png((pair[0] - black) / (white - black)),
-        perturbation_png=png(0.5 + change * factor / span),
-        adversarial_png=png((pair[1] - black) / (white - black)),
+        distance=float(threat.distance(both[:1], both[1:])),
+        amplification=shown.amplification,
+        original_png=shown.original,
+        perturbation_png=shown.perturbation,
+        adversarial_png=shown.adversarial,
     )

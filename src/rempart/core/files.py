@@ -396,6 +396,21 @@ def read_image(path: Path, shape: tuple[int, ...]) -> Images:
     return Files(store, (str(path),), decode.shape, decode)(torch.zeros(1, dtype=torch.int64))
 
 
+def decoded(name: str, content: bytes, shape: tuple[int, ...]) -> tuple[Tensor, tuple[int, int]]:
+    """The bytes of an image file brought to a shape, float32 in [0, 1], and the width and height they came with.
+
+    Raises:
+        DataError: If they cannot be read or exceed a limit, or the shape is none of a flat grey or colour image.
+    """
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        raise DataError("an image file for a model of flat grey or colour images", got=f"one of shape {shape}")
+    within(len(content), MAX_IMAGE_BYTES, "MAX_IMAGE_BYTES", name)
+    with _opened(name, content) as image:
+        size = image.size
+    pixels = Pictures((shape[0], shape[1], shape[2]), True, name)(name, content)
+    return unit(torch.from_numpy(np.ascontiguousarray(channels(pixels, shape[0])))), size
+
+
 def _opened(name: str, content: bytes) -> Image.Image:
     """An image with its header read and its number of pixels checked; the pixels are still to be decoded."""
     try:

@@ -2,10 +2,45 @@
 
 import base64
 import io
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """An image, what an attack added and what came of it, as base64 PNG.
+
+    Attributes:
+        original: The image.
+        perturbation: The difference around mid-grey, enlarged until the largest change is black or white.
+        adversarial: The other image.
+        amplification: Factor by which the perturbation is enlarged.
+    """
+
+    original: str
+    perturbation: str
+    adversarial: str
+    amplification: float
+
+
+def pair(x: Tensor, z: Tensor, low: float, high: float, window: tuple[float, float] | None = None) -> Pair:
+    """Picture an image (c, *s) and its adversarial counterpart in the box [low, high].
+
+    Images are shown with the ends of the `window` as black and white: those of the box, where none is given.
+    """
+    change, span = z - x, high - low
+    black, white = window or (low, high)
+    peak = change.abs().max()
+    factor = float(span / 2 / peak) if peak > 0 else 1.0
+    return Pair(
+        original=png((x - black) / (white - black)),
+        perturbation=png(0.5 + change * factor / span),
+        adversarial=png((z - black) / (white - black)),
+        amplification=factor,
+    )
 
 
 def png(image: Tensor) -> str:
