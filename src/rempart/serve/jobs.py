@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from dbos import DBOS, DBOSClient
 from dbos._serialization import DBOSPortableJSON
@@ -21,7 +21,10 @@ from rempart.serve.settings import Settings
 from rempart.serve.store import Missing
 
 JSON = DBOSPortableJSON
-QUEUE, WORKFLOW, VERSION = "jobs", "job", "1"
+QUEUE, VERSION = "jobs", "1"
+Kind = Literal["audit", "attack", "train", "certify", "detect", "explain"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""What a job may do; in the table it goes by this name."""
 State = Literal["queued", "running", "done", "failed", "cancelled", "dead"]
 STATES: dict[str, State] = {"ENQUEUED": "queued", "DELAYED": "queued", "PENDING": "running", "CANCELLED": "cancelled"}
 _ID = re.compile(r"[0-9a-f]{32}")
@@ -103,11 +106,10 @@ class Jobs:
         replace(folder / _REQUEST, json.dumps({"request": request, "user": user}).encode())
         self.table.enqueue(
             {
-                "workflow_name": WORKFLOW,
+                "workflow_name": spec.kind,
                 "queue_name": QUEUE,
                 "workflow_id": id,
                 "app_version": VERSION,
-                "attributes": {"kind": spec.kind},
             },
             id,
         )
@@ -126,16 +128,14 @@ class Jobs:
 
     def list(self, *, kind: str | None = None, offset: int = 0, limit: int = 50) -> list[Job]:
         """Jobs, the newest first."""
-        attributes = None if kind is None else {"kind": kind}
-        found = self.table.list_workflows(
-            name=WORKFLOW, attributes=attributes, limit=limit, offset=offset, sort_desc=True, load_input=False
-        )
+        names: list[str] = [*KINDS] if kind is None else [kind]
+        found = self.table.list_workflows(name=names, limit=limit, offset=offset, sort_desc=True, load_input=False)
         return [self._job(status) for status in found]
 
     def counts(self) -> dict[str, int]:
         """How many jobs are queued and running."""
         found = self.table.list_workflows(
-            name=WORKFLOW, status=["ENQUEUED", "PENDING"], load_input=False, load_output=False
+            name=list(KINDS), status=["ENQUEUED", "PENDING"], load_input=False, load_output=False
         )
         states = [STATES[status.status] for status in found]
         return {state: states.count(state) for state in ("queued", "running")}
@@ -187,7 +187,7 @@ class Jobs:
             return
 
     def _status(self, id: str) -> Any:
-        found = self.table.list_workflows(workflow_ids=[id], name=WORKFLOW, load_input=False)
+        found = self.table.list_workflows(workflow_ids=[id], name=list(KINDS), load_input=False)
         return found[0] if found else None
 
     def _job(self, status: Any) -> Job:
@@ -204,7 +204,7 @@ class Jobs:
             asked = {"request": {}, "user": ""}
         return Job(
             id=status.workflow_id,
-            kind=(status.attributes or {}).get("kind", ""),
+            kind=status.name,
             state=state,
             reason=reason,
             request=asked["request"],

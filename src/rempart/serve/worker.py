@@ -24,7 +24,7 @@ from rempart.core.disk import replace
 from rempart.report.schema import TrainSpec
 from rempart.report.store import read_spec
 from rempart.serve.child import LOG, OUTCOME, RUN, SPEC
-from rempart.serve.jobs import JSON, QUEUE, VERSION, WORKFLOW, Jobs
+from rempart.serve.jobs import JSON, KINDS, QUEUE, VERSION, Jobs
 from rempart.serve.process import supervised
 from rempart.serve.settings import Settings
 
@@ -60,12 +60,8 @@ def work(settings: Settings, *, ready: Callable[[], None] = lambda: None) -> Non
     }
     DBOS(config=config)
     tries = Tries(settings, jobs, leaving)
-
-    @DBOS.workflow(
-        name=WORKFLOW, max_recovery_attempts=1000
-    )  # attempts are counted below, those that were stopped aside
-    def job(id: str) -> dict[str, str]:  # pyright: ignore[reportUnusedFunction]
-        return DBOS.run_step({"name": "attempts"}, tries.attempts, id)
+    for kind in KINDS:
+        DBOS.workflow(name=kind, max_recovery_attempts=1000)(_workflow(tries))  # attempts are counted in _attempts
 
     DBOS.launch()
     DBOS.register_queue(QUEUE, worker_concurrency=settings.jobs, polling_interval_sec=0.5, on_conflict="always_update")
@@ -78,6 +74,13 @@ def work(settings: Settings, *, ready: Callable[[], None] = lambda: None) -> Non
             sign.bury(name)
     tries.wait(_LEAVE)
     os._exit(0)  # threads that stand still stand for jobs that are not done
+
+
+def _workflow(tries: "Tries") -> Callable[[str], dict[str, str]]:
+    def job(id: str) -> dict[str, str]:
+        return DBOS.run_step({"name": "attempts"}, tries.attempts, id)
+
+    return job
 
 
 class Tries:
