@@ -20,6 +20,7 @@ from werkzeug.exceptions import HTTPException
 from rempart.core.errors import RempartError, SpecError
 from rempart.serve import auth
 from rempart.serve.api import api
+from rempart.serve.documentation import documentation
 from rempart.serve.jobs import Jobs
 from rempart.serve.live import Cache
 from rempart.serve.look import looker
@@ -96,6 +97,8 @@ def create_app(settings: Settings) -> APIFlask:
     app.before_request(auth.Door(tokens=tokens if settings.tokens else None))
     app.after_request(_sealed)
     app.register_blueprint(api)
+    app.register_blueprint(documentation)
+    app.context_processor(lambda: {"csrf_token": auth.csrf_token})
     app.spec_processor(_documented)
     return app
 

@@ -1,0 +1,11 @@
+const place = document.getElementById("api");
+
+window.SwaggerUIBundle({
+  url: place.dataset.spec,
+  domNode: place,
+  deepLinking: true,
+  requestInterceptor: (request) => {
+    request.headers["X-CSRF-Token"] = place.dataset.csrf;
+    return request;
+  },
+});
