@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union
 from annotated_types import Ge, Le, Len
 from apiflask import APIBlueprint
 from flask import Response, g, request, send_file, stream_with_context, url_for
-from pydantic import BaseModel, ConfigDict, Field, RootModel
+from pydantic import BaseModel, Field, RootModel
 from werkzeug.exceptions import ServiceUnavailable, UnsupportedMediaType
 
 from rempart.core.data import Data, open_data
@@ -28,7 +28,7 @@ from rempart.serve.auth import needs, user
 from rempart.serve.catalog import Catalog, catalog
 from rempart.serve.child import RUN
 from rempart.serve.jobs import Job, Kind
-from rempart.serve.requests import EMBEDDED, REQUESTS, data_of, model_of, resolved
+from rempart.serve.requests import EMBEDDED, REQUESTS, Asked, data_of, model_of, resolved
 from rempart.serve.service import service
 from rempart.serve.store import Item, Missing
 
@@ -39,12 +39,6 @@ _MOST = 256  # images in one request
 Text = Annotated[str, Field(max_length=200)]
 Image = Annotated[str, Field(max_length=64 * 2**20, description="An image file, base64")]
 _DETECTORS = "detectors"
-
-
-class Asked(Strict):
-    """What comes from outside: no number that is none."""
-
-    model_config = ConfigDict(allow_inf_nan=False)
 
 
 class Upload(Asked):
@@ -404,6 +398,8 @@ def data_image(id: str, number: int, query_data: Split) -> Response:
 
 def opened(id: str, split: str) -> Data:
     """A split of a data set."""
+    if id != EMBEDDED:
+        service().store.find("data", id)  # raises
     text = id if split == "all" else f"{id}:{split}"
     return open_data(_absolute(data_of(text, service().store)))
 
@@ -665,11 +661,11 @@ def jobs_file(id: str, name: str) -> Response:
 
 
 @api.get("/compare")
-@api.input(Compared, location="query")
 @needs("read")
-def compare(query_data: Compared) -> Response:
+def compare() -> Response:
     """Audits side by side, with judged detectors beneath, as a page that is one file."""
-    reports = [read(_written(id, JSON)) for id in query_data.job]
+    ids = Compared.model_validate({"job": request.args.getlist("job")}).job
+    reports = [read(_written(id, JSON)) for id in ids]
     audits = [report for report in reports if report.kind not in ("detect", "train")]
     if any(report.kind == "train" for report in reports):
         raise SpecError("audits", got="a training", hint="audit its model, and compare the audits")

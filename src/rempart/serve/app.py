@@ -19,7 +19,7 @@ from werkzeug.exceptions import HTTPException
 
 from rempart.core.errors import RempartError, SpecError
 from rempart.serve import auth
-from rempart.serve.api import api
+from rempart.serve.api import Compared, Encoded, api
 from rempart.serve.documentation import documentation
 from rempart.serve.jobs import Jobs
 from rempart.serve.live import Cache
@@ -275,6 +275,27 @@ def _documented(spec: Any) -> Any:
                 operation["responses"][str(status)] = {"description": _CODES[status].replace("_", " "), **answer}
             if path.endswith("/ready"):
                 operation["responses"]["503"] = {"description": "not ready", **answer}
+            if path in _BODIES and method == "post":
+                operation["requestBody"] = {"content": _BODIES[path]}
             if "requestBody" in operation:
                 operation["requestBody"]["required"] = True
+    compared = Compared.model_json_schema()["properties"]["job"]
+    spec["paths"]["/api/v1/compare"]["get"]["parameters"] = [
+        {"name": "job", "in": "query", "required": True, "schema": compared, "style": "form", "explode": True}
+    ]
     return spec
+
+
+_BYTES = {"application/octet-stream": {"schema": {"type": "string", "format": "binary", "minLength": 1}}}
+_FORM = {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1}
+_PICTURES = {
+    "application/json": {"schema": Encoded.model_json_schema()},
+    "multipart/form-data": {"schema": {"type": "object", "properties": {"images": _FORM}, "required": ["images"]}},
+}
+_BODIES = {
+    "/api/v1/models": _BYTES,
+    "/api/v1/data": _BYTES,
+    "/api/v1/models/{id}/predict": _PICTURES,
+    "/api/v1/guards/{id}/predict": _PICTURES,
+}
+"""Bodies that no model of pydantic is of, or that come in two forms."""

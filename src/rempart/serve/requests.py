@@ -2,9 +2,10 @@
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import ValidationError, create_model
+from annotated_types import Len
+from pydantic import ConfigDict, Field, ValidationError, create_model
 
 from rempart.core.errors import SpecError
 from rempart.models.save import CONFIG, WEIGHTS
@@ -27,26 +28,45 @@ from rempart.serve.store import Missing, Store
 from rempart.train.config import recipe_names
 
 EMBEDDED = "digits"
-DATA = re.compile(
-    rf"(?P<id>{EMBEDDED}|[0-9a-f]{{16}})"
-    r"(?P<tail>(@([0-9]{1,5}(x[0-9]{1,5})?|grey|rgb|window=[-a-z0-9.:]{1,30}|slice=[-a-z0-9:]{1,30}"
-    r"|(image|label)=[A-Za-z0-9_]{1,60}))*(:(train|val|test))?(\[[-0-9:]{1,60}\])?)"
+_DATA = rf"({EMBEDDED}|[0-9a-f]{{16}})"
+_TAIL = (
+    r"((?:@(?:[0-9]{1,5}(?:x[0-9]{1,5})?|grey|rgb|window=[-a-z0-9.:]{1,30}|slice=[-a-z0-9:]{1,30}"
+    r"|(?:image|label)=[A-Za-z0-9_]{1,60}))*(?::(?:train|val|test))?(?:\[[-0-9:]{1,60}\])?)"
 )
-MODEL = re.compile(r"[0-9a-f]{16}|[0-9a-f]{32}")
+_MODEL = "[0-9a-f]{16}|[0-9a-f]{32}"
+Data = Annotated[str, Field(pattern=f"^{_DATA}{_TAIL}$", description="digits or an id, then :test[:500]")]
+Model = Annotated[str, Field(pattern=f"^(?:{_MODEL})$", description="The id of a model")]
 _ASIDE = frozenset(
     ("out", "device", "devices", "reading", "patients", "costs", "image", "label", "log", "resume", "overwrite")
 )
 """Fields of specs that name files of the machine or how it is used: a client does not set them."""
 
 
-def _request(name: str, spec: type[Strict]) -> type[Strict]:
+class Asked(Strict):
+    """What comes from outside: no number that is none."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
+def _request(name: str, spec: type[Strict]) -> type[Asked]:
     """A spec as a client may fill it in."""
     fields: dict[str, Any] = {
         key: (info.annotation if not info.metadata else Annotated[info.annotation, *info.metadata], info)
         for key, info in spec.model_fields.items()
         if key not in _ASIDE
     }
-    return create_model(name, __base__=Strict, __doc__=spec.__doc__.split("\n")[0] if spec.__doc__ else None, **fields)
+    fields["kind"] = (spec.model_fields["kind"].annotation, ...)
+    if spec is TrainSpec:
+        fields |= {
+            "data": (Data, ...),
+            "start": (Model | type(None), None),
+            "recipe": (Literal[recipe_names()], "plain"),
+        }
+    elif spec is ExplainSpec:
+        fields |= {"data": (Data, ...), "models": (Annotated[tuple[Model, ...], Len(1, 8)], ...)}
+    else:
+        fields |= {"data": (Data, ...), "model": (Model, ...)}
+    return create_model(name, __base__=Asked, __doc__=(spec.__doc__ or "").split("\n")[0], **fields)
 
 
 SPECS: Mapping[str, type[Strict]] = {
@@ -91,7 +111,7 @@ def model_of(id: str, store: Store, jobs: Jobs) -> tuple[str, Any]:
     Raises:
         Missing: If there is none under that id.
     """
-    if len(id) == 32 and MODEL.fullmatch(id):
+    if len(id) == 32:
         folder = jobs.folder(id) / RUN
         if not all((folder / name).exists() for name in (CONFIG, WEIGHTS)):
             raise Missing("the id of a training that is done", got=repr(id), hint="list the models")
@@ -107,14 +127,13 @@ def data_of(text: str, store: Store) -> str:
         SpecError: If the text names anything else.
         Missing: If there are none under that id.
     """
-    match = DATA.fullmatch(text)
+    match = re.fullmatch(_DATA + _TAIL, text)
     if match is None:
         hint = "for example digits:test, or an id with :test[:500]"
         raise SpecError("the id of a data set, with @64, :test or [:500] behind it", got=repr(text[:80]), hint=hint)
-    if match["id"] == EMBEDDED:
+    if match[1] == EMBEDDED:
         return text
-    item = store.find("data", match["id"])
-    return str(store.place(item).relative_to(store.folder)) + match["tail"]
+    return str(store.place(store.find("data", match[1])).relative_to(store.folder)) + match[2]
 
 
 def _training(asked: dict[str, Any], store: Store, jobs: Jobs) -> dict[str, Any]:

@@ -105,7 +105,9 @@ class Store:
         form = next((form for form in FORMS[kind] if name.lower().endswith(form)), None)
         if form is None:
             endings = ", ".join(FORMS[kind])
-            raise SpecError(f"a {kind} as {endings}", got=repr(label(name)), hint="pickles and .pt2 files can run code")
+            what = "data set" if kind == "data" else kind
+            hint = "pickles and .pt2 files can run code" if kind == "model" else ""
+            raise SpecError(f"a {what} as {endings}", got=repr(label(name)), hint=hint)
         new = secrets.token_hex(8)
         with _room(self.folder / "incoming" / new) as room:
             file = room / f"{_slug(name, form)}{form}"
