@@ -5,25 +5,23 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from rempart.core.model import Classifier
 from rempart.models.save import save
 from rempart.models.zoo import build
 
-SHAPE, CLASSES = (1, 8, 8), ("cat", "dog", "hare")
+SHAPE, CLASSES, OPTIONS = (1, 8, 8), ("cat", "dog", "hare"), {"first": 12, "second": 6}
 
 
 def network(seed: int = 0) -> Classifier:
     """A small network with weights by chance."""
-    torch.manual_seed(seed)
-    return build("mlp", {"first": 12, "second": 6}, shape=SHAPE, class_names=CLASSES).eval()
+    return build("mlp", shape=SHAPE, num_classes=3, class_names=CLASSES, options=OPTIONS, seed=seed).eval()
 
 
 def model_zip(folder: Path, seed: int = 0) -> bytes:
     """The network as a zip of the folder that `save` writes."""
-    save(network(seed), folder, architecture="mlp", options={"first": 12, "second": 6})
+    save(network(seed), folder, name="mlp", options=OPTIONS)
     return zipped({path.name: path.read_bytes() for path in folder.iterdir()})
 
 
