@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from deployment import CLASSES, data_zip, model_zip, network, picture, pixels
 from flask.testing import FlaskClient
 from PIL import Image
 
+from deployment import CLASSES, data_zip, model_zip, network, picture, pixels
 from rempart.serve.app import create_app
 from rempart.serve.settings import Settings
 

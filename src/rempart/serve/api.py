@@ -218,8 +218,8 @@ def ready() -> Health:
 
 
 @api.get("/catalog")
-@api.output(Catalog)
 @needs("read")
+@api.output(Catalog)
 def catalog_get() -> Catalog:
     """All that can be named in a request, with the schemas of options."""
     return catalog()
@@ -238,8 +238,8 @@ def request_schema(kind: str) -> dict[str, Any]:
 
 
 @api.get("/models")
-@api.output(Models)
 @needs("read")
+@api.output(Models)
 def models_list() -> Models:
     """Uploaded models, and those that trainings left."""
     return Models(models=tuple(known_models()))
@@ -268,17 +268,17 @@ def known_model(id: str) -> Model:
 
 
 @api.get("/models/<id>")
-@api.output(Model)
 @needs("read")
+@api.output(Model)
 def models_get(id: str) -> Model:
     """One model, with what was found when it was looked at."""
     return known_model(id)
 
 
 @api.post("/models")
+@needs("run")
 @api.input(Upload, location="query")
 @api.output(Model, status_code=201)
-@needs("run")
 def models_add(query_data: Upload) -> Model:
     """Keep a model: its bytes are the body, as application/octet-stream. It is looked at before it is kept."""
     classes = tuple(name.strip() for name in query_data.classes.split(",") if name.strip())
@@ -286,8 +286,8 @@ def models_add(query_data: Upload) -> Model:
 
 
 @api.delete("/models/<id>")
-@api.output({}, status_code=204)
 @needs("admin")
+@api.output({}, status_code=204)
 def models_delete(id: str) -> str:
     """Delete an uploaded model; that of a training goes with its job."""
     service().store.remove("model", id)
@@ -295,8 +295,8 @@ def models_delete(id: str) -> str:
 
 
 @api.post("/models/<id>/predict")
-@api.output(Answer)
 @needs("read")
+@api.output(Answer)
 def models_predict(id: str) -> Answer:
     """Classify images: JSON {"images": [base64, ...]}, or files named "images" in a form."""
     model = _classifier(id)
@@ -336,33 +336,33 @@ def _classifier(id: str, defences: tuple[DefenceChoice, ...] = ()) -> Any:
 
 
 @api.get("/data")
-@api.output(Items)
 @needs("read")
+@api.output(Items)
 def data_list() -> Items:
     """Uploaded data sets; `digits` is there without one."""
     return Items(items=tuple(service().store.items("data")))
 
 
 @api.get("/data/<id>")
-@api.output(Item)
 @needs("read")
+@api.output(Item)
 def data_get(id: str) -> Item:
     """One data set: its splits, its classes and how many images they have."""
     return service().store.find("data", id)
 
 
 @api.post("/data")
+@needs("run")
 @api.input(Upload, location="query")
 @api.output(Item, status_code=201)
-@needs("run")
 def data_add(query_data: Upload) -> Item:
     """Keep a data set: its bytes are the body, as application/octet-stream. It is looked at before it is kept."""
     return _received("data", query_data.name, Reading())
 
 
 @api.delete("/data/<id>")
-@api.output({}, status_code=204)
 @needs("admin")
+@api.output({}, status_code=204)
 def data_delete(id: str) -> str:
     """Delete a data set."""
     service().store.remove("data", id)
@@ -370,9 +370,9 @@ def data_delete(id: str) -> str:
 
 
 @api.get("/data/<id>/images")
+@needs("read")
 @api.input(Shown, location="query")
 @api.output(Images_)
-@needs("read")
 def data_images(id: str, query_data: Shown) -> Images_:
     """Numbers and classes of images."""
     data = opened(id, query_data.split)
@@ -387,8 +387,8 @@ def data_images(id: str, query_data: Shown) -> Images_:
 
 
 @api.get("/data/<id>/images/<int:number>.png")
-@api.input(Split, location="query")
 @needs("read")
+@api.input(Split, location="query")
 def data_image(id: str, number: int, query_data: Split) -> Response:
     """One image as PNG; of a volume its middle slice."""
     data = opened(id, query_data.split)
@@ -419,25 +419,25 @@ def _row(data: Data, number: int) -> Any:
 
 
 @api.get("/guards")
-@api.output(Items)
 @needs("read")
+@api.output(Items)
 def guards_list() -> Items:
     """Guards."""
     return Items(items=tuple(service().store.items("guard")))
 
 
 @api.get("/guards/<id>")
-@api.output(Item)
 @needs("read")
+@api.output(Item)
 def guards_get(id: str) -> Item:
     """One guard."""
     return service().store.find("guard", id)
 
 
 @api.post("/guards")
+@needs("run")
 @api.input(Guarding)
 @api.output(Item, status_code=201)
-@needs("run")
 def guards_add(json_data: Guarding) -> Item:
     """Put a model under a detector that a detect job fitted and judged."""
     folder = service().jobs.folder(json_data.job) / RUN
@@ -461,8 +461,8 @@ def guards_add(json_data: Guarding) -> Item:
 
 
 @api.delete("/guards/<id>")
-@api.output({}, status_code=204)
 @needs("admin")
+@api.output({}, status_code=204)
 def guards_delete(id: str) -> str:
     """Delete a guard."""
     service().store.remove("guard", id)
@@ -470,8 +470,8 @@ def guards_delete(id: str) -> str:
 
 
 @api.post("/guards/<id>/predict")
-@api.output(Answer)
 @needs("read")
+@api.output(Answer)
 def guards_predict(id: str) -> Answer:
     """Classify images, and reject those that look attacked: JSON {"images": [base64, ...]}, or files in a form."""
     guarded = service().cache.guard(service().store.place(service().store.find("guard", id)))
@@ -509,9 +509,9 @@ def _decoded(text: str) -> bytes:
 
 
 @api.post("/try")
+@needs("run")
 @api.input(Trying)
 @api.output(live.Trial)
-@needs("run")
 def try_it(json_data: Trying) -> live.Trial:
     """Attack one image, and say what the model, the model behind each defence and a guard make of it."""
     model = _classifier(json_data.model)
@@ -551,9 +551,9 @@ def _image(asked: Trying, model: Any) -> tuple[Images, int | None, tuple[str, ..
 
 
 @api.get("/jobs")
+@needs("read")
 @api.input(Page, location="query")
 @api.output(JobList)
-@needs("read")
 def jobs_list(query_data: Page) -> JobList:
     """Jobs, the newest first."""
     found = service().jobs.list(kind=query_data.kind, offset=query_data.offset, limit=query_data.limit)
@@ -561,9 +561,9 @@ def jobs_list(query_data: Page) -> JobList:
 
 
 @api.post("/jobs")
+@needs("run")
 @api.input(JobRequest)
 @api.output(Job, status_code=202)
-@needs("run")
 def jobs_add(json_data: Any) -> Any:
     """Queue a job. Of two requests with the same Idempotency-Key header, the second gets the job of the first."""
     asked: BaseModel = json_data.root
@@ -576,24 +576,24 @@ def jobs_add(json_data: Any) -> Any:
 
 
 @api.get("/jobs/<id>")
-@api.output(Job)
 @needs("read")
+@api.output(Job)
 def jobs_get(id: str) -> Job:
     """One job."""
     return service().jobs.find(id)
 
 
 @api.post("/jobs/<id>/cancel")
-@api.output(Job, status_code=202)
 @needs("run")
+@api.output(Job, status_code=202)
 def jobs_cancel(id: str) -> Job:
     """Cancel a job: what it finished is kept in its files."""
     return service().jobs.cancel(id)
 
 
 @api.delete("/jobs/<id>")
-@api.output({}, status_code=204)
 @needs("admin")
+@api.output({}, status_code=204)
 def jobs_delete(id: str) -> str:
     """Delete a job that ended, with its files."""
     service().jobs.remove(id)
@@ -601,8 +601,8 @@ def jobs_delete(id: str) -> str:
 
 
 @api.get("/jobs/<id>/events")
-@api.doc(responses={200: {"description": "Events", "content": {"text/event-stream": {"schema": {"type": "string"}}}}})
 @needs("read")
+@api.doc(responses={200: {"description": "Events", "content": {"text/event-stream": {"schema": {"type": "string"}}}}})
 def jobs_events(id: str) -> Response:
     """Progress as server-sent events; with the header Last-Event-ID from there on."""
     jobs = service().jobs
@@ -644,8 +644,8 @@ def jobs_report_page(id: str) -> Response:
 
 
 @api.get("/jobs/<id>/files")
-@api.output(Files)
 @needs("read")
+@api.output(Files)
 def jobs_files(id: str) -> Files:
     """Names of the files a job wrote."""
     found = written(id)
