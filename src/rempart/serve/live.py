@@ -524,12 +524,12 @@ def _notes(model: Classifier, trial: Trial, *, guessed: bool, random: bool, aver
     notes: list[str] = []
     if guessed:
         notes.append(f"No class was given: what the model takes the image for, {name}, counts as the true one.")
-    elif trial.label != trial.predicted.original.label:
-        notes.append(
-            f"The model takes the image for {taken}, not for {name}: it is wrong already, nothing was changed."
-        )
-    if trial.target == trial.label:
+    if trial.label != trial.predicted.original.label:
+        notes.append(f"The model takes the image for {taken}, not {name}: it is wrong already, nothing was changed.")
+    elif trial.target == trial.label:
         notes.append(f"The image is {name}, the class aimed at: nothing was changed.")
+    elif not trial.attacked:
+        notes.append("The passes of the random model disagree on the image as it is: nothing was changed.")
     if trial.found and not trial.success:
         notes.append(f"The image that was found is further from the original than {trial.threat} allows.")
     if reason := blind(model):
