@@ -39,6 +39,7 @@ _MOST = 256  # images in one request
 Text = Annotated[str, Field(max_length=200)]
 Image = Annotated[str, Field(max_length=64 * 2**20, description="An image file, base64")]
 _DETECTORS = "detectors"
+_JSON = ("api.jobs_add", "api.try_it", "api.guards_add")
 
 
 class Upload(Asked):
@@ -193,6 +194,13 @@ class Health(Strict):
 
 JobRequest = RootModel[Annotated[Union[tuple(REQUESTS.values())], Field(discriminator="kind")]]  # noqa: UP007
 JobRequest.__name__ = "JobRequest"
+
+
+@api.before_request
+def json_says_so() -> None:
+    """A page of another site can send text unasked, and JSON not."""
+    if request.endpoint in _JSON and request.mimetype != "application/json":
+        raise UnsupportedMediaType("send application/json")
 
 
 # ---- how the service is
