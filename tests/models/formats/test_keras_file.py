@@ -179,6 +179,17 @@ def test_an_archive_of_zeros_is_refused_before_it_is_unpacked() -> None:
     refused("model.keras", "MAX_RATIO")
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_entries_that_are_compressed_are_refused(method: int) -> None:
+    """Whatever size an entry claims, `zipfile` inflates much more than that at once: 1.4 KB were 1.5 GB."""
+    with zipfile.ZipFile("model.keras") as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile("model.keras", "w", method) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    refused("model.keras", "compressed entries")
+
+
 def test_arrays_that_claim_more_than_the_file_holds_are_refused() -> None:
     with h5py.File("model.h5", "r+") as file:
         file.create_dataset("huge", (2**34,), chunks=(2**20,), dtype="f4")  # nothing of it is written

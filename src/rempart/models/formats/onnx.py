@@ -171,14 +171,14 @@ def _nodes(proto: Any) -> Iterator[Any]:
         yield from graph.node
 
 
-def _tensors(proto: Any) -> Iterator[Any]:
-    for graph in _graphs(proto.graph):
-        yield from graph.initializer
-    for node in [*_nodes(proto), *(node for function in proto.functions for node in function.node)]:
-        for attribute in node.attribute:
-            yield from attribute.tensors
-            if attribute.HasField("t"):
-                yield attribute.t
+def _tensors(message: Any) -> Iterator[Any]:
+    """Every tensor in a message, wherever it stands: in weights dense or sparse, branches, functions."""
+    if hasattr(message, "external_data"):
+        yield message
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for inner in value if isinstance(value, Sequence) else [value]:
+                yield from _tensors(inner)
 
 
 def _take_in(proto: Any, path: Path) -> None:
@@ -268,6 +268,8 @@ def _without_activation(proto: Any) -> nn.Module | None:
         node = by_output.get(node.input[0])
     rank = len(result.type.tensor_type.shape.dim)
     if node is None or node.op_type not in ("Softmax", "Sigmoid") or rank != 2 or node.input[0] not in by_output:
+        return None
+    if _attributes(node).get("axis", 1) not in (1, -1):  # a softmax over the images of a batch
         return None
     result.name = node.input[0]
     return nn.Softmax(1) if node.op_type == "Softmax" else nn.Sigmoid()
