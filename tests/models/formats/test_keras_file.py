@@ -201,6 +201,23 @@ def test_layers_that_claim_more_weights_than_there_are_are_refused_before_they_a
     refused("model.keras", "weights for all")
 
 
+@pytest.mark.parametrize("ending", ["keras", "h5"])
+def test_images_that_fit_no_memory_are_refused_before_one_is_made(ending: str) -> None:
+    model = keras.Sequential([keras.Input((60_000, 60_000, 1)), layers.GlobalAveragePooling2D(), layers.Dense(3)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save(f"model.{ending}")
+    refused(f"model.{ending}", "MAX_VOXELS")
+
+
+def test_a_layer_that_cannot_run_is_told() -> None:
+    """It is found where the network is run to take off its softmax."""
+    model = keras.Sequential([keras.Input((4, 4, 1)), layers.ZeroPadding2D(1), layers.Flatten(), layers.Softmax()])
+    model.save("model.keras")
+    rewrite(lambda config: config["config"]["layers"][1]["config"].update(padding=[[2**40, 1], [1, 1]]))
+    refused("model.keras", "that Keras 3 can build")
+
+
 def test_links_to_other_files_and_strings_among_the_weights_are_refused(place: Path) -> None:
     with h5py.File("model.h5", "r+") as file:
         file["stolen"] = h5py.ExternalLink(str(place / "other.h5"), "/x")

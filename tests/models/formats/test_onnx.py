@@ -403,6 +403,12 @@ def test_inputs_that_are_no_images(tmp_path: Path) -> None:
     refused(proto, tmp_path / "a.onnx", "an input in float32 or float64")
 
 
+def test_images_that_fit_no_memory(tmp_path: Path) -> None:
+    pool = [helper.make_node("GlobalAveragePool", ["x"], ["p"]), helper.make_node("Flatten", ["p"], ["y"])]
+    for shape in (["n", 3, 60_000, 60_000], [10**9, 3, 8, 8]):
+        refused(simple(pool, shape, {}), tmp_path / "a.onnx", "MAX_VOXELS")
+
+
 def test_operators_of_other_makers(tmp_path: Path) -> None:
     proto = dense(["n", *SHAPE])
     proto.graph.node[0].domain = "evil.ops"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rempart.core.errors import ModelError
 from rempart.core.model import BlackBox, Classifier, Untraced
+from rempart.models.formats import within_limits
 from rempart.models.formats.onnx_ops import OPERATORS, Operator, UnsupportedError, layer
 
 MAX_BYTES = 2**31 - 1
@@ -235,7 +236,9 @@ def _image(source: Any) -> tuple[int | None, tuple[int, ...]]:
             got=f"{source.name} of shape {tuple('any' if d is None else d for d in dims)}",
             hint="leave only the number of images open: python -m onnxruntime.tools.make_dynamic_shape_fixed",
         )
-    return dims[0], tuple(d for d in dims[1:] if d is not None)
+    shape = tuple(d for d in dims[1:] if d is not None)
+    within_limits((dims[0] or 1, *shape))
+    return dims[0], shape
 
 
 def _is_channels_last(graph: Any, name: str, shape: Sequence[int]) -> bool:
