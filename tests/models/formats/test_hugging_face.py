@@ -250,6 +250,12 @@ def test_compiled_code_from_elsewhere_is_not_asked_for(tmp_path: Path, asked: di
     [
         ("config.json", {"architectures": ["ViTForMaskedImageModeling"]}, "a model ...ForImageClassification"),
         ("config.json", {"quantization_config": {"quant_method": "evil"}}, "quantization_config"),
+        (
+            "config.json",
+            {"transformers_weights": "other.safetensors"},
+            "code or file, got transformers_weights",
+        ),
+        ("config.json", {"model_args": {"checkpoint_path": "trap.pth"}}, "code or file, got model_args"),
         ("config.json", {"num_hidden_layers": 2}, "all weights in model.safetensors"),
         ("config.json", {"hidden_size": 12}, "that transformers can read"),
         ("config.json", {"model_type": "nothing"}, "that transformers can read"),

@@ -20,7 +20,10 @@ CONFIG, WEIGHTS, PROCESSOR = "config.json", "model.safetensors", "preprocessor_c
 PARTS = (CONFIG, WEIGHTS, PROCESSOR)
 """What is read of a folder."""
 _FOR_IMAGES = "ForImageClassification"
-_CODE = ("auto_map", "custom_pipelines", "quantization_config")
+_CODE = (
+    *("auto_map", "custom_pipelines", "quantization_config"),
+    *("transformers_weights", "model_args"),  # other files: the second goes to timm, which would load a pickle
+)
 _BUILT_IN = ("eager", "sdpa", None)
 _FILTERS = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}
 _TINY = 1e-4
@@ -128,7 +131,7 @@ def _checked(folder: Path) -> dict[str, Any]:
     for name in (CONFIG, PROCESSOR):
         if asked := sorted(_asked(_json(folder / name))):
             raise ModelError(
-                "a model of transformers itself, that asks for no other code",
+                "a model of transformers itself, that asks for no other code or file",
                 got=f"{', '.join(asked)} in {folder / name}",
                 hint=f"where you trust that code, {RECIPE}",
             )
@@ -149,7 +152,7 @@ def _checked(folder: Path) -> dict[str, Any]:
 
 
 def _asked(told: Any) -> set[str]:
-    """Keys, at any depth, by which transformers runs code of the folder's or fetches some: compiled attention, too."""
+    """Keys, at any depth, by which transformers runs code of the folder's, fetches some (attention) or opens files."""
     asked: set[str] = set()
     waiting = [told]
     while waiting:
