@@ -210,12 +210,15 @@ def test_images_that_fit_no_memory_are_refused_before_one_is_made(ending: str) -
     refused(f"model.{ending}", "MAX_VOXELS")
 
 
-def test_a_layer_that_cannot_run_is_told() -> None:
-    """It is found where the network is run to take off its softmax."""
-    model = keras.Sequential([keras.Input((4, 4, 1)), layers.ZeroPadding2D(1), layers.Flatten(), layers.Softmax()])
+@pytest.mark.parametrize("where", ["alone", "inside another model"])
+def test_layers_that_fit_no_memory_are_refused_before_they_run(where: str) -> None:
+    """The network is run to take off its softmax."""
+    many = [keras.Input((4, 4, 1)), layers.Flatten(), layers.RepeatVector(2**40), layers.GlobalAveragePooling1D()]
+    model = keras.Sequential(many)
+    if where != "alone":
+        model = keras.Sequential([keras.Input((4, 4, 1)), model, layers.Softmax()])
     model.save("model.keras")
-    rewrite(lambda config: config["config"]["layers"][1]["config"].update(padding=[[2**40, 1], [1, 1]]))
-    refused("model.keras", "that Keras 3 can build")
+    refused("model.keras", "MAX_VOXELS")
 
 
 def test_links_to_other_files_and_strings_among_the_weights_are_refused(place: Path) -> None:

@@ -17,10 +17,11 @@ RECIPE = (
 
 
 def within_limits(shape: Sequence[int]) -> None:
-    """Refuse a file that claims images too large to be held, before one is made to look at the model.
+    """Refuse a file that claims images, or outputs of a layer, too large to be held, before the network is run.
 
     Raises:
         ModelError: If it does.
     """
     if math.prod(shape) > MAX_VOXELS:
-        raise ModelError(f"images of at most {MAX_VOXELS:,} values (MAX_VOXELS)", got="x".join(map(str, shape)))
+        expected = f"images, and outputs of layers, of at most {MAX_VOXELS:,} values (MAX_VOXELS)"
+        raise ModelError(expected, got="x".join(map(str, shape)))

@@ -35,9 +35,13 @@ def load_keras(path: Path) -> Classifier:
     config, count = (read_keras if path.suffix == ".keras" else read_h5)(path)
     with _reported(path.name):
         with keras.device("meta"):  # a layer may claim any size: nothing is allocated before it is compared
-            claimed = sum(variable.value.numel() for variable in _built(keras, config).weights)
+            empty = _built(keras, config)
+        claimed = sum(variable.value.numel() for variable in empty.weights)
         if claimed > count:
             raise ModelError(f"weights for all {claimed:,} parameters", got=f"{count:,} in {path.name}")
+        for layer in _leaves(empty):
+            for tensor in (tensor for node in layer._inbound_nodes for tensor in node.output_tensors):
+                within_limits([side for side in tensor.shape if side is not None])
         with keras.device("cpu"):
             model = _built(keras, config)
             model.load_weights(path)
