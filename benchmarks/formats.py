@@ -15,6 +15,8 @@ Keras files hold the same weights in layers of Keras, channels last, with a soft
 import argparse
 import json
 import os
+import shlex
+import sys
 import tempfile
 import time
 import warnings
@@ -67,7 +69,7 @@ def main() -> None:
         results["ResNet of transformers"] = compared(written(resnet, Path(folder) / "resnet"), test, given)
     record = {
         "question": "largest difference of logits, and images whose worst case differs, between formats of one network",
-        "command": "python benchmarks/formats.py" + (f" --model {given.model}" if given.model else ""),
+        "command": shlex.join(["python", "benchmarks/formats.py", *sys.argv[1:]]),
         "target": TARGET,
         "threat": given.threat,
         "data": test.source,

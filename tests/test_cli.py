@@ -263,6 +263,14 @@ def test_interrupt_leaves_a_valid_partial_report(trained: Path, tmp_path: Path) 
     assert "interrupted" in (tmp_path / "report.html").read_text()
 
 
+def test_names_out_of_files_do_not_command_the_terminal(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ",".join(["\x1b[31mred", "\u202etext", *"bcdefghi"])
+    status, out, _ = rempart("inspect", trained, "--classes", names, capsys=capsys)
+    assert status == 0 and "?[31mred, ?text, b" in out and "\x1b" not in out and "\n" in out
+    status, _, err = rempart("inspect", "\x1b]0;title\x07", capsys=capsys)
+    assert status == 2 and "\x1b" not in err and "\x07" not in err
+
+
 def test_help_is_quick_and_does_not_load_torch() -> None:
     code = "import sys; sys.argv = ['rempart', '--help']; from rempart import cli\n"
     code += "try: cli.main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"

@@ -341,7 +341,7 @@ def compare(
 
     with progress() as notify:
         table = compare_runs(reports, threat=threat, limit=limit, device=device, out=out, notify=_heeding(notify))
-    print(table)
+    _say(table)
     if out is not None:
         print(f"\n{out}")
 
@@ -414,7 +414,7 @@ def inspect(
     from rempart.inspection import described, inspect_model
 
     found = inspect_model(model, _reading(box, classes), data)
-    print(found.model_dump_json(indent=1) if as_json else described(found))
+    _say(found.model_dump_json(indent=1) if as_json else described(found))
 
 
 @app.command()
@@ -436,7 +436,7 @@ def prune(
 
     found = prune_model(str(model), run, out, share=share, choose=choose, layers=layers or (), seed=seed)
     for layer, neurons in found.items():
-        print(f"{layer}: {len(neurons)} neurons taken out")
+        _say(f"{layer}: {len(neurons)} neurons taken out")
     print(f"\nAudit it on other images than those of {run}, which chose these neurons.\n\n{out}")
 
 
@@ -583,7 +583,7 @@ def predict(
         ("rejected", found.rejected, found.right_rejected),
     ):
         told += f"\n{right / n:.1%} of the {n} {name} have the right class" if n and right is not None else ""
-    print(f"{told}\n\n{out}")
+    _say(f"{told}\n\n{out}")
 
 
 def _reading(box: str, classes: str | None) -> "Reading":
@@ -642,7 +642,7 @@ def gate(
     from rempart.report import store
 
     passed, reason = comparing.gate(store.read(report), min_robust)
-    print(("passed: " if passed else "failed: ") + reason)
+    _say(("passed: " if passed else "failed: ") + reason)
     raise typer.Exit(0 if passed else 1)
 
 
@@ -707,7 +707,7 @@ def _run(spec: Any) -> None:
         report: Report | None = tasks.run(spec, _heeding(notify))
     if report is None:
         return  # one of several processes; the first writes the report
-    print(text.table(report))
+    _say(text.table(report))
     if spec.out is not None:
         out = Path(spec.out)
         print(f"\n{out.with_suffix('.html') if out.suffix == '.npz' else out / 'report.html'}")
@@ -748,6 +748,15 @@ def _options(pairs: list[str] | None) -> dict[str, Any]:
     return options
 
 
+def _say(told: str) -> None:
+    print(_harmless(told))
+
+
+def _harmless(told: str) -> str:
+    """Without characters that command a terminal: names out of files may hold them."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in told)
+
+
 def _fail(message: str, status: int) -> NoReturn:
-    print(f"rempart: {message}", file=sys.stderr)
+    print(_harmless(f"rempart: {message}"), file=sys.stderr)
     sys.exit(status)

@@ -420,6 +420,14 @@ def test_refuses_npz_files_that_are_none(tmp_path: Path, monkeypatch: pytest.Mon
     zipped(path, {"test_images.npy": header, "test_labels.npy": header})
     with pytest.raises(DataError, match=r"plain arrays, got d\.npz"):
         open_data(str(path))
+    whole = Path(saved(tmp_path, ZEROS, LABELS))
+    with zipfile.ZipFile(whole) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_BZIP2) as archive:  # inflated at once, whatever size it claims
+        for name, content in members.items():
+            archive.writestr(name, content)
+    with pytest.raises(DataError, match="compressed otherwise than numpy does"):
+        open_data(str(path))
 
 
 # ---- folders and zips

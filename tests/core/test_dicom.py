@@ -140,6 +140,7 @@ def test_every_frame_has_its_own_rescale(tmp_path: Path) -> None:
     x = everything(open_data(f"{folder(tmp_path, ant_0=content, bee_0=content)}@window=100:200"))[0, 0]
     expected = np.stack([stored[0], stored[1] * 2.0 - 10]) / 200
     torch.testing.assert_close(x, torch.from_numpy(expected.clip(0, 1).astype(np.float32)))
+    assert open_data(f"{tmp_path}@window=full").span == (-10, 2 * 65535 - 10), "what any of the frames can hold"
 
 
 def test_colour_images_are_pixels(tmp_path: Path) -> None:

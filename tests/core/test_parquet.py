@@ -146,6 +146,10 @@ def broken(kind: str, folder: Path) -> str:
         pq.write_table(rows(labels=[5, 0, 1, 1, 0, 2, 2]), where)
     elif kind == "unlabelled":
         pq.write_table(rows(labels=[-1] * 7), where)
+    elif kind == "names that are none":
+        table = rows()
+        told = {"info": {"features": {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": 5}}}}
+        pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(told)}), where)
     elif kind == "numbers":
         pq.write_table(pa.table({"image": LABELS, "label": LABELS}), where)
     elif kind == "no image":
@@ -181,6 +185,7 @@ def broken(kind: str, folder: Path) -> str:
         ("paths", "paths in it are not followed"),
         ("names", "labels that number two or more class names"),
         ("unlabelled", "labels that number two or more class names"),
+        ("names that are none", "a list of at most 100,000 class names, got int"),
         ("numbers", "bytes of image files"),
         ("no image", "an image"),
         ("compressed", "not compressed"),

@@ -122,6 +122,7 @@ def test_nothing_outside_the_folder_is_read(tmp_path: Path) -> None:
         (lines("0.png,a", "1.png,"), "path, label in every line, got line 3"),
         (lines("0.png,a", "1.png,a"), r"2 to 100,000 classes, got 1: a; write numbers"),
         (lines("0.png,a", "0.png,b"), "every image once, got images/0.png twice"),
+        (lines("0.png,a", ".//0.png,b"), "every image once, got images/0.png twice"),
         (lines("0.png,x,a", "1.png,test,b", header="path,split,label"), "splits out of train, val, test, got 'x'"),
         (lines("0.png,a", "none.txt,b"), "files of one kind"),
         (lines("0.png,a", "9.png,b"), r"images/9\.png: No such file"),

@@ -1,5 +1,7 @@
 """Splits counted by hand, and gathered sets against the exact radii of affine models."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,6 +10,8 @@ from rempart.core.data import Data
 from rempart.core.errors import DataError, ThreatError
 from rempart.core.threat import Threat
 from rempart.detect.protocol import Crafting, gather, split
+from rempart.detect.run import parts as parts_of
+from rempart.report.schema import AttackChoice, DetectorChoice, DetectSpec
 
 LINF = Threat.parse("linf:0.02")
 
@@ -57,6 +61,27 @@ def test_the_choice_depends_on_the_seed_and_not_on_the_order():
     assert set(first.index.tolist()) != set(other.index.tolist())
     turned = split(data.take(torch.arange(len(data)).flip(0)), [0.5])[0]
     assert set(turned.index.tolist()) == set(first.index.tolist())
+
+
+def test_patients_are_not_parted():
+    data = many((60, 60))
+    people = replace(data, patients=tuple(f"p{(k - 100) // 3}" for k in data.index.tolist()))
+    found = split(people, [0.5, 0.25, 0.25])
+    seen = [set(part.patients) for part in found]
+    assert sum(map(len, seen)) == len(set().union(*seen)) == 40 and sum(map(len, found)) == 120
+    assert all(abs(len(names) - share * 40) <= 2 for names, share in zip(seen, (0.5, 0.25, 0.25), strict=True))
+    turned = split(people.take(torch.arange(120).flip(0)), [0.5, 0.25, 0.25])
+    assert [set(part.patients) for part in turned] == seen
+    with pytest.raises(DataError, match="images for 2 parts"):
+        split(replace(data, patients=("one",) * 120), [0.5, 0.5])
+
+
+def test_detectors_are_not_judged_on_patients_they_learnt_from():
+    choices = {"detectors": (DetectorChoice(name="max-softmax"),), "attacks": (AttackChoice(name="fgsm"),)}
+    spec = DetectSpec(model="m", data="d", threat="linf:0.1", out="o", **choices)
+    train, test = (replace(many(), split=name, patients=(f"{name} alone",) * 69 + ("both",)) for name in ("a", "b"))
+    with pytest.raises(DataError, match="each patient in one split, got 1 in train and test"):
+        parts_of(train, test, spec)
 
 
 @pytest.mark.parametrize("shares", [[], [0.0, 0.5], [-0.1], [0.7, 0.4], [0.5, 1e-4]])

@@ -267,6 +267,16 @@ def test_two_records_of_one_name_are_refused(exported, tmp_path, spelling):
         load(str(target))
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
+def test_compressed_records_are_refused(exported, tmp_path, method):
+    """`zipfile` inflates more than a record claims to hold; torch never compresses."""
+    with zipfile.ZipFile(exported[1]) as source, zipfile.ZipFile(tmp_path / "bad.pt2", "w", method) as copy:
+        for name in source.namelist():
+            copy.writestr(name, source.read(name))
+    with pytest.raises(ModelError, match="without pickled objects"):
+        load(str(tmp_path / "bad.pt2"))
+
+
 def test_a_rewritten_archive_still_loads(exported, tmp_path):
     """The refusals above are not about the rewriting."""
     rewrite(exported[1], tmp_path / "same.pt2", lambda _, content: content)

@@ -40,8 +40,9 @@ class Crafting:
 def split(data: Data, shares: Sequence[float], *, seed: int = 0) -> list[Data]:
     """Part the images at random, class by class, before anything is made of them: no image lies in two parts.
 
-    Which part an image goes to depends on the seed, its number and the other images of its class. Copies of one image
-    under two numbers, or slices of one patient, may still be parted.
+    Which part an image goes to depends on the seed, its number and the other images of its class. Where patients are
+    known, each goes to one part with all images, drawn among the patients whose image of the lowest number is of one
+    class. Otherwise slices of one patient, and always copies of one image under two numbers, may be parted.
 
     Args:
         data: The images.
@@ -49,7 +50,7 @@ def split(data: Data, shares: Sequence[float], *, seed: int = 0) -> list[Data]:
         seed: Of the choice.
 
     Returns:
-        The parts, each in the order of `data`. Sizes are within one image per class of the shares.
+        The parts, each in the order of `data`. Sizes are within one image, or patient, per class of the shares.
 
     Raises:
         DataError: If the shares are wrong or a part is empty.
@@ -58,14 +59,19 @@ def split(data: Data, shares: Sequence[float], *, seed: int = 0) -> list[Data]:
         raise DataError("positive shares of at most 1 together", got=list(shares))
     order = Draws(seed, data.index, ("split",)).uniform(torch.zeros((len(data), 1), dtype=torch.float64))[:, 0]
     cuts = [0.0, *torch.tensor(shares, dtype=torch.float64).cumsum(0).tolist()]
+    who = data.patients or range(len(data))
+    first: dict[object, int] = {}  # the image that stands for a patient, or for itself
+    for position in data.index.argsort().tolist():
+        first.setdefault(who[position], position)
+    heads, head = torch.tensor(list(first.values())), torch.tensor([first[name] for name in who])
     chosen: list[list[Tensor]] = [[] for _ in shares]
     for label in data.labels.unique():
-        members = (data.labels == label).nonzero()[:, 0]
+        members = heads[data.labels[heads] == label]
         members = members[order[members].argsort()]
         at = [round(cut * len(members)) for cut in cuts]
         for number, part in enumerate(chosen):
             part.append(members[at[number] : at[number + 1]])
-    positions = [torch.cat(part).sort().values if part else torch.tensor([]) for part in chosen]
+    positions = [torch.isin(head, torch.cat(part)).nonzero()[:, 0] for part in chosen]
     if not all(map(len, positions)):
         raise DataError(f"images for {len(shares)} parts", got=f"{len(data)} images", hint="give more images")
     return [data.take(part) for part in positions]

@@ -12,7 +12,7 @@ from rempart.attacks import attacks
 from rempart.attacks.run import native
 from rempart.audit import EOT, averaged, mean_gradient, preflight
 from rempart.core import disk
-from rempart.core.data import Data, open_data
+from rempart.core.data import Data, open_data, refuse_shared_patients
 from rempart.core.events import Notify, named, silent
 from rempart.core.model import Classifier
 from rempart.core.threat import Threat
@@ -87,11 +87,12 @@ def parts(train: Data, test: Data, spec: DetectSpec) -> tuple[Data, Data, Data]:
     """What is fitted on, what thresholds are set on, and what judges: no image is in two of them.
 
     Raises:
-        DataError: If there are too few images.
+        DataError: If there are too few images, or a patient lies in the train and the test split.
     """
     if train.split == test.split:
         learn, calibration, judge = split(test, IN_ONE, seed=spec.seed)
     else:
+        refuse_shared_patients(train, test)
         calibration, judge = split(test, (TO_CALIBRATE, 1 - TO_CALIBRATE), seed=spec.seed)
         learn = train
     return learn.head(spec.fit_limit), calibration.head(MOST), judge.head(spec.limit)

@@ -72,7 +72,11 @@ def _threat(report: Report) -> Facts:
     threat, spec = threat_of(report), report.spec
     assert threat is not None and isinstance(spec, AuditSpec)
     size = "of any size" if threat.eps is None else f"up to {amount(threat, report.data)}"
-    yield "The adversary may", f"add a perturbation to each image, {size} in the norm {threat.norm}, pixel by pixel"
+    inside = ", inside its mask alone" if report.data.masked else ""
+    yield (
+        "The adversary may",
+        f"add a perturbation to each image{inside}, {size} in the norm {threat.norm}, pixel by pixel",
+    )
     yield "Pixels stay in", f"[{threat.low:g}, {threat.high:g}], the box of the model"
     aims = "each other class in turn" if spec.pairs == "all" else f"the second class of each pair in {spec.pairs}"
     yield "The adversary wants", "any wrong class" + (f"; and, aiming at it, {aims}" if spec.pairs else "")

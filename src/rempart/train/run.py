@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from rempart.core.data import Data, open_data, with_patients
+from rempart.core.data import Data, open_data, refuse_shared_patients, with_patients
 from rempart.core.errors import Cancelled, DataError, SpecError, TrainError
 from rempart.core.events import Notify, silent
 from rempart.core.model import Classifier, frozen, placed
@@ -193,8 +193,7 @@ def _splits(source: str, patients: str | None) -> tuple[Data, Data]:
             got=f"{len(train_data)} of class {train_data.class_names[present[0]]} alone",
             hint="where images lie sorted by class, take a slice such as [::10] instead of the first ones",
         )
-    if both := set(train_data.patients or ()) & set(test_data.patients or ()):
-        raise DataError("each patient in one split", got=f"{len(both)} in train and test", hint="split by patient")
+    refuse_shared_patients(train_data, test_data)
     return train_data.load(), test_data.load()
 
 

@@ -250,10 +250,18 @@ def test_compiled_code_from_elsewhere_is_not_asked_for(tmp_path: Path, asked: di
     [
         ("config.json", {"architectures": ["ViTForMaskedImageModeling"]}, "a model ...ForImageClassification"),
         ("config.json", {"quantization_config": {"quant_method": "evil"}}, "quantization_config"),
+        (
+            "config.json",
+            {"transformers_weights": "other.safetensors"},
+            "code or file, got transformers_weights",
+        ),
+        ("config.json", {"model_args": {"checkpoint_path": "trap.pth"}}, "code or file, got model_args"),
         ("config.json", {"num_hidden_layers": 2}, "all weights in model.safetensors"),
         ("config.json", {"hidden_size": 12}, "that transformers can read"),
         ("config.json", {"model_type": "nothing"}, "that transformers can read"),
+        ("config.json", {"intermediate_size": 2**50}, "all weights in model.safetensors"),
         ("preprocessor_config.json", {"image_mean": [0.5]}, "a mean for each of 3 channels"),
+        ("preprocessor_config.json", {"size": {"height": 60_000, "width": 60_000}}, "MAX_VOXELS"),
     ],
 )
 def test_what_cannot_be_used_is_told(tmp_path: Path, file: str, values: dict[str, Any], match: str) -> None:

@@ -179,6 +179,17 @@ def test_an_archive_of_zeros_is_refused_before_it_is_unpacked() -> None:
     refused("model.keras", "MAX_RATIO")
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_entries_that_are_compressed_are_refused(method: int) -> None:
+    """Whatever size an entry claims, `zipfile` inflates much more than that at once: 1.4 KB were 1.5 GB."""
+    with zipfile.ZipFile("model.keras") as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile("model.keras", "w", method) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    refused("model.keras", "compressed entries")
+
+
 def test_arrays_that_claim_more_than_the_file_holds_are_refused() -> None:
     with h5py.File("model.h5", "r+") as file:
         file.create_dataset("huge", (2**34,), chunks=(2**20,), dtype="f4")  # nothing of it is written
@@ -188,6 +199,26 @@ def test_arrays_that_claim_more_than_the_file_holds_are_refused() -> None:
 def test_layers_that_claim_more_weights_than_there_are_are_refused_before_they_are_made() -> None:
     rewrite(lambda config: layer(config, "head")["config"].update(units=10**11))
     refused("model.keras", "weights for all")
+
+
+@pytest.mark.parametrize("ending", ["keras", "h5"])
+def test_images_that_fit_no_memory_are_refused_before_one_is_made(ending: str) -> None:
+    model = keras.Sequential([keras.Input((60_000, 60_000, 1)), layers.GlobalAveragePooling2D(), layers.Dense(3)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save(f"model.{ending}")
+    refused(f"model.{ending}", "MAX_VOXELS")
+
+
+@pytest.mark.parametrize("where", ["alone", "inside another model"])
+def test_layers_that_fit_no_memory_are_refused_before_they_run(where: str) -> None:
+    """The network is run to take off its softmax."""
+    many = [keras.Input((4, 4, 1)), layers.Flatten(), layers.RepeatVector(2**40), layers.GlobalAveragePooling1D()]
+    model = keras.Sequential(many)
+    if where != "alone":
+        model = keras.Sequential([keras.Input((4, 4, 1)), model, layers.Softmax()])
+    model.save("model.keras")
+    refused("model.keras", "MAX_VOXELS")
 
 
 def test_links_to_other_files_and_strings_among_the_weights_are_refused(place: Path) -> None:

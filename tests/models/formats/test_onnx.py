@@ -135,6 +135,19 @@ def test_a_softmax_that_is_not_the_last_step_stays(tmp_path: Path) -> None:
     assert model.notes == () and model.num_classes == 3
 
 
+def test_a_softmax_over_the_images_of_a_batch_is_not_taken_off(tmp_path: Path) -> None:
+    """It is no step of one image: the audit finds that an image's answer depends on those beside it."""
+    proto = dense(["n", *SHAPE])
+    proto.graph.node[1].output[0] = "z"
+    proto.graph.node.append(helper.make_node("Softmax", ["z"], ["y"], axis=0))
+    path = written(proto, tmp_path / "net.onnx")
+    w = torch.from_numpy(numpy_helper.to_array(proto.graph.initializer[0]).copy())
+    model = load(path)
+    assert model.notes == ()
+    torch.testing.assert_close(model.net(images()), (images().flatten(1) @ w).softmax(0))
+    assert "do not depend on the other images" in str(inspect_model(path).problem)
+
+
 def simple(
     nodes: Sequence[Any], shape: Sequence[int | str], weights: dict[str, np.ndarray], **more: Any
 ) -> onnx.ModelProto:
@@ -390,6 +403,12 @@ def test_inputs_that_are_no_images(tmp_path: Path) -> None:
     refused(proto, tmp_path / "a.onnx", "an input in float32 or float64")
 
 
+def test_images_that_fit_no_memory(tmp_path: Path) -> None:
+    pool = [helper.make_node("GlobalAveragePool", ["x"], ["p"]), helper.make_node("Flatten", ["p"], ["y"])]
+    for shape in (["n", 3, 60_000, 60_000], [10**9, 3, 8, 8]):
+        refused(simple(pool, shape, {}), tmp_path / "a.onnx", "MAX_VOXELS")
+
+
 def test_operators_of_other_makers(tmp_path: Path) -> None:
     proto = dense(["n", *SHAPE])
     proto.graph.node[0].domain = "evil.ops"
@@ -476,6 +495,30 @@ def test_external_data_of_a_constant_outside_the_folder(tmp_path: Path) -> None:
     constant = helper.make_node("Constant", [], ["w"], value=proto.graph.initializer[0])
     proto.graph.node.insert(0, constant)
     del proto.graph.initializer[:]
+    (tmp_path / "model" / "a.onnx").write_bytes(proto.SerializeToString())
+    with pytest.raises(ModelError, match="inside the model's folder"):
+        load(str(tmp_path / "model" / "a.onnx"))
+
+
+@pytest.mark.parametrize("inside", ["constant", "branch"])
+def test_external_data_of_sparse_weights(inside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime would look for them in the working directory, wherever the model lies."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret").write_bytes(np.ones(2, np.float32).tobytes())
+    (tmp_path / "model").mkdir()
+    values = TensorProto(name="w", data_type=1, dims=[2], data_location=TensorProto.EXTERNAL)
+    for key, value in {"location": "secret", "offset": "0", "length": "8"}.items():
+        values.external_data.add(key=key, value=value)
+    sparse = helper.make_sparse_tensor(values, numpy_helper.from_array(np.array([0, 1]), "at"), [64, 3])
+    if inside == "constant":
+        nodes = [helper.make_node("Constant", [], ["w"], sparse_value=sparse)]
+    else:
+        out = helper.make_tensor_value_info("v", TensorProto.FLOAT, None)
+        branch = helper.make_graph([helper.make_node("Identity", ["w"], ["v"])], "b", [], [out])
+        branch.sparse_initializer.append(sparse)
+        nodes = [helper.make_node("If", ["yes"], ["w"], then_branch=branch, else_branch=branch)]
+    nodes += [helper.make_node("Flatten", ["x"], ["f"]), helper.make_node("MatMul", ["f", "w"], ["y"])]
+    proto = simple(nodes, ["n", *SHAPE], {"yes": np.array(True)})
     (tmp_path / "model" / "a.onnx").write_bytes(proto.SerializeToString())
     with pytest.raises(ModelError, match="inside the model's folder"):
         load(str(tmp_path / "model" / "a.onnx"))

@@ -12,7 +12,7 @@ from rempart.core.data.arrays import ADVERSARIAL, MAX_CLASSES, TRUE, digits, idx
 from rempart.core.data.folders import class_folders
 from rempart.core.data.modifiers import EXAMPLES, PATTERN, read_modifiers
 from rempart.core.data.parquet import image_table, is_table
-from rempart.core.data.samples import PLAIN, SPLITS, Batch, Data, in_memory
+from rempart.core.data.samples import PLAIN, SPLITS, Batch, Data, in_memory, refuse_shared_patients
 from rempart.core.data.tables import table, with_patients
 from rempart.core.errors import DataError
 from rempart.core.registry import suggestion
@@ -28,6 +28,7 @@ __all__ = [
     "Data",
     "one_image",
     "open_data",
+    "refuse_shared_patients",
     "with_patients",
 ]
 

@@ -82,7 +82,10 @@ def npz(path: Path, split: str) -> Data:
     """The arrays {train,val,test}_{images,labels}, as MedMNIST has them (Yang et al. 2023), or those of an attack."""
     try:
         with zipfile.ZipFile(path) as archive:
-            size, packed = (sum(getattr(i, s) for i in archive.infolist()) for s in ("file_size", "compress_size"))
+            infos = archive.infolist()
+        if any(info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for info in infos):
+            raise ValueError("compressed otherwise than numpy does")  # zipfile would inflate it in one go, of any size
+        size, packed = (sum(getattr(info, s) for info in infos) for s in ("file_size", "compress_size"))
         with np.load(path, allow_pickle=False) as file:
             have = [name for name in SPLITS if f"{name}_images" in file and f"{name}_labels" in file]
             keys = [f"{name}_labels" for name in have] + [f"{split}_images"] * (split in have)

@@ -198,8 +198,8 @@ def _rescale(header: Any, key: str, default: float) -> Any:
         ]
         if found:
             values = [float(getattr(one, key)) for one in found]
-            return values[0] if len(values) == 1 else values
-    return float(header.get(key, default))
+            return np.array(values[0] if len(values) == 1 else values)
+    return np.array(float(header.get(key, default)))
 
 
 def _unit(header: Any) -> str:
@@ -221,8 +221,8 @@ def _window(header: Any, name: str) -> tuple[float, float] | None:
 def _stored(header: Any) -> tuple[float, float]:
     """The range of intensities that the bits of the file can hold."""
     bits, signed = int(header.BitsStored), int(header.PixelRepresentation) == 1
-    ends = np.array([-(2 ** (bits - 1)), 2 ** (bits - 1) - 1] if signed else [0, 2**bits - 1])
-    values = ends * np.min(_rescale(header, "RescaleSlope", 1.0)) + np.min(_rescale(header, "RescaleIntercept", 0.0))
+    ends = np.array([-(2 ** (bits - 1)), 2 ** (bits - 1) - 1] if signed else [0, 2**bits - 1])[:, None]
+    values = ends * _rescale(header, "RescaleSlope", 1.0) + _rescale(header, "RescaleIntercept", 0.0)
     return float(values.min()), float(values.max())
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from rempart.core import files
-from rempart.core.data.arrays import numbered
+from rempart.core.data.arrays import MAX_CLASSES, numbered
 from rempart.core.data.modifiers import Modifiers
 from rempart.core.data.reading import pictures
 from rempart.core.data.samples import SPLITS, Data, choose
@@ -133,6 +133,8 @@ def _named(labels: Mapping[str, np.ndarray], split: str, names: Any) -> tuple[to
         names = words
     if not names:
         return numbered(dict(labels), split)
+    if not isinstance(names, list) or len(names) > MAX_CLASSES:
+        raise DataError(f"a list of at most {MAX_CLASSES:,} class names", got=type(names).__name__)
     own = labels[split]
     if len(names) < 2 or own.min(initial=0) < 0 or own.max(initial=0) >= len(names):
         came = f"{own.min(initial=0)} to {own.max(initial=0)} for {len(names)} names"

@@ -186,3 +186,13 @@ def choose(split: str, have: Sequence[str], where: str) -> None:
     """Refuse a split that is not there."""
     if split not in have:
         raise DataError(f"a split that {where} has", got=split, hint=f"it has {', '.join(have) or 'none'}")
+
+
+def refuse_shared_patients(train: Data, test: Data) -> None:
+    """Refuse a patient in both: what is judged on images of patients it learnt from looks better than it is.
+
+    Raises:
+        DataError: If there is one.
+    """
+    if both := set(train.patients or ()) & set(test.patients or ()):
+        raise DataError("each patient in one split", got=f"{len(both)} in train and test", hint="split by patient")

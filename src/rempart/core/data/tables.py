@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 
@@ -35,7 +35,7 @@ def table(path: Path, split: str, modifiers: Modifiers) -> Data:
             raise DataError("paths inside the folder of the table", got=came, hint="lay the images beside the table")
     if modifiers.mask is not None:
         raise DataError("masks in the column mask of a table", got=f"@mask={modifiers.mask}")
-    _once([row["path"] for row in rows], path)
+    _once([str(PurePosixPath(row["path"])) for row in rows], path)
     split, own = _split(rows, split, path)
     _apart(rows, path)
     masks = [row["mask"] for row in own] if "mask" in rows[0] else None

@@ -1,5 +1,11 @@
 """One file per form that a model can come in: each has a `load_*` function from its place to a `Classifier`."""
 
+import math
+from collections.abc import Sequence
+
+from rempart.core.errors import ModelError
+from rempart.core.files import MAX_VOXELS
+
 FORMS = (
     "a directory that `rempart train` wrote, a Hugging Face folder, a .keras or .h5 file of Keras, an .onnx file, "
     "a .pt2 file of torch.export, timm:NAME@FILE, torchvision:NAME@FILE, or python:package.module:factory"
@@ -8,3 +14,14 @@ PYTHON = "python:"
 RECIPE = (
     "write a function that builds the network and fills it from a safetensors file, and give python:module:function"
 )
+
+
+def within_limits(shape: Sequence[int]) -> None:
+    """Refuse a file that claims images, or outputs of a layer, too large to be held, before the network is run.
+
+    Raises:
+        ModelError: If it does.
+    """
+    if math.prod(shape) > MAX_VOXELS:
+        expected = f"images, and outputs of layers, of at most {MAX_VOXELS:,} values (MAX_VOXELS)"
+        raise ModelError(expected, got="x".join(map(str, shape)))

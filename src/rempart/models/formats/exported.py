@@ -75,8 +75,11 @@ def _refuse_hidden_pickle(content: bytes, path: Path) -> None:
         names = [info.filename for info in archive.infolist()]
         parts = [name.partition("/") for name in names]
         known = all(inner.startswith(_RECORDS) for _, _, inner in parts)
+        stored = all(info.compress_type == zipfile.ZIP_STORED for info in archive.infolist())  # as torch writes them
         # torch finds records whatever their case: two that differ in it alone are refused with the doubles
         if len({root for root, _, _ in parts}) != 1 or len({name.lower() for name in names}) != len(names) or not known:
+            raise refused
+        if not stored:
             raise refused
         for name in names:
             if name.endswith("_config.json"):

@@ -1,6 +1,7 @@
 """Hugging Face folders of image classifiers: `config.json`, `model.safetensors`, `preprocessor_config.json`."""
 
 import json
+import math
 import os
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,13 +14,16 @@ from torch import Tensor, nn
 
 from rempart.core.errors import ModelError
 from rempart.core.model import Classifier, Normalize, Untraced
-from rempart.models.formats import RECIPE
+from rempart.models.formats import RECIPE, within_limits
 
 CONFIG, WEIGHTS, PROCESSOR = "config.json", "model.safetensors", "preprocessor_config.json"
 PARTS = (CONFIG, WEIGHTS, PROCESSOR)
 """What is read of a folder."""
 _FOR_IMAGES = "ForImageClassification"
-_CODE = ("auto_map", "custom_pipelines", "quantization_config")
+_CODE = (
+    *("auto_map", "custom_pipelines", "quantization_config"),
+    *("transformers_weights", "model_args"),  # other files: the second goes to timm, which would load a pickle
+)
 _BUILT_IN = ("eager", "sdpa", None)
 _FILTERS = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}
 _TINY = 1e-4
@@ -127,7 +131,7 @@ def _checked(folder: Path) -> dict[str, Any]:
     for name in (CONFIG, PROCESSOR):
         if asked := sorted(_asked(_json(folder / name))):
             raise ModelError(
-                "a model of transformers itself, that asks for no other code",
+                "a model of transformers itself, that asks for no other code or file",
                 got=f"{', '.join(asked)} in {folder / name}",
                 hint=f"where you trust that code, {RECIPE}",
             )
@@ -148,7 +152,7 @@ def _checked(folder: Path) -> dict[str, Any]:
 
 
 def _asked(told: Any) -> set[str]:
-    """Keys, at any depth, by which transformers runs code of the folder's or fetches some: compiled attention, too."""
+    """Keys, at any depth, by which transformers runs code of the folder's, fetches some (attention) or opens files."""
     asked: set[str] = set()
     waiting = [told]
     while waiting:
@@ -192,10 +196,19 @@ def _offline() -> Generator[None]:
 
 
 def _read(folder: Path) -> tuple[Any, Any]:
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
+    from safetensors import safe_open
+    from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
     here: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
+        config = AutoConfig.from_pretrained(str(folder), **here)
+        with torch.device("meta"):  # it may claim any size: nothing is allocated before it is compared
+            empty = AutoModelForImageClassification.from_config(config, trust_remote_code=False)
+        claimed = sum(parameter.numel() for parameter in empty.parameters())
+        with safe_open(folder / WEIGHTS, "pt") as weights:
+            held = sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
+        if claimed > held:
+            raise ModelError(f"all weights in {WEIGHTS}, {claimed:,} numbers", got=f"{held:,}", hint="save it again")
         model, found = AutoModelForImageClassification.from_pretrained(
             str(folder),
             use_safetensors=True,
@@ -205,6 +218,8 @@ def _read(folder: Path) -> tuple[Any, Any]:
             **here,
         )
         processor = AutoImageProcessor.from_pretrained(str(folder), **here)
+    except ModelError:
+        raise
     except Exception as error:  # noqa: BLE001  transformers raises whatever its parts raise
         line = (str(error).strip() or "unreadable").split("\n")[0][:300]
         raise ModelError(
@@ -239,7 +254,9 @@ def _steps(processor: Any, config: Mapping[str, Any], channels: int) -> tuple[tu
         raise ModelError(f"a mean for each of {channels} channels", got=mean)
     normalize = Normalize([m / scale for m in mean], [s / scale for s in std])
     frame = Frame(size, crop, int(getattr(processor, "resample", None) or 0))
-    return (frame, normalize), (whole, whole) if isinstance(whole, int) else whole
+    height, width = (whole, whole) if isinstance(whole, int) else whole
+    within_limits((channels, height, width))
+    return (frame, normalize), (height, width)
 
 
 def _sides(size: Any) -> tuple[int, int] | int | None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rempart.core.errors import ModelError
 from rempart.core.model import Classifier, Normalize, Output, Untraced
 from rempart.core.types import Images
-from rempart.models.formats import RECIPE
+from rempart.models.formats import RECIPE, within_limits
 from rempart.models.formats.keras_file import check_config, read_h5, read_keras
 
 KERAS = "keras"
@@ -35,13 +35,17 @@ def load_keras(path: Path) -> Classifier:
     config, count = (read_keras if path.suffix == ".keras" else read_h5)(path)
     with _reported(path.name):
         with keras.device("meta"):  # a layer may claim any size: nothing is allocated before it is compared
-            claimed = sum(variable.value.numel() for variable in _built(keras, config).weights)
+            empty = _built(keras, config)
+        claimed = sum(variable.value.numel() for variable in empty.weights)
         if claimed > count:
             raise ModelError(f"weights for all {claimed:,} parameters", got=f"{count:,} in {path.name}")
+        for layer in _leaves(empty):
+            for tensor in (tensor for node in layer._inbound_nodes for tensor in node.output_tensors):
+                within_limits([side for side in tensor.shape if side is not None])
         with keras.device("cpu"):
             model = _built(keras, config)
             model.load_weights(path)
-    classifier = from_keras(model)
+        classifier = from_keras(model)
     if broken := [name for name, value in classifier.state_dict().items() if not bool(value.isfinite().all())]:
         raise ModelError("finite weights", got=f"NaN or infinity in {', '.join(broken[:4])} of {path.name}")
     return classifier
@@ -242,6 +246,7 @@ def _image_shape(model: Any) -> tuple[tuple[int, ...], bool]:
     if not 2 <= len(shape) <= 4 or None in shape:
         hint = "rebuild it on keras.Input of the shape of one image, and set its weights"
         raise ModelError("a Keras model of images of a fixed size", got=f"inputs of shape {shape}", hint=hint)
+    within_limits(shape)
     if len(shape) == 2:
         return (1, *shape), False
     formats = [layer.data_format for layer in _leaves(model) if getattr(layer, "data_format", None)]

@@ -39,6 +39,8 @@ def read_keras(path: Path) -> tuple[dict[str, Any], int]:
             if len(infos) != len(_MEMBERS):
                 raise _unsafe(path, f"{len(infos)} entries instead of {', '.join(sorted(_MEMBERS))}")
             _within(path, sum(info.file_size for info in infos), size)
+            if any(info.compress_type != zipfile.ZIP_STORED for info in infos):  # inflated, one may be of any size
+                raise _unsafe(path, "compressed entries, which Keras does not write")
             if archive.getinfo(_CONFIG).file_size > MAX_CONFIG_BYTES:
                 raise _unsafe(path, f"more than {MAX_CONFIG_BYTES:,} bytes of {_CONFIG} (MAX_CONFIG_BYTES)")
             config = _checked(json.loads(archive.read(_CONFIG)), path)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rempart.core.errors import ModelError
 from rempart.core.model import BlackBox, Classifier, Untraced
+from rempart.models.formats import within_limits
 from rempart.models.formats.onnx_ops import OPERATORS, Operator, UnsupportedError, layer
 
 MAX_BYTES = 2**31 - 1
@@ -171,14 +172,14 @@ def _nodes(proto: Any) -> Iterator[Any]:
         yield from graph.node
 
 
-def _tensors(proto: Any) -> Iterator[Any]:
-    for graph in _graphs(proto.graph):
-        yield from graph.initializer
-    for node in [*_nodes(proto), *(node for function in proto.functions for node in function.node)]:
-        for attribute in node.attribute:
-            yield from attribute.tensors
-            if attribute.HasField("t"):
-                yield attribute.t
+def _tensors(message: Any) -> Iterator[Any]:
+    """Every tensor in a message, wherever it stands: in weights dense or sparse, branches, functions."""
+    if hasattr(message, "external_data"):
+        yield message
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for inner in value if isinstance(value, Sequence) else [value]:
+                yield from _tensors(inner)
 
 
 def _take_in(proto: Any, path: Path) -> None:
@@ -235,7 +236,9 @@ def _image(source: Any) -> tuple[int | None, tuple[int, ...]]:
             got=f"{source.name} of shape {tuple('any' if d is None else d for d in dims)}",
             hint="leave only the number of images open: python -m onnxruntime.tools.make_dynamic_shape_fixed",
         )
-    return dims[0], tuple(d for d in dims[1:] if d is not None)
+    shape = tuple(d for d in dims[1:] if d is not None)
+    within_limits((dims[0] or 1, *shape))
+    return dims[0], shape
 
 
 def _is_channels_last(graph: Any, name: str, shape: Sequence[int]) -> bool:
@@ -268,6 +271,8 @@ def _without_activation(proto: Any) -> nn.Module | None:
         node = by_output.get(node.input[0])
     rank = len(result.type.tensor_type.shape.dim)
     if node is None or node.op_type not in ("Softmax", "Sigmoid") or rank != 2 or node.input[0] not in by_output:
+        return None
+    if _attributes(node).get("axis", 1) not in (1, -1):  # a softmax over the images of a batch
         return None
     result.name = node.input[0]
     return nn.Softmax(1) if node.op_type == "Softmax" else nn.Sigmoid()
