@@ -8,6 +8,7 @@ from rempart.core.threat import Threat
 from rempart.report.compare import CLEAN, WORST, Comparison
 from rempart.report.methods import Group, Methods
 from rempart.report.schema import (
+    ACCURACY,
     ALL,
     ANEW,
     EVERY,
@@ -199,10 +200,13 @@ def verdict(report: Report) -> str:
     checked = any(attack.label == "checks" and attack.success and attack.success.k for attack in report.attacks)
     ran = "the attacks and checks run here" if checked else "the attacks run here"
     ran = ran if report.complete else "the attacks finished so far"
+    doubts = {check.name: check.message for check in (*report.preflight, *report.checks) if check.status == "warned"}
+    unknown = doubts.pop(ACCURACY, None)
     return (
         f"{limit[:1].upper()}{limit[1:]}, {ran} left {share(worst)} rightly classified. "
         "This is an upper bound: a stronger attack can only lower it."
-        + (" Some checks say that the attacks may have failed." if report.stamp == "suspicious" else "")
+        + (f" {unknown}" if unknown else "")
+        + (" Some checks say that the attacks may have failed." if report.stamp == "suspicious" and doubts else "")
     )
 
 
