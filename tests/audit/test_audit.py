@@ -371,3 +371,13 @@ def test_an_audit_measures_whether_the_model_is_random_and_says_what_it_did(
     assert noted == bool(sigma)
     tried = result.report.attacks[0].tried
     assert tried and result.report.attacks[0].gradients == 2 * passes * tried
+
+
+def test_progress_names_attack_and_threat() -> None:
+    told: list[Event] = []
+    run("linf:0.02", "pgd", notify=told.append)
+    named = {event.stage: {e.note for e in told if e.stage == event.stage} for event in told}
+    assert named["pgd"] == {"linf:0.02, samples 100 to 139"}
+    assert len(named["eps sweep"]) > 2 and all(note.startswith("pgd linf:") for note in named["eps sweep"])
+    searches = [note for stage, notes in named.items() if stage.startswith("check ") for note in notes]
+    assert searches and all(note.split(" linf:")[1:] for note in searches)

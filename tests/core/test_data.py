@@ -526,7 +526,7 @@ def test_resizing_is_antialiased_bilinear(tmp_path: Path, array: np.ndarray, sla
 
 def test_says_which_image_has_another_size(tmp_path: Path) -> None:
     path = zipped(tmp_path / "x.zip", {**FILES, "test/bee/odd.png": encoded(pixels(4, 9))})
-    with pytest.raises(DataError, match=r"5x6 like test/.*got 9x4 in test/bee/odd\.png; add @128"):
+    with pytest.raises(DataError, match=r"5x6 like test/.*got 9x4 in test/bee/odd\.png; add @5x6 to"):
         everything(open_data(str(path)))
     assert everything(open_data(f"{path}@3")).shape == (9, 1, 3, 3)
 

@@ -219,7 +219,8 @@ def attack_data(
         values = {"accuracy": left / done} if done else {}
         if event is not None and event.total:
             values["batch"] = event.done / event.total
-        notify(Event(stage=job.entry.name, done=done, total=len(data), values=values))
+        note = f"{job.entry.name} {threat}"
+        notify(Event(stage=job.entry.name, done=done, total=len(data), values=values, note=note))
 
     with prepared(model, data.batch(torch.arange(min(len(data), 6))).x, search) as ready:
         for batch in data.batches(max(1, len(data)) if job.entry.traits.joint else batch_size):

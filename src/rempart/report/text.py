@@ -43,6 +43,10 @@ ENOUGH_MODELS = 5
 """Of fewer models even a perfect order happens by chance in more than one case of twenty."""
 
 
+NOT_KNOWN = "[not known]"
+"""In place of an interval over one run, one patient or one volume."""
+
+
 def table(report: Report) -> str:
     """The report as plain text for a terminal, at most 100 columns wide."""
     behind = [f"behind {', then '.join(report.model.defences)}"] if report.model.defences else []
@@ -153,6 +157,8 @@ def budget_of(methods: Methods) -> str:
 
 def span(mean: Mean, sign: str = "") -> str:
     """The interval of a mean in its own unit: `[0.0121, 0.0125]`."""
+    if mean.n == 1:
+        return NOT_KNOWN
     return f"[{mean.low:{sign}.3g}, {mean.high:{sign}.3g}]"
 
 
@@ -254,6 +260,7 @@ def limits(report: Report) -> Iterator[str]:
     )
     yield from _limits_of_classes(report)
     yield "No certificate was computed: nothing here bounds the accuracy under attack from below."
+    yield from _without_likeness(report)
     if report.attacks and all(attack.eight_bit is None for attack in report.attacks):
         yield "Adversarial images were judged with exact pixels; rounded to an 8-bit file, some may fail."
     if report.clean is not None:
@@ -267,6 +274,22 @@ def limits(report: Report) -> Iterator[str]:
                 f"Images of one {kind} hang together: intervals over images are too narrow. Those by {kind} are not, "
                 "where there are enough of them, say 20."
             )
+        for groups in report.groups:
+            if groups.n == 1:
+                yield (
+                    f"All images are of one {groups.kind}: intervals over {groups.kind}s are not known, because one "
+                    "alone does not tell how far others differ."
+                )
+
+
+def _without_likeness(report: Report) -> Iterator[str]:
+    """Why there is no PSNR or SSIM, where there is none."""
+    looks = [attack.similarity for attack in report.attacks if attack.similarity is not None]
+    broken = [attack.success.k for attack in report.attacks if attack.success is not None]
+    if not looks and broken and not any(broken):
+        yield "There is no PSNR or SSIM: no attack turned an image that was right at first."
+    elif looks and all(one.ssim is None for one in looks):
+        yield "There is no SSIM: its window of 11 pixels is larger than the images."
 
 
 def risk_facts(report: Report) -> Iterator[tuple[str, str, str]]:
@@ -366,7 +389,9 @@ def share(rate: Rate) -> str:
 
 
 def interval(rate: Rate | Difference | Mean) -> str:
-    """`[42.1, 50.3]`, in percent (of a difference: percentage points)."""
+    """`[42.1, 50.3]`, in percent (of a difference: percentage points); of a mean over one alone, none is known."""
+    if isinstance(rate, Mean) and rate.n == 1:
+        return NOT_KNOWN
     sign = "+" if isinstance(rate, Difference) else ""
     return f"[{100 * rate.low:{sign}.1f}, {100 * rate.high:{sign}.1f}]"
 
