@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,9 @@ from rempart.report.schema import (
     Detection,
     DetectorChoice,
     DetectSpec,
+    ExplainSpec,
     Report,
+    TrainSpec,
 )
 from test_cli import rempart
 
@@ -281,6 +284,29 @@ def test_a_folder_with_a_trained_model_is_no_run_folder(tmp_path: Path) -> None:
             tasks.run(request)
     kept = ["config.json", "report.json", "weights.safetensors"]
     assert sorted(path.name for path in tmp_path.iterdir()) == kept
+
+
+def test_a_run_replaces_no_report_of_another_command(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"data": "digits[:8]", "threat": "linf:0.1", "out": str(tmp_path)}
+    fgsm = AttackChoice(name="fgsm")
+    requests = [
+        AuditSpec(model=MODEL, **given),
+        AttackSpec(model=MODEL, **given | {"attack": fgsm, "out": str(tmp_path / "adv.npz")}),
+        CertifySpec(model=MODEL, **given, sigma=0.1),
+        spec(tmp_path),
+        ExplainSpec(models=(MODEL,), **given, attacks=(fgsm,), layers=("net.0",)),
+        TrainSpec(data="digits", model="mlp", recipe="plain:digits", out=str(tmp_path)),
+    ]
+    for request in requests:
+        for other in {one.kind for one in requests} - {request.kind}:
+            (tmp_path / "report.json").write_text(f'{{"kind": "{other}"}}')
+            with pytest.raises(SpecError, match=rf"of its own, got .* the report of another command \({other}\); cho"):
+                tasks.run(request)
+            assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    for earlier in ('{"kind": "audit"}', "{", "[]", "{}"):
+        (tmp_path / "report.json").write_text(earlier)
+        store.claim(tmp_path, "audit")
+        assert (tmp_path / "report.json.old").read_text() == earlier and not (tmp_path / "report.json").exists()
 
 
 def test_detectors_of_two_runs_are_never_mixed(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

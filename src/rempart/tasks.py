@@ -154,17 +154,17 @@ def _audit(spec: AuditSpec, notify: Notify) -> Report | None:
         return _share(spec, None, ALONE, notify)
     folder, place = Path(spec.out), launched()
     if place is None or place[0] == 0:
-        _claim(folder)
+        _claim(folder, spec.kind)
     with _processes(spec, folder) as here:
         return _share(spec, folder, here, notify if here.number == 0 else silent)
 
 
-def _claim(folder: Path) -> None:
+def _claim(folder: Path, kind: str) -> None:
     """Claim a run folder, but none with a trained model, whose report would be set aside for another."""
     if all((folder / name).exists() for name in (CONFIG, WEIGHTS)):
         came = f"{folder}, which holds a trained model"
         raise SpecError("a run folder of its own", got=came, hint="choose another --out")
-    claim(folder)
+    claim(folder, kind)
 
 
 def _clear(folder: Path) -> None:
@@ -213,7 +213,7 @@ def _attack(spec: AttackSpec, notify: Notify) -> Report:
     started = perf_counter()
     if not spec.out.endswith(".npz"):
         raise SpecError("--out to name a .npz file", got=repr(spec.out), hint="for example --out adversarial.npz")
-    _claim(Path(spec.out).parent)
+    _claim(Path(spec.out).parent, spec.kind)
     model, told = _opened(spec)
     data = _data(spec, model)
     threat = data.threat(spec.threat, model.low, model.high)
@@ -281,7 +281,7 @@ def _certify(spec: CertifySpec, notify: Notify) -> Report:
     entry = attacks[spec.attack.name]
     options = entry.parse(spec.attack.options)
     if spec.out is not None:
-        _claim(Path(spec.out))
+        _claim(Path(spec.out), spec.kind)
     model, told = _opened(spec)
     data = _unmasked(open_data(spec.data)).head(spec.limit).seen_by(model)
     threat = None if spec.threat is None else data.threat(spec.threat, model.low, model.high)
@@ -381,7 +381,7 @@ def _explain(spec: ExplainSpec, notify: Notify) -> Report:
         about_it = f", {label}" if len(models) > 1 else ""
         checks += [check.model_copy(update={"name": f"{check.name}{about_it}"}) for check in told]
         models[label] = Subject(mended, subject.card, told)
-    _claim(out)
+    _claim(out, spec.kind)
     found = explain(models, data, threat, spec, picture=picture, notify=notify)
     report = Report(
         kind="explain",
@@ -432,7 +432,7 @@ def _detect(spec: DetectSpec, notify: Notify) -> Report:
     train, test = (data.seen_by(model) for data in splits)
     threat = test.threat(spec.threat, model.low, model.high)
     crafts(spec, threat)
-    _claim(out)
+    _claim(out, spec.kind)
     _clear(out / DETECTORS)
     learn, calibration, judge = parts(train, test, spec)
     model, checks = preflight(model, judge)
