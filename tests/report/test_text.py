@@ -332,3 +332,28 @@ def test_it_is_said_why_there_is_no_psnr_or_ssim(make_report: Callable[..., Repo
     assert "There is no" not in told(similarity=small.model_copy(update={"ssim": 0.9, "ssim_low": 0.8}))
     assert "no PSNR or SSIM: no attack turned an image" in told(similarity=None, success=wilson(0, 40))
     assert "There is no" not in told(similarity=None, success=wilson(3, 40)), "as in reports older than the two"
+
+
+@pytest.mark.parametrize("kind", ["audit", "attack"])
+@pytest.mark.parametrize(
+    ("right", "broken", "says"),
+    [(0, 0, "was wrong on the one image"), (1, 0, "The attack did not succeed"), (1, 1, "The attack succeeded")],
+)
+def test_one_image_is_told_in_words(make_report: Callable[..., Report], kind, right, broken, says):
+    report = make_report(n=1)
+    attack = report.attacks[0].model_copy(update={"success": wilson(broken, 1) if right else None})
+    rates = {"clean": wilson(right, 1), "worst_case": wilson(right - broken, 1)}
+    report = report.model_copy(update={"kind": kind, "attacks": (attack,), **rates})
+    for told in (verdict(report), " ".join(table(report).split()), page(report)):
+        assert says in told and "One image is no statistics" in told
+        assert sum(told.count(f"attack {word}succe") for word in ("", "did not ")) == right
+    assert "no statistics" not in verdict(make_report(n=2))
+
+
+def test_one_explained_image_is_told_in_words():
+    report = report_of("explanation")
+    for held, says in ((0, "The attack succeeded on the one image."), (1, "The attack did not succeed on the one")):
+        alone = report.explained[0].model_copy(update={"clean": wilson(1, 1), "attacked": wilson(held, 1)})
+        told = verdict(report.model_copy(update={"clean": wilson(1, 1), "explained": (alone,)}))
+        assert told.startswith(says) and "One image is no statistics" in told
+    assert "no statistics" not in verdict(report)

@@ -178,7 +178,29 @@ def stamp(report: Report) -> str:
 
 
 def verdict(report: Report) -> str:
-    """What was found, in one or two plain sentences; never that a model is safe."""
+    """What was found, in a few plain sentences; never that a model is safe."""
+    return _alone(report) + _found(report)
+
+
+def _alone(report: Report) -> str:
+    """What a report on one image says before its shares; nothing where there are more."""
+    if report.kind in ("train", "detect") or report.clean is None or report.clean.n != 1:
+        return ""
+    plain = "One image is no statistics: shares and intervals below say nothing of other images. "
+    if report.kind == "certify" or not (report.attacks or report.explained):
+        return plain
+    if report.clean.k == 0:
+        return f"The model was wrong on the one image from the start, so that no attack had anything to do. {plain}"
+    if report.explained:
+        broken = report.explained[0].attacked.k == 0
+    elif report.kind == "attack":
+        broken = (rate := report.attacks[0].success) is not None and rate.k == 1
+    else:
+        broken = report.worst_case is not None and report.worst_case.k == 0
+    return f"The attack {'succeeded' if broken else 'did not succeed'} on the one image. {plain}"
+
+
+def _found(report: Report) -> str:
     if report.kind == "train":
         return _trained(report)
     if report.kind == "certify":
