@@ -422,7 +422,7 @@ def prune(
     model: Annotated[str, typer.Argument(metavar="MODEL")],
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of `rempart explain` on this model")],
     out: Annotated[Path, typer.Option("--out", help="New folder for the pruned model")],
-    share: Annotated[float, typer.Option("--share", help="Of a layer's neurons to take out, in (0, 1]")] = 0.1,
+    share: Annotated[float, typer.Option("--share", help="Of a layer's neurons to take out, in (0, 1)")] = 0.1,
     choose: Annotated[
         Literal["sensitive", "least", "random"], typer.Option("--choose", help="Which neurons to take out")
     ] = "sensitive",

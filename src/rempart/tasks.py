@@ -219,7 +219,7 @@ def _attack(spec: AttackSpec, notify: Notify) -> Report:
     threat = data.threat(spec.threat, model.low, model.high)
     entry = attacks[spec.attack.name]
     options = entry.parse(spec.attack.options)
-    native(entry, threat)
+    native(entry, threat, options)
     if "loss" in options:
         score(options["loss"], targeted=spec.target is not None, num_classes=model.num_classes)
     model, checks = preflight(model, data)
@@ -286,7 +286,7 @@ def _certify(spec: CertifySpec, notify: Notify) -> Report:
     data = _unmasked(open_data(spec.data)).head(spec.limit).seen_by(model)
     threat = None if spec.threat is None else data.threat(spec.threat, model.low, model.high)
     if threat is not None:
-        native(entry, threat)
+        native(entry, threat, options)
         covering(threat, 1)
         if "loss" in options:
             score(options["loss"], targeted=False, num_classes=model.num_classes)
@@ -373,8 +373,8 @@ def _explain(spec: ExplainSpec, notify: Notify) -> Report:
     if spec.suite is not None:
         suite(spec.suite, threat, first.num_classes)
     for choice in spec.attacks:
-        native(attacks[choice.name], threat)
-        attacks[choice.name].parse(choice.options)
+        entry = attacks[choice.name]
+        native(entry, threat, entry.parse(choice.options))
     checks: list[Check] = []
     for label, subject in models.items():
         mended, told = preflight(subject.model, data)

@@ -209,7 +209,7 @@ def test_another_model_a_wrong_share_and_a_taken_folder_are_refused(explained, t
     save(other, tmp_path / "other", name="mlp", options=WIDTHS)
     with pytest.raises(ModelError, match="whose weights are others"):
         prune_model(str(tmp_path / "other"), run, out)
-    for share in (0.0, 1.1):
+    for share in (0.0, 1.0, 1.1):
         with pytest.raises(SpecError, match="share"):
             prune_model(str(explained / "m0"), run, out, share=share)
     with pytest.raises(SpecError, match="name of a layer"):

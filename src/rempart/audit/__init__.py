@@ -286,7 +286,7 @@ def plan(
         mean = mean_gradient(name, given) if random else {}
         options = entry.parse({**given, **mean})
         means += [name] if mean else []
-        native(entry, threat)
+        native(entry, threat, options)
         if "loss" in options:
             score(options["loss"], targeted=name.endswith("-t"), num_classes=num_classes)  # apgd-t aims at each class
         label = name if "loss" not in given else f"{name}-{given['loss']}"

@@ -61,7 +61,7 @@ def prune_model(
         source: A model that `models.load` takes, and that can be saved.
         run: The folder of an explain run, or its report, in which the same model occurs.
         out: A new folder for the pruned model.
-        share: Of the neurons of each layer, in (0, 1].
+        share: Of the neurons of each layer, in (0, 1).
         choose: The most sensitive, the least, or as many at random.
         layers: Names or patterns; none: all layers of the run.
         seed: Of the random choice.
@@ -74,8 +74,8 @@ def prune_model(
         DataError: If there is no such run.
         ModelError: If the run is not about this model, or its neurons cannot be taken out.
     """
-    if not 0 < share <= 1:
-        raise SpecError("a share in (0, 1]", got=share)
+    if not 0 < share < 1:
+        raise SpecError("a share in (0, 1)", got=share, hint="of a layer without neurons, nothing would be left")
     if (Path(out) / CONFIG).exists():
         raise SpecError("a folder without a model", got=out, hint="choose another --out")
     name, options, box = architecture(source)
