@@ -393,7 +393,7 @@ def _explain(spec: ExplainSpec, notify: Notify) -> Report:
         model=about,
         data=DataCard.of(data),
         preflight=tuple(checks),
-        clean=found.explained[0].clean,
+        clean=found.explained[0].clean if found.explained else None,
         explained=found.explained,
         trend=trend(found.explained),
         illustration=found.illustration,

@@ -357,3 +357,11 @@ def test_one_explained_image_is_told_in_words():
         told = verdict(report.model_copy(update={"clean": wilson(1, 1), "explained": (alone,)}))
         assert told.startswith(says) and "One image is no statistics" in told
     assert "no statistics" not in verdict(report)
+
+
+def test_an_explanation_stopped_before_its_first_batch_says_so():
+    missing = ("40 of 40 images", "tests of plain")
+    empty = {"explained": (), "illustration": None, "trend": None, "clean": None, "complete": False}
+    report = report_of("explanation").model_copy(update={**empty, "not_run": missing})
+    for told in (" ".join(table(report).split()), page(report)):
+        assert "No model was explained before the interruption." in told and "40 of 40 images" in told
