@@ -15,7 +15,7 @@ from rempart.explain.anew import without
 from rempart.explain.sensitivity import Choose, matching, top
 from rempart.models.load import architecture, load
 from rempart.models.save import CONFIG, save
-from rempart.report.store import read_explained
+from rempart.report.store import read, read_explained
 
 _PROBE = 16  # images of noise the pruned model is checked on
 
@@ -95,8 +95,26 @@ def prune_model(
     pruned = prune(model, neurons)
     numbers = {layer: mask.nonzero()[:, 0].tolist() for layer, mask in neurons.items()}
     record = {"from": source, "explained": str(run), "share": share, "choose": choose, "seed": seed, "neurons": numbers}
+    record |= {"doubts": list(doubts(run))}
     save(pruned, out, name=name, options=options, box=box, training={"pruned": record})
     return numbers
+
+
+def doubts(run: str | Path) -> tuple[str, ...]:
+    """What speaks against choosing neurons by an explain run, one sentence each.
+
+    Raises:
+        DataError: If there is no such run.
+    """
+    report = read(run)
+    found: list[str] = []
+    if not report.complete:
+        found.append(f"The run was interrupted (not run: {', '.join(report.not_run)}): fewer images chose the neurons.")
+    if report.data.split == "test":
+        found.append(
+            "Test images chose the neurons, and an audit on them judges its own choice: explain on train images."
+        )
+    return tuple(found)
 
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
