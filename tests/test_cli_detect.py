@@ -44,7 +44,7 @@ PROGRAM = """
 import torch
 from torch import nn
 from rempart.core.data import open_data
-from rempart.core.model import Classifier
+from rempart.core.model import BlackBox, Classifier
 
 def classifier():
     '''The class whose mean image is nearest: z_k = 8 (m_k x - |m_k|^2 / 2).'''
@@ -56,6 +56,23 @@ def classifier():
         layer.weight.copy_(8 * means)
         layer.bias.copy_(-4 * (means**2).sum(1))
     return Classifier(nn.Sequential(nn.Flatten(), layer), shape=(1, 8, 8), num_classes=10, class_names=data.class_names)
+
+def turned():
+    model = classifier()
+    names = model.class_names[::-1]
+    return Classifier(model.net, shape=model.shape, num_classes=10, class_names=names)
+
+class Sealed(BlackBox):
+    def __init__(self, net):
+        super().__init__("it is sealed")
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x).detach()
+
+def sealed():
+    model = classifier()
+    return Classifier(Sealed(model.net), shape=model.shape, num_classes=10, class_names=model.class_names)
 
 def softmax():
     model = classifier()
@@ -307,6 +324,25 @@ def test_a_run_replaces_no_report_of_another_command(tmp_path: Path) -> None:
         (tmp_path / "report.json").write_text(earlier)
         store.claim(tmp_path, "audit")
         assert (tmp_path / "report.json.old").read_text() == earlier and not (tmp_path / "report.json").exists()
+
+
+def test_a_gradient_attack_on_a_smoothed_black_box_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"model": "python:means_of_digits:sealed", "data": "digits[:2]", "sigma": 0.1}
+    with pytest.raises(
+        ModelError, match=r"a model with gradients for pgd, got one without \(it is sealed\); use .*square"
+    ):
+        tasks.run(CertifySpec(**given, threat="l2:0.1", attack=AttackChoice(name="pgd"), samples=10, selection=2))
+    report = tasks.run(CertifySpec(**given, samples=10, selection=2))
+    assert report is not None and report.complete
+
+
+def test_models_of_other_orders_of_classes_are_explained_alone(tmp_path: Path) -> None:
+    models = (MODEL, "python:means_of_digits:turned")
+    given: dict[str, Any] = {"data": "digits[:4]", "threat": "linf:0.1", "layers": ("net.0",), "out": str(tmp_path)}
+    told = r"order 0, 1, .*, got 9, 8, .* in .*; explain it alone: the labels of the images are numbered"
+    with pytest.raises(SpecError, match=told):
+        tasks.run(ExplainSpec(models=models, attacks=(AttackChoice(name="fgsm"),), **given))
+    assert not (tmp_path / "report.json").exists()
 
 
 def test_detectors_of_two_runs_are_never_mixed(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

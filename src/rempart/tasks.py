@@ -16,7 +16,7 @@ import torch
 
 from rempart.attacks import Verdict, attack_data, attacks
 from rempart.attacks.losses import score
-from rempart.attacks.run import native, targets
+from rempart.attacks.run import allowed, native, targets
 from rempart.attacks.suites import suite
 from rempart.audit import (
     Audit,
@@ -287,6 +287,7 @@ def _certify(spec: CertifySpec, notify: Notify) -> Report:
     threat = None if spec.threat is None else data.threat(spec.threat, model.low, model.high)
     if threat is not None:
         native(entry, threat, options)
+        allowed(entry, model)
         covering(threat, 1)
         if "loss" in options:
             score(options["loss"], targeted=False, num_classes=model.num_classes)
@@ -362,6 +363,14 @@ def _explain(spec: ExplainSpec, notify: Notify) -> Report:
     first, about = subject.model, subject.card
     if other := [name for name, s in models.items() if (s.model.low, s.model.high) != (first.low, first.high)]:
         raise SpecError(f"models for pixels in [{first.low}, {first.high}]", got=other[0], hint="explain it alone")
+    for name, s in models.items():
+        own = s.model.class_names
+        if own != first.class_names and sorted(own) == sorted(first.class_names):
+            came = f"{', '.join(own)} in {name}"
+            hint = "explain it alone: the labels of the images are numbered as the outputs of the first model"
+            raise SpecError(
+                f"models with their classes in the order {', '.join(first.class_names)}", got=came, hint=hint
+            )
     picture = _pictured(spec, first)
     if spec.data is not None:
         data = _unmasked(open_data(spec.data, split="test")).head(spec.limit).seen_by(first)
