@@ -504,11 +504,11 @@ def test_the_seed_of_a_request_is_that_of_a_random_defence_too(tmp_path: Path) -
         torch.manual_seed(len(run))
         changes = {"defences": noise, "attacks": (pgd,), "budgets": (), "adaptive": False, "fit_limit": 60, "fpr": 0.3}
         tasks.run(spec(tmp_path / run, **changes, limit=10))
-        tasks.run(AttackSpec(attack=pgd, out=str(tmp_path / run / "attack.npz"), **given))
+        tasks.run(AttackSpec(attack=pgd, out=str(tmp_path / run / "attack" / "attack.npz"), **given))
         kept = CertifySpec(sigma=0.1, samples=100, selection=10, out=str(tmp_path / run / "certify"), **given)
         tasks.run(kept)
     torch.set_rng_state(state)
-    for file in ("samples.npz", "attack.npz", "certify/samples.npz"):
+    for file in ("samples.npz", "attack/attack.npz", "certify/samples.npz"):
         with np.load(tmp_path / "first" / file) as first, np.load(tmp_path / "second" / file) as second:
             assert first.files and all(map(same, map(first.get, first.files), map(second.get, first.files))), file
 
