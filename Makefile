@@ -38,7 +38,15 @@ $(VENV)/.base: pyproject.toml constraints.txt
 	touch $@
 
 # torchattacks declares torchvision, which does not load beside this torch; it works without
+# PDF needs Pango, pages a browser, the job table of several machines PostgreSQL: what is absent is not tested
+SYSTEM := libpango-1.0-0 libpangoft2-1.0-0 libharfbuzz-subset0 chromium postgresql
 $(VENV)/.test: $(VENV)/.base
+	@if dpkg -s $(SYSTEM) > /dev/null 2>&1; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+		echo "installing $(SYSTEM)"; \
+		apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -qy install --no-install-recommends $(SYSTEM) \
+			|| echo "that failed: what needs them is not tested"; \
+	else echo "not all of $(SYSTEM) are here: what needs them is not tested"; fi
 	$(PIP) -e '.[test,lint]'
 	$(PIP) --no-deps torchattacks
 	touch $@

@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,9 @@ from rempart.report.schema import (
     Detection,
     DetectorChoice,
     DetectSpec,
+    ExplainSpec,
     Report,
+    TrainSpec,
 )
 from test_cli import rempart
 
@@ -41,7 +44,7 @@ PROGRAM = """
 import torch
 from torch import nn
 from rempart.core.data import open_data
-from rempart.core.model import Classifier
+from rempart.core.model import BlackBox, Classifier
 
 def classifier():
     '''The class whose mean image is nearest: z_k = 8 (m_k x - |m_k|^2 / 2).'''
@@ -53,6 +56,23 @@ def classifier():
         layer.weight.copy_(8 * means)
         layer.bias.copy_(-4 * (means**2).sum(1))
     return Classifier(nn.Sequential(nn.Flatten(), layer), shape=(1, 8, 8), num_classes=10, class_names=data.class_names)
+
+def turned():
+    model = classifier()
+    names = model.class_names[::-1]
+    return Classifier(model.net, shape=model.shape, num_classes=10, class_names=names)
+
+class Sealed(BlackBox):
+    def __init__(self, net):
+        super().__init__("it is sealed")
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x).detach()
+
+def sealed():
+    model = classifier()
+    return Classifier(Sealed(model.net), shape=model.shape, num_classes=10, class_names=model.class_names)
 
 def softmax():
     model = classifier()
@@ -283,6 +303,48 @@ def test_a_folder_with_a_trained_model_is_no_run_folder(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == kept
 
 
+def test_a_run_replaces_no_report_of_another_command(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"data": "digits[:8]", "threat": "linf:0.1", "out": str(tmp_path)}
+    fgsm = AttackChoice(name="fgsm")
+    requests = [
+        AuditSpec(model=MODEL, **given),
+        AttackSpec(model=MODEL, **given | {"attack": fgsm, "out": str(tmp_path / "adv.npz")}),
+        CertifySpec(model=MODEL, **given, sigma=0.1),
+        spec(tmp_path),
+        ExplainSpec(models=(MODEL,), **given, attacks=(fgsm,), layers=("net.0",)),
+        TrainSpec(data="digits", model="mlp", recipe="plain:digits", out=str(tmp_path)),
+    ]
+    for request in requests:
+        for other in {one.kind for one in requests} - {request.kind}:
+            (tmp_path / "report.json").write_text(f'{{"kind": "{other}"}}')
+            with pytest.raises(SpecError, match=rf"of its own, got .* the report of another command \({other}\); cho"):
+                tasks.run(request)
+            assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    for earlier in ('{"kind": "audit"}', "{", "[]", "{}"):
+        (tmp_path / "report.json").write_text(earlier)
+        store.claim(tmp_path, "audit")
+        assert (tmp_path / "report.json.old").read_text() == earlier and not (tmp_path / "report.json").exists()
+
+
+def test_a_gradient_attack_on_a_smoothed_black_box_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"model": "python:means_of_digits:sealed", "data": "digits[:2]", "sigma": 0.1}
+    with pytest.raises(
+        ModelError, match=r"a model with gradients for pgd, got one without \(it is sealed\); use .*square"
+    ):
+        tasks.run(CertifySpec(**given, threat="l2:0.1", attack=AttackChoice(name="pgd"), samples=10, selection=2))
+    report = tasks.run(CertifySpec(**given, samples=10, selection=2))
+    assert report is not None and report.complete
+
+
+def test_models_of_other_orders_of_classes_are_explained_alone(tmp_path: Path) -> None:
+    models = (MODEL, "python:means_of_digits:turned")
+    given: dict[str, Any] = {"data": "digits[:4]", "threat": "linf:0.1", "layers": ("net.0",), "out": str(tmp_path)}
+    told = r"order 0, 1, .*, got 9, 8, .* in .*; explain it alone: the labels of the images are numbered"
+    with pytest.raises(SpecError, match=told):
+        tasks.run(ExplainSpec(models=models, attacks=(AttackChoice(name="fgsm"),), **given))
+    assert not (tmp_path / "report.json").exists()
+
+
 def test_detectors_of_two_runs_are_never_mixed(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_, **__):
         raise KeyboardInterrupt
@@ -442,11 +504,11 @@ def test_the_seed_of_a_request_is_that_of_a_random_defence_too(tmp_path: Path) -
         torch.manual_seed(len(run))
         changes = {"defences": noise, "attacks": (pgd,), "budgets": (), "adaptive": False, "fit_limit": 60, "fpr": 0.3}
         tasks.run(spec(tmp_path / run, **changes, limit=10))
-        tasks.run(AttackSpec(attack=pgd, out=str(tmp_path / run / "attack.npz"), **given))
+        tasks.run(AttackSpec(attack=pgd, out=str(tmp_path / run / "attack" / "attack.npz"), **given))
         kept = CertifySpec(sigma=0.1, samples=100, selection=10, out=str(tmp_path / run / "certify"), **given)
         tasks.run(kept)
     torch.set_rng_state(state)
-    for file in ("samples.npz", "attack.npz", "certify/samples.npz"):
+    for file in ("samples.npz", "attack/attack.npz", "certify/samples.npz"):
         with np.load(tmp_path / "first" / file) as first, np.load(tmp_path / "second" / file) as second:
             assert first.files and all(map(same, map(first.get, first.files), map(second.get, first.files))), file
 

@@ -9,8 +9,8 @@ import torch
 from typer.testing import CliRunner
 
 from rempart.cli import app
-from rempart.core.data import open_data
-from rempart.inspection import described, inspect_model
+from rempart.core.data import Data, open_data
+from rempart.inspection import _balanced, described, inspect_model
 from rempart.models import build, load, save
 from rempart.report.schema import Reading
 
@@ -154,3 +154,63 @@ def test_keras_layers_have_their_own_names_and_kinds(tmp_path: Path) -> None:
     assert found.normalisation == ("a Rescaling layer, scale 0.5, offset -1.0",)
     assert found.form == ".keras file" and "softmax of its last layer was taken off" in described(found)
     assert found.problem is None
+
+
+FOREIGN = """
+import torch
+from torch import nn
+from rempart import Classifier
+from rempart.core.data import open_data
+
+
+class Nearest(nn.Module):
+    '''The digit with the nearest mean, from nine to zero, of grey levels from 0 to 255.'''
+
+    def __init__(self):
+        super().__init__()
+        data = open_data("digits:train").load()
+        batch = data.batch(torch.arange(len(data)))
+        means = torch.stack([batch.x[batch.y == k].mean(0).flatten() for k in range(9, -1, -1)])
+        self.register_buffer("means", means)
+
+    def forward(self, levels):
+        return (levels / 255).flatten(1) @ self.means.T - self.means.square().sum(1) / 2
+
+
+def classifier():
+    return Classifier(Nearest(), shape=(1, 8, 8), num_classes=10).eval()
+"""
+
+
+def test_a_wrong_box_or_order_of_classes_shows_in_the_accuracy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nearest.py").write_text(FOREIGN)
+    turned = tuple("9876543210")
+    right, box, order = (
+        inspect_model("python:nearest:classifier", reading, "digits:test")
+        for reading in (Reading(box="0:255", classes=turned), Reading(classes=turned), Reading(box="0:255"))
+    )
+    known, narrow, mixed = (
+        next(check for check in found.checks if check.name == "clean accuracy") for found in (right, box, order)
+    )
+    assert [known.status, narrow.status, mixed.status] == ["passed", "warned", "warned"]
+    x, labels = (data := open_data("digits:test").load()).batch(torch.arange(len(data))).x, data.labels
+    with torch.no_grad():
+        truth = (9 - load("python:nearest:classifier", Reading(box="0:255"))(x).argmax(1) == labels).double().mean()
+    assert known.evidence["n"] == 100 and abs(known.evidence["accuracy"] - float(truth)) < 0.1
+    assert mixed.evidence["chance"] == 0.1 and mixed.evidence["accuracy"] < 0.1
+    assert "every image is taken for" in narrow.message and narrow.evidence["accuracy"] == 0.1, "ten of each class"
+    for found in (box, order):
+        assert "warned   clean accuracy" in described(found) and "--box" in described(found)
+    assert "clean accuracy" not in [check.name for check in inspect_model("python:nearest:classifier").checks]
+
+
+def test_the_sample_holds_as_many_images_of_each_class_while_they_last() -> None:
+    labels = torch.tensor([0] * 500 + [1] * 70 + [2] * 20)
+    data = Data("", "all", torch.arange(590) + 7, labels, (1, 1, 1), tuple("abc"), lambda index: index)  # type: ignore
+    some = _balanced(data)
+    assert some.labels.bincount().tolist() == [40, 40, 20]
+    assert len(some.index.unique()) == 100 and torch.equal(labels[some.index - 7], some.labels)
+    assert int(some.index.max()) > 577 and int(some.index[some.labels == 0].max()) > 300, "drawn from all of them"
+    many = Data("", "all", torch.arange(500), torch.arange(500), (1, 1, 1), tuple(map(str, range(500))), data.read)
+    assert len(_balanced(many).labels.unique()) == 100

@@ -422,7 +422,7 @@ def prune(
     model: Annotated[str, typer.Argument(metavar="MODEL")],
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of `rempart explain` on this model")],
     out: Annotated[Path, typer.Option("--out", help="New folder for the pruned model")],
-    share: Annotated[float, typer.Option("--share", help="Of a layer's neurons to take out, in (0, 1]")] = 0.1,
+    share: Annotated[float, typer.Option("--share", help="Of a layer's neurons to take out, in (0, 1)")] = 0.1,
     choose: Annotated[
         Literal["sensitive", "least", "random"], typer.Option("--choose", help="Which neurons to take out")
     ] = "sensitive",
@@ -432,11 +432,13 @@ def prune(
     seed: Seed = 0,
 ) -> None:
     """Take neurons out of a model by their sensitivity: their weights become 0. `rempart audit` says what is left."""
-    from rempart.explain import prune_model
+    from rempart.explain import doubts, prune_model
 
     found = prune_model(str(model), run, out, share=share, choose=choose, layers=layers or (), seed=seed)
     for layer, neurons in found.items():
         _say(f"{layer}: {len(neurons)} neurons taken out")
+    for doubt in doubts(run):
+        _say(f"\n{doubt}")
     print(f"\nAudit it on other images than those of {run}, which chose these neurons.\n\n{out}")
 
 

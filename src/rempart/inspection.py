@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rempart.audit import preflight
+from rempart.audit.checks import above_chance
 from rempart.audit.pieces import seeded
 from rempart.core.data import Data, open_data
 from rempart.core.errors import DataError, ModelError
@@ -20,6 +21,7 @@ from rempart.models.reading import PerImage, Span
 from rempart.report.schema import AS_IT_IS, Check, ModelCard, Reading, Strict
 
 _NOISE = 16  # images
+_SAMPLE, _BATCH = 100, 50  # images whose accuracy is looked at
 _STEPS = (0.1, 0.03, 0.01, 0.003, 0.001)  # of finite differences, along the gradient, in units of its box
 
 
@@ -77,7 +79,8 @@ def inspect_model(source: str, reading: Reading = AS_IT_IS, data: str | None = N
     Args:
         source: As `models.load` takes it.
         reading: How to read it.
-        data: Images to check it on, and to predict the first of.
+        data: Images to check it on, and to predict the first of; the accuracy is that on up to 100 of them, as many of
+            each class as there are.
 
     Raises:
         ModelError: If the model cannot be loaded.
@@ -92,6 +95,8 @@ def inspect_model(source: str, reading: Reading = AS_IT_IS, data: str | None = N
         problem = prediction = None
         try:
             mended, checks = preflight(model, given)
+            if data is not None:
+                checks = (*checks, _accuracy(mended, _balanced(given)))
             if blind(mended) is None:
                 checks = (*checks, _differences(mended, first.x))
             with frozen(mended), torch.no_grad():
@@ -156,6 +161,22 @@ def _noise(model: Classifier) -> Data:
     with frozen(model), torch.no_grad():
         labels = model(placed(model, x)).argmax(1).cpu()
     return Data("noise", "all", torch.arange(_NOISE), labels, model.shape, model.class_names, lambda index: x[index])
+
+
+def _balanced(data: Data) -> Data:
+    """Up to 100 images drawn from all, one class after the other, so that each has as many while it lasts."""
+    drawn = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    labels = data.labels[drawn]
+    turn = torch.zeros_like(labels)
+    for label in labels.unique():
+        turn[labels == label] = torch.arange(int((labels == label).sum()))
+    return data.take(drawn[turn.argsort(stable=True)[:_SAMPLE]])
+
+
+def _accuracy(model: Classifier, data: Data) -> Check:
+    with frozen(model), torch.no_grad():
+        predicted = torch.cat([model(placed(model, batch.x)).argmax(1).cpu() for batch in data.batches(_BATCH)])
+    return above_chance(data.labels.numpy(), predicted.numpy(), model.class_names)
 
 
 def _layers(model: Classifier, x: Images) -> tuple[tuple[Layer, ...], tuple[str, ...]]:

@@ -16,7 +16,7 @@ import torch
 
 from rempart.attacks import Verdict, attack_data, attacks
 from rempart.attacks.losses import score
-from rempart.attacks.run import native, targets
+from rempart.attacks.run import allowed, native, targets
 from rempart.attacks.suites import suite
 from rempart.audit import (
     Audit,
@@ -154,17 +154,17 @@ def _audit(spec: AuditSpec, notify: Notify) -> Report | None:
         return _share(spec, None, ALONE, notify)
     folder, place = Path(spec.out), launched()
     if place is None or place[0] == 0:
-        _claim(folder)
+        _claim(folder, spec.kind)
     with _processes(spec, folder) as here:
         return _share(spec, folder, here, notify if here.number == 0 else silent)
 
 
-def _claim(folder: Path) -> None:
+def _claim(folder: Path, kind: str) -> None:
     """Claim a run folder, but none with a trained model, whose report would be set aside for another."""
     if all((folder / name).exists() for name in (CONFIG, WEIGHTS)):
         came = f"{folder}, which holds a trained model"
         raise SpecError("a run folder of its own", got=came, hint="choose another --out")
-    claim(folder)
+    claim(folder, kind)
 
 
 def _clear(folder: Path) -> None:
@@ -213,13 +213,13 @@ def _attack(spec: AttackSpec, notify: Notify) -> Report:
     started = perf_counter()
     if not spec.out.endswith(".npz"):
         raise SpecError("--out to name a .npz file", got=repr(spec.out), hint="for example --out adversarial.npz")
-    _claim(Path(spec.out).parent)
+    _claim(Path(spec.out).parent, spec.kind)
     model, told = _opened(spec)
     data = _data(spec, model)
     threat = data.threat(spec.threat, model.low, model.high)
     entry = attacks[spec.attack.name]
     options = entry.parse(spec.attack.options)
-    native(entry, threat)
+    native(entry, threat, options)
     if "loss" in options:
         score(options["loss"], targeted=spec.target is not None, num_classes=model.num_classes)
     model, checks = preflight(model, data)
@@ -281,12 +281,13 @@ def _certify(spec: CertifySpec, notify: Notify) -> Report:
     entry = attacks[spec.attack.name]
     options = entry.parse(spec.attack.options)
     if spec.out is not None:
-        _claim(Path(spec.out))
+        _claim(Path(spec.out), spec.kind)
     model, told = _opened(spec)
     data = _unmasked(open_data(spec.data)).head(spec.limit).seen_by(model)
     threat = None if spec.threat is None else data.threat(spec.threat, model.low, model.high)
     if threat is not None:
-        native(entry, threat)
+        native(entry, threat, options)
+        allowed(entry, model)
         covering(threat, 1)
         if "loss" in options:
             score(options["loss"], targeted=False, num_classes=model.num_classes)
@@ -362,6 +363,14 @@ def _explain(spec: ExplainSpec, notify: Notify) -> Report:
     first, about = subject.model, subject.card
     if other := [name for name, s in models.items() if (s.model.low, s.model.high) != (first.low, first.high)]:
         raise SpecError(f"models for pixels in [{first.low}, {first.high}]", got=other[0], hint="explain it alone")
+    for name, s in models.items():
+        own = s.model.class_names
+        if own != first.class_names and sorted(own) == sorted(first.class_names):
+            came = f"{', '.join(own)} in {name}"
+            hint = "explain it alone: the labels of the images are numbered as the outputs of the first model"
+            raise SpecError(
+                f"models with their classes in the order {', '.join(first.class_names)}", got=came, hint=hint
+            )
     picture = _pictured(spec, first)
     if spec.data is not None:
         data = _unmasked(open_data(spec.data, split="test")).head(spec.limit).seen_by(first)
@@ -373,15 +382,15 @@ def _explain(spec: ExplainSpec, notify: Notify) -> Report:
     if spec.suite is not None:
         suite(spec.suite, threat, first.num_classes)
     for choice in spec.attacks:
-        native(attacks[choice.name], threat)
-        attacks[choice.name].parse(choice.options)
+        entry = attacks[choice.name]
+        native(entry, threat, entry.parse(choice.options))
     checks: list[Check] = []
     for label, subject in models.items():
         mended, told = preflight(subject.model, data)
         about_it = f", {label}" if len(models) > 1 else ""
         checks += [check.model_copy(update={"name": f"{check.name}{about_it}"}) for check in told]
         models[label] = Subject(mended, subject.card, told)
-    _claim(out)
+    _claim(out, spec.kind)
     found = explain(models, data, threat, spec, picture=picture, notify=notify)
     report = Report(
         kind="explain",
@@ -393,7 +402,7 @@ def _explain(spec: ExplainSpec, notify: Notify) -> Report:
         model=about,
         data=DataCard.of(data),
         preflight=tuple(checks),
-        clean=found.explained[0].clean,
+        clean=found.explained[0].clean if found.explained else None,
         explained=found.explained,
         trend=trend(found.explained),
         illustration=found.illustration,
@@ -432,7 +441,7 @@ def _detect(spec: DetectSpec, notify: Notify) -> Report:
     train, test = (data.seen_by(model) for data in splits)
     threat = test.threat(spec.threat, model.low, model.high)
     crafts(spec, threat)
-    _claim(out)
+    _claim(out, spec.kind)
     _clear(out / DETECTORS)
     learn, calibration, judge = parts(train, test, spec)
     model, checks = preflight(model, judge)

@@ -312,6 +312,16 @@ def test_native_threats() -> None:
     assert native(attacks["deepfool"], Threat(norm="linf", eps=0.5)) == Threat(norm="linf")
 
 
+def test_steps_longer_than_the_threat_is_wide_are_refused() -> None:
+    threat = Threat(norm="linf", eps=0.1)
+    for name, options in (("pgd", {"step": 3}), ("mim", {"step": 0.21}), ("universal", {"step": "1"})):
+        told = r"at most twice the budget, 0\.2, got .*; steps are in pixel units: write step=0\.025"
+        with pytest.raises(ThreatError, match=told):
+            native(attacks[name], threat, attacks[name].parse(options))
+    for name, options in (("pgd", {"step": "1/5"}), ("pgd", {}), ("fmn", {"step": 3.0}), ("deepfool", {})):
+        native(attacks[name], threat, attacks[name].parse(options))
+
+
 def test_a_model_without_finite_logits_is_refused_by_sample_number() -> None:
     class Fragile(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

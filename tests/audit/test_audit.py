@@ -21,6 +21,7 @@ from rempart.core.events import Event, silent
 from rempart.core.model import Classifier
 from rempart.core.threat import Threat
 from rempart.report.schema import AttackChoice, AuditSpec, Curve, ModelCard, Report, unpack
+from rempart.report.text import verdict
 
 SHAPE = (1, 4, 4)
 N = 40
@@ -235,10 +236,25 @@ def test_eight_bit_in_a_cascade_counts_what_survives_rounding_after_all_attacks_
 
 def test_no_stamp_where_nothing_could_be_checked() -> None:
     model, data = toy()
-    wrong = replace(data, labels=(model(data.batch(torch.arange(N)).x).argmax(1) + 1) % 4)
-    blind = audit(model, wrong, request("linf:0.02", "fgsm"), card=card(model))
+    masked = replace(data, mask=lambda numbers: torch.ones((len(numbers), *SHAPE), dtype=torch.bool))
+    blind = audit(model, masked, request("linf:0.02", "fgsm"), card=card(model))
     assert blind is not None and blind.report.complete and blind.report.stamp is None
     assert run("linf:0.02", "fgsm", "pgd").report.stamp is not None
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.3])
+def test_a_model_at_or_below_chance_is_never_valid(share: float) -> None:
+    model, data = toy()
+    known = model(data.batch(torch.arange(N)).x).argmax(1)
+    labels = torch.where(torch.arange(N) < share * N, known, (known + 1) % 4)
+    result = audit(model, replace(data, labels=labels), request("linf:0.02", "fgsm"), card=card(model))
+    assert result is not None and result.report.stamp == "suspicious" and "clean accuracy" in result.report.fired
+    check, clean = result.report.checks[0], result.report.clean
+    assert clean is not None and clean.k == share * N
+    assert check.evidence == {"accuracy": share, "low": clean.low, "high": clean.high, "chance": 0.25, "n": N}
+    assert str(clean) in check.message and "chance is 25.0%" in check.message
+    assert "--box" in verdict(result.report)
+    assert ("may have failed" in verdict(result.report)) == (len(result.report.fired) > 1)
 
 
 def test_a_model_in_double_precision_is_audited() -> None:
@@ -355,3 +371,13 @@ def test_an_audit_measures_whether_the_model_is_random_and_says_what_it_did(
     assert noted == bool(sigma)
     tried = result.report.attacks[0].tried
     assert tried and result.report.attacks[0].gradients == 2 * passes * tried
+
+
+def test_progress_names_attack_and_threat() -> None:
+    told: list[Event] = []
+    run("linf:0.02", "pgd", notify=told.append)
+    named = {event.stage: {e.note for e in told if e.stage == event.stage} for event in told}
+    assert named["pgd"] == {"linf:0.02, samples 100 to 139"}
+    assert len(named["eps sweep"]) > 2 and all(note.startswith("pgd linf:") for note in named["eps sweep"])
+    searches = [note for stage, notes in named.items() if stage.startswith("check ") for note in notes]
+    assert searches and all(note.split(" linf:")[1:] for note in searches)

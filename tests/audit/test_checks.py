@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import binomtest
@@ -13,12 +14,12 @@ from audit.planted import before, behind
 from rempart.attacks import Outcome, Verdict, attack_batch, attack_data
 from rempart.attacks.losses import climb_direction, score
 from rempart.audit import checks, remedies
-from rempart.audit.checks import RULES, diagnose, stamp
+from rempart.audit.checks import RULES, above_chance, diagnose, stamp
 from rempart.core.data import Data
 from rempart.core.errors import Cancelled
 from rempart.core.model import Classifier, frozen
 from rempart.core.threat import Threat
-from rempart.report.schema import Check
+from rempart.report.schema import ACCURACY, Check
 
 SHAPE = (1, 4, 4)
 N = 40
@@ -351,4 +352,25 @@ def test_the_page_on_reading_a_report_has_every_check_in_order() -> None:
     page = (Path(__file__).parents[2] / "docs" / "reading-a-report.md").read_text("utf-8")
     told = page.partition("## Checks after the attacks")[2].partition("\n## ")[0]
     names = [line.split("|")[1].strip() for line in told.splitlines() if line.count("|") == 5]
-    assert names[2:] == [f"{rule.name} (thorough)" if rule.thorough else rule.name for rule in RULES]
+    rules = [f"{rule.name} (thorough)" if rule.thorough else rule.name for rule in RULES]
+    assert names[2:] == [ACCURACY, *rules]
+
+
+@pytest.mark.parametrize(
+    ("true", "predicted", "status"),
+    [
+        ([0, 1] * 20, [0, 1] * 20, "passed"),
+        ([0, 1] * 20, [1, 0] * 20, "warned"),
+        ([0, 1] * 20, [0, 0] * 20, "warned"),
+        ([0] * 36 + [1] * 4, [0] * 40, "warned"),  # 90 % right, by one answer to everything
+        ([0] * 36 + [1] * 4, [0] * 39 + [1], "passed"),
+        ([0] * 40, [0] * 40, "passed"),  # images of one class alone say nothing of the others
+        ([0, 1] * 20, [0, 1] * 12 + [0, 0] * 8, "passed"),  # 32 of 40 right: Wilson's interval begins at 65 %
+        ([0, 1] * 20, [0, 1] * 4 + [0, 0] * 16, "warned"),  # 24 of 40 right: it begins at 45 %
+    ],
+)
+def test_accuracy_is_above_chance_where_its_interval_is_and_answers_differ(true, predicted, status) -> None:
+    check = above_chance(np.array(true), np.array(predicted), ("cat", "dog"))
+    assert check.status == status
+    assert ("taken for cat" in check.message) == (len(set(predicted)) == 1 < len(set(true)))
+    assert ("too few to tell" in check.message) == (check.evidence["accuracy"] == 0.6)

@@ -112,7 +112,7 @@ def test_a_budget_of_nothing_breaks_nothing(name: str) -> None:
     x = toys.images(model.shape, 6)
     data = Data("toy", "test", torch.arange(6), toys.labels(model, x), model.shape, model.class_names, lambda k: x[k])
     card = ModelCard(source="", name="", digest="", parameters=0, shape=model.shape, classes=model.class_names)
-    result = audit(model, data, AuditSpec(model="", data="", threat="linf:0", suite=name), card=card)
+    result = audit(model, data, AuditSpec(model="", data="", threat="linf:1e-9", suite=name), card=card)
     assert result is not None and result.error is None and result.report.worst_case is not None
     assert result.report.worst_case.k == 6
 

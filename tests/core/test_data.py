@@ -23,7 +23,7 @@ from sklearn.datasets import load_digits
 
 from rempart.core import files
 from rempart.core.data import Data, open_data, samples
-from rempart.core.errors import DataError
+from rempart.core.errors import DataError, ThreatError
 
 REAL = Path(os.environ.get("REMPART_DATA") or Path(__file__).resolve().parents[2] / "../shared/data")
 RNG = np.random.default_rng(0)
@@ -526,7 +526,7 @@ def test_resizing_is_antialiased_bilinear(tmp_path: Path, array: np.ndarray, sla
 
 def test_says_which_image_has_another_size(tmp_path: Path) -> None:
     path = zipped(tmp_path / "x.zip", {**FILES, "test/bee/odd.png": encoded(pixels(4, 9))})
-    with pytest.raises(DataError, match=r"5x6 like test/.*got 9x4 in test/bee/odd\.png; add @128"):
+    with pytest.raises(DataError, match=r"5x6 like test/.*got 9x4 in test/bee/odd\.png; add @5x6 to"):
         everything(open_data(str(path)))
     assert everything(open_data(f"{path}@3")).shape == (9, 1, 3, 3)
 
@@ -721,3 +721,10 @@ def test_real_brain_mri() -> None:
     part = data.head(64)
     assert part.labels.bincount(minlength=4).min() >= 8  # a mix from the start
     assert torch.equal(everything(part.load()), everything(part))
+
+
+@pytest.mark.parametrize("text", ["linf:0", "l2:0.0", "linf:0/255"])
+def test_a_request_for_a_budget_of_nothing_is_refused(text: str) -> None:
+    with pytest.raises(ThreatError, match=r"a budget above 0, got .*; write l"):
+        open_data("digits:test").threat(text, 0.0, 1.0)
+    assert open_data("digits:test").threat("l2", 0.0, 1.0).eps is None

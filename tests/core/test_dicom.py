@@ -284,3 +284,13 @@ def test_size_of_a_volume_file_is_limited(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(files, "MAX_VOLUME_BYTES", 300)
     with pytest.raises(DataError, match="MAX_VOLUME_BYTES"):
         open_data(str(where))
+
+
+def test_images_of_two_sizes_are_told_with_both_and_what_resizes_them(tmp_path: Path) -> None:
+    for name, height in (("a/1.dcm", 4), ("b/2.dcm", 6)):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(dicom(SIGNED[:1].repeat(height, 0)))
+    data = open_data(f"{tmp_path}@window=0:100")
+    with pytest.raises(DataError, match=r"one size, (\d+x[46]) like [ab]/.\.dcm, got \d+x[46] in .*; add @\1 to"):
+        data.batch(torch.arange(2))
+    assert open_data(f"{tmp_path}@window=0:100@5x5").batch(torch.arange(2)).x.shape == (2, 1, 5, 5)

@@ -252,3 +252,11 @@ def test_a_bootstrap_over_groups_covers_where_images_of_a_group_hang_together() 
         narrow += plain.low <= 0.6 <= plain.high
     assert 0.88 <= covered / 200 <= 0.99
     assert narrow / 200 < 0.75, "intervals over images are too narrow there"
+
+
+@pytest.mark.parametrize("values", [[1.0, 0.0, 1.0], [1.0, 1.0]])
+def test_one_group_alone_says_nothing_of_others(values):
+    mean = bootstrap_mean(values, ["a"] * len(values), bounds=(-1, 2))
+    assert (mean.value, mean.low, mean.high, mean.n) == (sum(values) / len(values), -1, 2, 1)
+    several = bootstrap_mean(values, [str(k) for k in range(len(values))], bounds=(-1, 2))
+    assert several.high - several.low < 3

@@ -125,13 +125,15 @@ def test_nothing_outside_the_folder_is_read(tmp_path: Path) -> None:
         (lines("0.png,a", ".//0.png,b"), "every image once, got images/0.png twice"),
         (lines("0.png,x,a", "1.png,test,b", header="path,split,label"), "splits out of train, val, test, got 'x'"),
         (lines("0.png,a", "none.txt,b"), "files of one kind"),
-        (lines("0.png,a", "9.png,b"), r"images/9\.png: No such file"),
+        (lines("0.png,a", "9.png,b"), r"none at 'images/9\.png', line 3 of scans\.csv"),
         (lines('0.png,"a', "1.png,b"), "a CSV file in UTF-8"),
     ],
 )
 def test_unusable_tables_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    where = scans(tmp_path, text)
+    (tmp_path / "images" / "none.txt").touch()
     with pytest.raises(DataError, match=message):
-        everything(open_data(scans(tmp_path, text)))
+        everything(open_data(where))
 
 
 def test_names_the_limits_of_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,3 +199,15 @@ def test_an_archive_whose_names_lead_out_is_refused(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="an archive whose names stay inside it"):
             open_data(str(tmp_path / "x.zip"))
     assert [path.name for path in tmp_path.iterdir()] == ["x.zip"] and not (tmp_path.parent / "evil.png").exists()
+
+
+def test_a_file_that_is_not_there_is_told_with_table_and_line(tmp_path: Path) -> None:
+    where = scans(tmp_path, lines("3.png,wolf", "", "0.png,cat", "gone.png,cat").replace("images/\n", "\n"))
+    with pytest.raises(DataError, match=r"none at 'images/gone\.png', line 5 of scans\.csv; .*folder of the table"):
+        open_data(where)
+    (tmp_path / "m.png").write_bytes(png(PIXELS["0.png"]))
+    where = scans(tmp_path, lines("3.png,wolf,m.png", "0.png,cat,no.png", header="path,label,mask"))
+    with pytest.raises(DataError, match=r"none at 'no\.png', line 3 of scans\.csv"):
+        open_data(where)
+    elsewhere = scans(tmp_path, lines("3.png,test,a", "1.png,test,b", "gone.png,train,a", header="path,split,label"))
+    assert len(open_data(elsewhere)) == 2, "what another split lacks does no harm"

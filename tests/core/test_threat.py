@@ -386,6 +386,7 @@ def test_parse(text, norm, eps):
         ("", ["linf, l2, l1", "''"]),
         ("8/255", ["a norm before", "'8/255'", "write linf:8/255"]),
         ("0.1", ["write linf:0.1"]),
+        (".1", ["write linf:.1"]),
         ("linf:", ["such as linf:8/255", "'linf:'"]),
         ("linf:1/0", ["such as linf:8/255", "'linf:1/0'"]),
         ("linf:8/255:2", ["such as linf:8/255"]),
@@ -483,12 +484,19 @@ def test_budgets_in_the_units_of_the_data_become_the_same_share_of_the_box(text:
 @pytest.mark.parametrize(
     ("text", "unit", "message"),
     [
-        ("linf:10HU", "1", "have no unit of their own; write linf:10"),
+        ("linf:10HU", "1", "have no unit of their own; write linf:10/255$"),
+        ("linf:0.1x", "1", "have no unit of their own; write linf:0.1$"),
+        ("l2:10HU", "1", "have no unit of their own; write l2:10$"),
+        ("10HU", "1", "a norm before the budget, got '10HU'; write linf:10HU"),
+        ("0.1x", "HU", "a norm before the budget, got '0.1x'; write linf:0.1x"),
+        ("linf:10", "HU", "pixel units, or in HU, got 'linf:10'; did you mean linf:10HU, or linf:10/255[?]"),
+        ("linf:10", "raw", "did you mean linf:10raw, or linf:10/255[?]"),
+        ("linf:300", "HU", "did you mean linf:300HU[?]"),
         ("linf:10raw", "1", "have no unit of their own"),
         ("linf:10Bq", "HU", "are in HU; write linf:10HU"),
         ("linf:HU", "HU", "a threat such as"),
         ("linf:1/0HU", "HU", "a threat such as"),
-        ("linf:500HU", "HU", r"linf eps in \[0, 1\]"),
+        ("linf:500HU", "HU", r"linf eps in \[0, 400\] HU, got 'linf:500HU', and the pixels stand for -160 to 240 HU"),
     ],
 )
 def test_other_units_are_refused(text: str, unit: str, message: str) -> None:

@@ -13,7 +13,7 @@ from rempart.core.errors import DataError, ModelError, SpecError
 from rempart.core.features import blocks, features, watched
 from rempart.core.model import Classifier, frozen
 from rempart.core.repro import Draws
-from rempart.explain import prune, prune_model, top
+from rempart.explain import doubts, prune, prune_model, top
 from rempart.models import build, load, save
 from rempart.report import store
 from rempart.report.schema import AttackChoice, AuditSpec, ExplainSpec
@@ -209,7 +209,7 @@ def test_another_model_a_wrong_share_and_a_taken_folder_are_refused(explained, t
     save(other, tmp_path / "other", name="mlp", options=WIDTHS)
     with pytest.raises(ModelError, match="whose weights are others"):
         prune_model(str(tmp_path / "other"), run, out)
-    for share in (0.0, 1.1):
+    for share in (0.0, 1.0, 1.1):
         with pytest.raises(SpecError, match="share"):
             prune_model(str(explained / "m0"), run, out, share=share)
     with pytest.raises(SpecError, match="name of a layer"):
@@ -221,3 +221,17 @@ def test_another_model_a_wrong_share_and_a_taken_folder_are_refused(explained, t
     with pytest.raises(ModelError):
         prune_model(str(toys.__file__), run, out)
     assert not out.exists()
+
+
+def test_an_interrupted_run_and_one_on_test_images_are_told(explained, tmp_path, capsys):
+    report = store.read(explained / "run")
+    seen = report.data.model_copy(update={"split": "test"})
+    stopped = report.model_copy(update={"data": seen, "complete": False, "not_run": ("8 of 40 images",)})
+    store.write(stopped, tmp_path)
+    words = ("The run was interrupted (not run: 8 of 40 images)", "Test images chose the neurons")
+    for number, (run, told) in enumerate(((explained / "run", False), (tmp_path, True))):
+        out = tmp_path / f"out{number}"
+        status, said, _ = rempart("prune", explained / "m0", run, "--out", out, capsys=capsys)
+        assert status == 0 and [one in said for one in words] == [told, told]
+        record = json.loads((out / "config.json").read_text())["training"]["pruned"]
+        assert record["doubts"] == list(doubts(run)) and len(doubts(run)) == 2 * told

@@ -204,6 +204,34 @@ def test_an_interruption_of_the_tests_keeps_what_was_found(stop):
         assert part.model_copy(update={"effects": told.effects}) == told
 
 
+@pytest.mark.parametrize("stop", [Cancelled, KeyboardInterrupt])
+@pytest.mark.parametrize("batches", [0, 2, 3, 5])
+def test_an_interruption_of_the_attacks_keeps_the_batches_every_model_has_seen(stop, batches, monkeypatch):
+    """As if only those images had been asked for, but for the tests."""
+    first, second = toys.smooth(SHAPE), toys.smooth(SHAPE, seed=1)
+    images = data(first)
+    subjects = {label: Subject(m, card(m, f"python:{label}:f")) for label, m in (("a", first), ("b", second))}
+    calls, see = [], running._see
+
+    def see_and_stop(subject, *rest):
+        pairs = see(subject, *rest)
+        calls.append(subject)
+        if len(calls) == 2 * batches + 2:  # in the next batch, when the second model has seen it but not all is summed
+            raise stop
+        return pairs
+
+    monkeypatch.setattr(running, "_spread", lambda offered, *_: offered.nonzero()[:, 0])
+    known = explain(subjects, images.take(torch.arange(7 * batches)), THREAT, spec()) if batches else None
+    monkeypatch.setattr(running, "_see", see_and_stop)
+    found = explain(subjects, images, THREAT, spec())
+    assert found.not_run == (f"{40 - 7 * batches} of 40 images", "tests of a", "tests of b")
+    if known is None:
+        assert found.explained == () and found.illustration is None
+        return
+    assert [told.model_copy(update={"effects": ()}) for told in known.explained] == list(found.explained)
+    assert found.illustration == known.illustration
+
+
 def test_memory_does_not_grow_with_the_pairs():
     """Ten times the pairs: neither Python nor the tensors alive at the peak, feature maps among them, hold more."""
     model = toys.conv((1, 8, 8), width=16)

@@ -7,7 +7,7 @@ import pytest
 
 from rempart.core.stats import Rate
 from rempart.report.compare import compare, compare_html
-from rempart.report.html import page
+from rempart.report.html import _gap, page
 from rempart.report.schema import ALL, KNOWS, Report
 from rempart.report.text import stamp, verdict
 from report.conftest import TUMOURS, page_of, report_of
@@ -304,3 +304,14 @@ def test_classes_costs_and_the_scale_of_a_change_are_told():
     assert "taken for pituitary" in found.text and "pituitary 1.5 1 0.5 0" in found.text
     assert "± 0.05" in found.text, "half the box, ten times enlarged"
     assert "window [0.1, 0.9]" in found.text
+
+
+def test_the_gap_of_a_test_of_neurons_stands_where_a_narrow_screen_begins():
+    """390 pixels hold the layer, the test and one number; the others are a scroll away."""
+    found = re.search(r'<table class="dense tests">.*?</table>', page(report_of("explanation")), re.S)
+    assert found is not None
+    heads = re.findall(r"<th scope=\"col\"[^>]*>([^<]+)<", found[0])
+    assert heads[1:4] == ["test", "gap", "before"]
+    first = report_of("explanation").explained[0].effects[0]
+    row = re.findall(r"<tr><th scope=\"row\">.*?</tr>", found[0], re.S)[0]
+    assert re.findall(r"<td[^>]*>(.*?)</td>", row, re.S)[1].startswith(str(_gap(first.gap)))

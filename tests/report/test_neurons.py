@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 import matplotlib as mpl
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
 from rempart.core.threat import Threat
@@ -64,22 +65,33 @@ def test_hostile_names_stay_text():
         assert "日本?" in texts(found[key])
 
 
-def test_the_heat_map_holds_the_sensitivities_in_order(make_explanation: Callable[..., Report]):
+def strayed(report: Report) -> Report:
+    """The same with one neuron of the last layer that moves a thousand times further than its activations are large."""
+    model = report.explained[0]
+    *others, last = model.layers
+    last = last.model_copy(update={"relative": (1000.0, *last.relative[1:])})
+    return report.model_copy(update={"explained": (model.model_copy(update={"layers": (*others, last)}),)})
+
+
+@pytest.mark.parametrize("outlier", [False, True])
+def test_the_heat_map_holds_the_sensitivities_in_order(make_explanation: Callable[..., Report], outlier: bool):
     """Read the colours back: the lightness of a cell rises with the sensitivity, from left to right it falls."""
-    report = make_explanation(("one",), {"small": 4, "large": 50})
+    report = make_explanation(("one",), {"small": 4, "large": 150})
+    report = strayed(report) if outlier else report
     layers = report.explained[0].layers
     images = [node for node in ElementTree.fromstring(neurons.heat(report.explained)).iter(f"{SVG}image")]
     data = images[0].get("href", "").partition(",")[2]
     grey = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("L"), dtype=float)
     rows, columns = grey.shape
     assert (rows, columns) == (2, neurons.CELLS) or columns >= neurons.CELLS
-    top = max(max(layer.relative) for layer in layers)
+    top = np.quantile([value for layer in layers for value in layer.relative], 0.99)
+    assert top < 10 and (max(layers[1].relative) == 1000) == outlier
     for row, layer in zip((rows // 4, rows - 1 - rows // 4), layers, strict=True):
         order = sorted(layer.relative, reverse=True)
         own = grey[row]
         assert (np.diff(own) <= 1).all(), "no cell is lighter than the one left of it"
         middles = [int((k + 0.5) * columns / len(order)) for k in range(len(order))]
-        colours = mpl.colormaps[neurons.MAP](np.sqrt(np.array(order) / top))[:, :3] * 255
+        colours = mpl.colormaps[neurons.MAP](np.sqrt(np.minimum(order, top) / top))[:, :3] * 255
         expected = colours @ (0.299, 0.587, 0.114)
         assert own[middles] == pytest.approx(expected, abs=3)
 
@@ -127,6 +139,28 @@ def test_the_sensitive_set_is_marked_in_both_orders(make_explanation: Callable[.
     model = make_explanation(("one",), {"block": 80}).explained[0]
     svg = neurons.sorted_curves(model, "s")
     assert sum("#d55e00" in style for _, _, style in marks(svg)) == 2 * len(model.layers[0].sensitive) == 16
+
+
+def test_histograms_end_at_the_99th_percentile_and_count_every_neuron(
+    make_explanation: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
+):
+    model = strayed(make_explanation(("one",), {"block": 150})).explained[0]
+    counted: list[tuple[int, float]] = []
+    plain = Axes.hist
+
+    def hist(axes: Axes, values: list[float], bins: list[float], **look: object) -> object:
+        found = plain(axes, values, bins=bins, **look)  # type: ignore[arg-type]
+        counted.append((int(np.sum(found[0])), bins[-1]))
+        return found
+
+    monkeypatch.setattr(Axes, "hist", hist)
+    neurons.histograms(model, "h")
+    layer = model.layers[0]
+    ends = [np.quantile(values, 0.99) for values in (layer.absolute, layer.relative)]
+    sizes = [150, len(layer.sensitive)] * 2
+    assert [n for n, _ in counted] == sizes
+    assert [end for _, end in counted] == pytest.approx([ends[0], ends[0], ends[1], ends[1]])
+    assert neurons.reached([0.0] * 200 + [3.0]) == 3.0 and neurons.reached([0.0]) == 1.0
 
 
 def test_a_landscape_has_units_and_draws_the_zero_line_and_the_budget_where_they_are():

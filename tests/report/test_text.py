@@ -3,11 +3,12 @@ from collections.abc import Callable
 
 import pytest
 
-from rempart.core.stats import wilson
+from rempart.core.stats import Mean, wilson
 from rempart.core.threat import Threat
 from rempart.report.compare import compare
-from rempart.report.schema import ALL, KNOWS, Check, Report
-from rempart.report.text import WIDTH, amount, compare_table, judged_on, limits, stamp, table, verdict
+from rempart.report.html import page
+from rempart.report.schema import ALL, KNOWS, Check, GroupAccuracy, Groups, Report, Similarity
+from rempart.report.text import WIDTH, amount, compare_table, interval, judged_on, limits, stamp, table, verdict
 from report.conftest import report_of
 
 
@@ -307,3 +308,60 @@ def test_rows_of_a_cascade_say_that_they_ran_on_survivors(make_report: Callable[
     assert [line.split()[0] for line in lines if "linf  " in line or " l2  " in line][:2] == ["fgsm", ">"]
     assert any("ran only on the images left standing" in line for line in lines)
     assert not any("left standing" in line for line in table(report).splitlines())
+
+
+def test_one_patient_alone_has_no_interval(make_report: Callable[..., Report]):
+    mean = Mean(value=0.25, low=0.0, high=1.0, n=1)
+    figures = GroupAccuracy(whole=wilson(0, 1), mean=mean, pooled=mean)
+    report = make_report(groups=(Groups(kind="patient", n=1, most=40, clean=figures, worst=figures),))
+    assert interval(mean) == "[not known]" and interval(mean.model_copy(update={"n": 2})) == "[0.0, 100.0]"
+    assert "[not known]" in table(report) and "[not known]" in page(report)
+    assert "All images are of one patient" in page(report)
+    assert "of one patient:" not in " ".join(limits(make_report()))
+
+
+def test_it_is_said_why_there_is_no_psnr_or_ssim(make_report: Callable[..., Report]):
+    report = make_report()
+    small = Similarity(n=3, psnr=20.0, psnr_low=19.0, ssim=None, ssim_low=None)
+
+    def told(**changes: object) -> str:
+        attacks = tuple(attack.model_copy(update=changes) for attack in report.attacks)
+        return " ".join(limits(report.model_copy(update={"attacks": attacks})))
+
+    assert "There is no SSIM: its window of 11 pixels is larger" in told(similarity=small)
+    assert "There is no" not in told(similarity=small.model_copy(update={"ssim": 0.9, "ssim_low": 0.8}))
+    assert "no PSNR or SSIM: no attack turned an image" in told(similarity=None, success=wilson(0, 40))
+    assert "There is no" not in told(similarity=None, success=wilson(3, 40)), "as in reports older than the two"
+
+
+@pytest.mark.parametrize("kind", ["audit", "attack"])
+@pytest.mark.parametrize(
+    ("right", "broken", "says"),
+    [(0, 0, "was wrong on the one image"), (1, 0, "The attack did not succeed"), (1, 1, "The attack succeeded")],
+)
+def test_one_image_is_told_in_words(make_report: Callable[..., Report], kind, right, broken, says):
+    report = make_report(n=1)
+    attack = report.attacks[0].model_copy(update={"success": wilson(broken, 1) if right else None})
+    rates = {"clean": wilson(right, 1), "worst_case": wilson(right - broken, 1)}
+    report = report.model_copy(update={"kind": kind, "attacks": (attack,), **rates})
+    for told in (verdict(report), " ".join(table(report).split()), page(report)):
+        assert says in told and "One image is no statistics" in told
+        assert sum(told.count(f"attack {word}succe") for word in ("", "did not ")) == right
+    assert "no statistics" not in verdict(make_report(n=2))
+
+
+def test_one_explained_image_is_told_in_words():
+    report = report_of("explanation")
+    for held, says in ((0, "The attack succeeded on the one image."), (1, "The attack did not succeed on the one")):
+        alone = report.explained[0].model_copy(update={"clean": wilson(1, 1), "attacked": wilson(held, 1)})
+        told = verdict(report.model_copy(update={"clean": wilson(1, 1), "explained": (alone,)}))
+        assert told.startswith(says) and "One image is no statistics" in told
+    assert "no statistics" not in verdict(report)
+
+
+def test_an_explanation_stopped_before_its_first_batch_says_so():
+    missing = ("40 of 40 images", "tests of plain")
+    empty = {"explained": (), "illustration": None, "trend": None, "clean": None, "complete": False}
+    report = report_of("explanation").model_copy(update={**empty, "not_run": missing})
+    for told in (" ".join(table(report).split()), page(report)):
+        assert "No model was explained before the interruption." in told and "40 of 40 images" in told

@@ -219,7 +219,8 @@ def attack_data(
         values = {"accuracy": left / done} if done else {}
         if event is not None and event.total:
             values["batch"] = event.done / event.total
-        notify(Event(stage=job.entry.name, done=done, total=len(data), values=values))
+        note = f"{job.entry.name} {threat}"
+        notify(Event(stage=job.entry.name, done=done, total=len(data), values=values, note=note))
 
     with prepared(model, data.batch(torch.arange(min(len(data), 6))).x, search) as ready:
         for batch in data.batches(max(1, len(data)) if job.entry.traits.joint else batch_size):
@@ -291,11 +292,12 @@ def check_images(model: Classifier, x: Images, y: Labels) -> None:
         )
 
 
-def native(entry: Entry[Attack, Traits], threat: Threat) -> Threat:
+def native(entry: Entry[Attack, Traits], threat: Threat, options: Mapping[str, Any] | None = None) -> Threat:
     """The threat an attack works in: the one given, or for minimum-norm attacks a norm of theirs without budget.
 
     Raises:
-        ThreatError: If a budgeted attack does not know the norm, or there is no budget.
+        ThreatError: If a budgeted attack does not know the norm, there is no budget, or its options ask for steps that
+            are longer than the threat is wide.
     """
     known = threat.norm in entry.traits.norms
     if entry.traits.minimum:
@@ -304,6 +306,12 @@ def native(entry: Entry[Attack, Traits], threat: Threat) -> Threat:
         raise ThreatError(f"a norm {entry.name} knows: {', '.join(entry.traits.norms)}", got=threat.norm)
     if threat.eps is None:
         raise ThreatError(f"a budget for {entry.name}", got=str(threat), hint=f"write {threat.norm}:8/255")
+    step = (options or {}).get("step")
+    if step is not None and step > 2 * threat.eps:
+        hint = f"steps are in pixel units: write step={threat.eps / 4:.3g}, or leave it out for the usual length"
+        raise ThreatError(
+            f"a step of {entry.name} of at most twice the budget, {2 * threat.eps:.3g}", got=step, hint=hint
+        )
     return threat
 
 

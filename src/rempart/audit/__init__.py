@@ -15,7 +15,7 @@ from rempart.attacks.losses import score
 from rempart.attacks.run import allowed, join, native
 from rempart.attacks.suites import suite, without_gradients
 from rempart.audit import pieces
-from rempart.audit.checks import Diagnosis, diagnose, stamp
+from rempart.audit.checks import Diagnosis, above_chance, diagnose, stamp
 from rempart.audit.classes import PAIRS, aimed, aiming_attack, by_class, reached, read_pairs, row, turned
 from rempart.audit.curves import from_distances, sweep
 from rempart.audit.examples import examples
@@ -197,7 +197,10 @@ def audit(
         *(from_distances(a.label, verdict, threat) for a in ran if (verdict := _whole_curve(a, verdicts, threat))),
         *curves,
     ]
-    looked = any(check.status != "skipped" for check in diagnosis.checks)
+    without = true if first is None else np.where(correct, true, first.predicted.numpy())
+    accuracy = () if first is None else (above_chance(true, without, model.class_names),)
+    after = (*accuracy, *diagnosis.checks)
+    looked = any(check.status != "skipped" for check in diagnosis.checks) or stamp(accuracy) != "valid"
     report = Report(
         kind="audit",
         complete=complete,
@@ -207,7 +210,7 @@ def audit(
         environment=record | ({"processes": str(ranks.world)} if ranks.world > 1 else {}),
         model=card,
         data=described,
-        notes=(*notes, *((_MASKED,) if data.mask else ()), *_notes(correct, data.num_classes, error)),
+        notes=(*notes, *((_MASKED,) if data.mask else ()), *_notes(error)),
         preflight=checks,
         clean=wilson(int(correct.sum()), len(correct)) if len(correct) else None,
         attacks=(
@@ -215,14 +218,12 @@ def audit(
             *([row(aiming, aims, threat, index, correct, right[PAIRS], rounded.get(PAIRS))] if aiming else []),
             *checked,
         ),
-        checks=diagnosis.checks,
-        stamp=stamp((*checks, *diagnosis.checks)) if complete and looked else None,
+        checks=after,
+        stamp=stamp((*checks, *after)) if complete and looked else None,
         worst_case=_worst(samples),
         classes=by_class(true, correct, samples.worst_case()) if ran else (),
         pairs=tuple(turned(asked, true, correct, found)),
-        risk=None
-        if costs is None or first is None
-        else risk(costs, true, np.where(correct, true, first.predicted.numpy()), found, patients, seed=spec.seed),
+        risk=None if costs is None or first is None else risk(costs, true, without, found, patients, seed=spec.seed),
         not_run=() if complete else _unfinished(planned, labels, finished, parts, swept=bool(curves) or not swept),
         curves=tuple(curves),
         examples=examples(
@@ -285,7 +286,7 @@ def plan(
         mean = mean_gradient(name, given) if random else {}
         options = entry.parse({**given, **mean})
         means += [name] if mean else []
-        native(entry, threat)
+        native(entry, threat, options)
         if "loss" in options:
             score(options["loss"], targeted=name.endswith("-t"), num_classes=num_classes)  # apgd-t aims at each class
         label = name if "loss" not in given else f"{name}-{given['loss']}"
@@ -460,14 +461,8 @@ def _worst(samples: Samples) -> Rate | None:
     return wilson(int(right.sum()), len(right))
 
 
-def _notes(correct: np.ndarray, num_classes: int, error: Exception | None) -> tuple[str, ...]:
-    notes = [] if error is None else [f"The audit failed: {type(error).__name__}: {error}"]
-    if len(correct) and correct.mean() <= 1 / num_classes:
-        notes.append(
-            f"The clean accuracy ({correct.mean():.1%}) is no better than chance: are the labels in the model's order, "
-            "and the images scaled as in training?"
-        )
-    return tuple(notes)
+def _notes(error: Exception | None) -> tuple[str, ...]:
+    return () if error is None else (f"The audit failed: {type(error).__name__}: {error}",)
 
 
 def _unfinished(

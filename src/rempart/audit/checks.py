@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from scipy.stats import binom
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from rempart.core.repro import Draws
 from rempart.core.stats import wilson
 from rempart.core.threat import Threat
 from rempart.core.types import Images, Labels, Logits, Mask, Scores
-from rempart.report.schema import Check, Remedy
+from rempart.report.schema import ACCURACY, Check, Remedy
 
 _CHEAP, _THOROUGH, _FEW = 64, 200, 32
 _PASSES = 5
@@ -123,6 +124,38 @@ def stamp(checks: Sequence[Check]) -> Literal["valid", "suspicious", "invalid"]:
     """What checks come to: invalid if one failed, suspicious if one warns, else valid."""
     statuses = {check.status for check in checks}
     return "invalid" if "failed" in statuses else "suspicious" if "warned" in statuses else "valid"
+
+
+def above_chance(true: np.ndarray, predicted: np.ndarray, classes: Sequence[str]) -> Check:
+    """Whether a model knows the images it is judged on: else a wrong scale, order of classes or data stands behind it.
+
+    It warns where the interval of the accuracy reaches down to one in the number of classes, or where images of several
+    classes are all taken for one.
+
+    Args:
+        true: Class of each image, int64, shape (n), n >= 1.
+        predicted: What the model takes each for without an attack.
+        classes: Their names.
+    """
+    clean, chance = wilson(int((predicted == true).sum()), len(true)), 1 / len(classes)
+    evidence = {"accuracy": clean.value, "low": clean.low, "high": clean.high, "chance": chance, "n": clean.n}
+    told = f"The accuracy without an attack is {clean}, where chance is {chance:.1%}"
+    constant = len(np.unique(predicted)) == 1 < len(np.unique(true))
+    if constant:
+        told += f", and every image is taken for {classes[predicted[0]]}"
+    elif clean.low <= chance:
+        told += ": it is not surely above it"
+    asked = "Are pixels scaled as in training (--box), classes in the order of the outputs (--classes), and are these "
+    asked += "images of the kind the model was made for?"
+    few = " Or are these too few to tell?" if clean.low <= chance < clean.value else ""
+    warned = constant or clean.low <= chance
+    return Check(
+        name=ACCURACY,
+        status="warned" if warned else "passed",
+        message=f"{told}. {asked}{few}" if warned else f"{told}.",
+        evidence=evidence,
+        reading="What attacks do to a model that does not know the images says nothing.",
+    )
 
 
 # ---- the bench: samples, what the audit did to them, and what is tried on them

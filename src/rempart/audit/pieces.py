@@ -88,7 +88,7 @@ def attack_chunk(
 ) -> None:
     """Run what is not done yet of the planned attacks on one chunk; each piece joins `done` and the folder at once."""
     standing = torch.ones(len(part), dtype=torch.bool)
-    note = f"samples {int(part.index[0])} to {int(part.index[-1])}"
+    note = f"{threat}, samples {int(part.index[0])} to {int(part.index[-1])}"
     for at, attack in enumerate(planned):
         given = standing.nonzero()[:, 0] if attack.survivors else torch.arange(len(part))
         if attack.target is not None:

@@ -278,7 +278,7 @@ class Files:
             return image
         flat = image.ndim == len(self.shape) == 3
         if image.shape[1:] != self.shape[1:] and not (self.resize and flat):
-            hint = "add @128 to the data spec, or another size, to resize all" if flat else "take @slice=axial of them"
+            hint = _resizing(self.shape) if flat else "take @slice=axial of them"
             raise DataError(
                 f"images of one size, {_size(self.shape)} like {self.names[0]}",
                 got=f"{_size(image.shape)} in {name}",
@@ -316,7 +316,7 @@ class Pictures:
                 raise DataError(
                     f"images of one size, {width}x{height} like {self.like}",
                     got=f"{image.width}x{image.height} in {name}",
-                    hint="add @128 to the data spec, or another size, to resize all",
+                    hint=_resizing(self.shape),
                 )
             try:
                 return _pixels(image, channels, (width, height))
@@ -351,6 +351,11 @@ def resized(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     size = shape[2], shape[1]
     scaled = [np.array(Image.fromarray(layer).resize(size, Image.Resampling.BILINEAR)) for layer in image]
     return np.stack(scaled).clip(0, 1)
+
+
+def _resizing(shape: tuple[int, ...]) -> str:
+    """What to try where flat images differ in size."""
+    return f"add @{_size(shape)} to the data spec, or the size that the model takes, to resize all"
 
 
 def _size(shape: tuple[int, ...]) -> str:

@@ -166,7 +166,7 @@ def bootstrap_mean(
     """Mean of bounded values with a percentile bootstrap over samples, or over whole groups (images of one patient).
 
     Where all values are equal, a bootstrap sees no spread. Then up to Wilson's share of 0 in `n` might be other values,
-    as far away as the bounds (our design).
+    as far away as the bounds (our design). One group alone says nothing of others: its interval is the bounds.
 
     Args:
         values: One per sample.
@@ -191,6 +191,8 @@ def bootstrap_mean(
     number = np.arange(len(sample)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
     counts, sums = np.bincount(number).astype(float), np.bincount(number, weights=sample)
     n, value = len(counts), float(sample.mean())
+    if n == 1:
+        return Mean(value=value, low=least, high=most, n=n, confidence=confidence)
     if sample.min() == sample.max():
         other = wilson(0, n, confidence).high
         low, high = value - other * (value - least), value + other * (most - value)

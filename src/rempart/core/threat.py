@@ -82,19 +82,27 @@ class Threat:
             unit: Of the intensities that pixels stand for; 1 where they stand for nothing else.
             span: The intensities that the ends of the box stand for.
         """
-        norm, colon, amount = text.strip().lower().partition(":")
-        if not colon and not isinstance(read_number(norm), str):
-            raise ThreatError("a norm before the budget", got=repr(text), hint=f"write linf:{norm}")
-        eps = read_number(amount.strip()) if colon else None
+        norm, colon, amount = (part.strip() for part in text.lower().partition(":"))
+        if not colon and norm[:1] in tuple(".0123456789"):
+            raise ThreatError("a norm before the budget", got=repr(text), hint=f"write linf:{text.strip()}")
+        width, plain = high - low, unit == "1"
+        eps = read_number(amount) if colon else None
         if isinstance(eps, str) and (found := _IN_UNITS.fullmatch(eps)):
-            if unit == "1" or found[2] not in (unit.lower(), "raw"):
-                told = "have no unit of their own" if unit == "1" else f"are in {unit}"
-                hint = f"write {norm}:{found[1]}{'' if unit == '1' else unit}"
+            amount, eps = found[1], read_number(found[1])
+            levels = f"{amount}/255" if norm == "linf" and amount.isdigit() and width < eps <= 255 else amount
+            if plain or found[2] not in (unit.lower(), "raw"):
+                told = "have no unit of their own" if plain else f"are in {unit}"
+                hint = f"write {norm}:{levels if plain else amount + unit}"
                 raise ThreatError("a budget in the units of the data", got=f"{text!r}, and the data {told}", hint=hint)
-            eps = read_number(found[1])
-            eps = eps if isinstance(eps, str) else eps / (span[1] - span[0]) * (high - low)
+            eps = eps if isinstance(eps, str) else eps / (span[1] - span[0]) * width
+        elif isinstance(eps, float) and norm == "linf" and not plain and width < eps < math.inf:
+            hint = f"did you mean linf:{amount}{unit}{f', or linf:{amount}/255' * (eps <= 255)}?"
+            raise ThreatError(f"linf eps in [0, {width:g}] in pixel units, or in {unit}", got=repr(text), hint=hint)
         if isinstance(eps, str):
             raise ThreatError("a threat such as linf:8/255, l2:0.5 or l1:12", got=repr(text))
+        if not plain and norm == "linf" and eps is not None and eps > width:
+            came = f"{text!r}, and the pixels stand for {span[0]:g} to {span[1]:g} {unit}"
+            raise ThreatError(f"linf eps in [0, {span[1] - span[0]:g}] {unit}", got=came)
         return cls(norm=norm, eps=eps, low=low, high=high)  # pyright: ignore[reportArgumentType]  (checked above)
 
     def __str__(self) -> str:

@@ -74,7 +74,8 @@ def crafts(spec: DetectSpec, threat: Threat, *, random: bool = False) -> dict[st
         entry = attacks[choice.name]
         mean = mean_gradient(choice.name, choice.options) if random else {}
         options = entry.parse({**choice.options, **mean})
-        found[_free(choice.name, found)] = Crafting(attack=choice.name, threat=native(entry, threat), options=options)
+        own = native(entry, threat, options)
+        found[_free(choice.name, found)] = Crafting(attack=choice.name, threat=own, options=options)
     return found
 
 

@@ -2,7 +2,7 @@
 
 from rempart.explain.contribution import Pairs, against, effects, pull
 from rempart.explain.pictures import illustrate
-from rempart.explain.prune import prune, prune_model
+from rempart.explain.prune import doubts, prune, prune_model
 from rempart.explain.run import Explanation, Subject, explain, trend
 from rempart.explain.sensitivity import jaccard, layers_of, top
 
@@ -11,6 +11,7 @@ __all__ = [
     "Pairs",
     "Subject",
     "against",
+    "doubts",
     "effects",
     "explain",
     "illustrate",

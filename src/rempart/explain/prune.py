@@ -15,7 +15,7 @@ from rempart.explain.anew import without
 from rempart.explain.sensitivity import Choose, matching, top
 from rempart.models.load import architecture, load
 from rempart.models.save import CONFIG, save
-from rempart.report.store import read_explained
+from rempart.report.store import read, read_explained
 
 _PROBE = 16  # images of noise the pruned model is checked on
 
@@ -61,7 +61,7 @@ def prune_model(
         source: A model that `models.load` takes, and that can be saved.
         run: The folder of an explain run, or its report, in which the same model occurs.
         out: A new folder for the pruned model.
-        share: Of the neurons of each layer, in (0, 1].
+        share: Of the neurons of each layer, in (0, 1).
         choose: The most sensitive, the least, or as many at random.
         layers: Names or patterns; none: all layers of the run.
         seed: Of the random choice.
@@ -74,8 +74,8 @@ def prune_model(
         DataError: If there is no such run.
         ModelError: If the run is not about this model, or its neurons cannot be taken out.
     """
-    if not 0 < share <= 1:
-        raise SpecError("a share in (0, 1]", got=share)
+    if not 0 < share < 1:
+        raise SpecError("a share in (0, 1)", got=share, hint="of a layer without neurons, nothing would be left")
     if (Path(out) / CONFIG).exists():
         raise SpecError("a folder without a model", got=out, hint="choose another --out")
     name, options, box = architecture(source)
@@ -95,8 +95,26 @@ def prune_model(
     pruned = prune(model, neurons)
     numbers = {layer: mask.nonzero()[:, 0].tolist() for layer, mask in neurons.items()}
     record = {"from": source, "explained": str(run), "share": share, "choose": choose, "seed": seed, "neurons": numbers}
+    record |= {"doubts": list(doubts(run))}
     save(pruned, out, name=name, options=options, box=box, training={"pruned": record})
     return numbers
+
+
+def doubts(run: str | Path) -> tuple[str, ...]:
+    """What speaks against choosing neurons by an explain run, one sentence each.
+
+    Raises:
+        DataError: If there is no such run.
+    """
+    report = read(run)
+    found: list[str] = []
+    if not report.complete:
+        found.append(f"The run was interrupted (not run: {', '.join(report.not_run)}): fewer images chose the neurons.")
+    if report.data.split == "test":
+        found.append(
+            "Test images chose the neurons, and an audit on them judges its own choice: explain on train images."
+        )
+    return tuple(found)
 
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

@@ -1,7 +1,7 @@
 """A request to explain: attack in batches, sum up what neurons do, test the sensitive ones."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import permutations
 
 import torch
@@ -117,7 +117,8 @@ def explain(
 
     Memory does not grow with the images but for the pairs that neurons are tested on. Models that draw random numbers
     are attacked by mean gradients; their draws add to what their neurons move. An interruption (Ctrl-C, or `Cancelled`
-    from `notify`) of the tests of neurons keeps what was found before it.
+    from `notify`) keeps what was found before it: of the batches that every model has seen, without tests of neurons
+    where it came before these.
 
     Args:
         models: By label.
@@ -133,17 +134,27 @@ def explain(
     """
     found = {label: Seen(layers_of(subject.model, spec.layers)) for label, subject in models.items()}
     first = next(iter(models))
-    for batch in data.batches(spec.batch_size):
-        lent: tuple[torch.Tensor, torch.Tensor] | None = None
-        for label, subject in models.items():
-            seen = found[label]
-            lent_now = _see(subject, seen, batch.x, batch.y, batch.index, threat, spec, len(data))
-            if label == first:
-                lent = lent_now
-            elif lent is not None and len(lent[0]):
-                seen.shared = joined([seen.shared, moved(subject.model, [lent], seen.layers)])
-        done = found[first].n
-        notify(Event(stage="neurons", done=done, total=len(data), values={"accuracy": found[first].held / done}))
+    whole = found  # of whole batches
+    try:
+        for batch in data.batches(spec.batch_size):
+            found = {label: _copied(seen) for label, seen in whole.items()}
+            lent: tuple[torch.Tensor, torch.Tensor] | None = None
+            for label, subject in models.items():
+                seen = found[label]
+                lent_now = _see(subject, seen, batch.x, batch.y, batch.index, threat, spec, len(data))
+                if label == first:
+                    lent = lent_now
+                elif lent is not None and len(lent[0]):
+                    seen.shared = joined([seen.shared, moved(subject.model, [lent], seen.layers)])
+            whole, done = found, found[first].n
+            notify(Event(stage="neurons", done=done, total=len(data), values={"accuracy": found[first].held / done}))
+    except (KeyboardInterrupt, Cancelled):
+        left = len(data) - whole[first].n
+        missing = (*((f"{left} of {len(data)} images",) if left else ()), *(f"tests of {label}" for label in models))
+        if not all(seen.right for seen in whole.values()):
+            return Explanation((), None, missing)
+        told = [_told(label, subject, whole[label], whole[first], first, spec) for label, subject in models.items()]
+        return Explanation(tuple(told), _illustrated(models[first], whole[first], picture, threat, spec), missing)
     for label, seen in found.items():
         if seen.right == 0:
             raise DataError("images that the model classifies rightly", got=f"none of {seen.n} for {label}")
@@ -161,6 +172,12 @@ def explain(
         if stopped:
             return Explanation(tuple(told), shown, tuple(f"tests of {name}" for name in [*models][at:]))
     return Explanation(tuple(told), shown)
+
+
+def _copied(seen: Seen) -> Seen:
+    """What the next batch may add to, so that one cut short leaves no trace."""
+    halves = dict(seen.halves[0]), dict(seen.halves[1])
+    return replace(seen, halves=halves, others=dict(seen.others), kept=list(seen.kept))
 
 
 def trend(explained: Sequence[Explained]) -> Trend | None:

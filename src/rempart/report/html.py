@@ -298,8 +298,10 @@ def _neuron_charts(report: Report) -> Iterator[Chart]:
             key="heat",
             title="Relative sensitivity of every neuron",
             caption="A row per layer, its neurons from the most sensitive (left) to the least, stretched to one width. "
-            "Lighter: the neuron moves further. One scale for all models, drawn by the square root. A row that is "
-            "light only at its left end has few neurons that move much.",
+            "Lighter: the neuron moves further. One scale for all models, drawn by the square root; it ends at the "
+            "99th percentile of all neurons, and those beyond have its last colour, because neurons that hardly fire "
+            "can move by many times their size. A row that is light only at its left end has few neurons that move "
+            "much.",
             svg=Markup(neurons.heat(models)),
             header=("model", "layer", "neurons", *_QUANTILES),
             rows=[
@@ -323,7 +325,8 @@ def _neuron_charts(report: Report) -> Iterator[Chart]:
             key=f"histogram-{i}",
             title=f"How many neurons move how far: {model.label}",
             caption="Bars: neurons of the layer with that absolute (left) and relative (right) sensitivity. Hatched: "
-            "those of the sensitive set.",
+            "those of the sensitive set. Each axis ends at the 99th percentile of its neurons; those beyond are "
+            "counted in the last bar.",
             svg=Markup(neurons.histograms(model, f"histogram-{i}")),
             header=("layer", "measure", "neurons", "mean"),
             rows=[

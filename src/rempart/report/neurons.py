@@ -18,6 +18,7 @@ from rempart.report.schema import Effect, Explained, Illustration, Layer
 
 CELLS = 200  # across a heat map, whatever the number of neurons
 NAME = 14  # letters of a layer
+SCALE = 0.99  # the quantile of sensitivities at which a scale ends
 TITLES = {
     "zero, clean": "zero in their place, clean",
     "zero, attacked": "zero in their place, attacked",
@@ -56,7 +57,9 @@ def histograms(model: Explained, key: str) -> str:
     """How many neurons of each layer have which sensitivity, those of the sensitive set hatched."""
 
     def draw(axes: Axes, layer: Layer, values: Sequence[float]) -> None:
-        bins = np.linspace(0, max(values) or 1, min(20, max(5, len(values) // 4)) + 1).tolist()
+        end = reached(values)
+        bins = np.linspace(0, end, min(20, max(5, len(values) // 4)) + 1).tolist()
+        values = np.minimum(values, end).tolist()
         own = [values[i] for i in layer.sensitive]
         axes.hist(values, bins=bins, color=COLOURS[4], edgecolor=INK, linewidth=0.5)
         axes.hist(own, bins=bins, color=COLOURS[5], hatch="////", edgecolor=INK, linewidth=0.5)
@@ -107,8 +110,8 @@ def heat(models: Sequence[Explained]) -> str:
         figure = Figure(figsize=(WIDTH, 0.27 * rows + 0.42 * len(models) + 1.0), layout="constrained")
         ratios = [len(model.layers) for model in models]
         panels = figure.subplots(len(models), 1, squeeze=False, sharex=True, height_ratios=ratios)[:, 0]
-        high = max(value for model in models for layer in model.layers for value in layer.relative) or 1
-        norm = PowerNorm(0.5, 0, high)  # a few neurons far ahead would leave all others in the dark
+        high = reached([value for model in models for layer in model.layers for value in layer.relative])
+        norm = PowerNorm(0.5, 0, high, clip=True)  # a few neurons far ahead would leave all others in the dark
         for axes, model in zip(panels, models, strict=True):
             cells = np.array([_stretched(layer.relative) for layer in model.layers])
             reach = (0, 100, len(cells) - 0.5, -0.5)
@@ -121,7 +124,7 @@ def heat(models: Sequence[Explained]) -> str:
         panels[-1].set_xlabel("neurons, the most sensitive first (%)")
         bar = figure.colorbar(ScalarMappable(norm, MAP), ax=list(panels), location="bottom", aspect=40, fraction=0.08)
         bar.set_label("relative sensitivity (colours by its square root)")
-        bar.ax.xaxis.set_major_locator(MaxNLocator(5))
+        bar.ax.xaxis.set_major_locator(MaxNLocator(3))
         return element(figure, "heat", "Relative sensitivity of the neurons of each layer")
 
 
@@ -251,6 +254,11 @@ def _stretched(values: Sequence[float]) -> np.ndarray:
     """The values, largest first, as `CELLS` cells of one width."""
     order = np.sort(np.array(values))[::-1]
     return order[((np.arange(CELLS) + 0.5) / CELLS * len(order)).astype(int)]
+
+
+def reached(values: Sequence[float]) -> float:
+    """Where a scale of sensitivities ends: neurons that hardly fire may have relative ones far beyond all others."""
+    return float(np.quantile(np.array(values), SCALE)) or max(values) or 1.0
 
 
 def steps(picture: Illustration) -> list[float]:

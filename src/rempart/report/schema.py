@@ -281,6 +281,10 @@ class Remedy(Strict):
     after: Rate
 
 
+ACCURACY = "clean accuracy"
+"""The check of what a model does without an attack."""
+
+
 class Check(Strict):
     """One check, before the attacks or after them.
 

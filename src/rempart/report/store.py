@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,20 @@ def write(report: Report, directory: str | Path) -> Path:
     return directory / JSON
 
 
-def claim(directory: Path) -> None:
-    """Make the directory of a run before the work begins, and set the report of an earlier run aside.
+def claim(directory: Path, kind: str) -> None:
+    """Make the directory of a run before the work begins, and set the report of an earlier run of that kind aside.
 
     A run that fails then leaves no report that a gate could take for its own: the old one becomes report.json.old.
 
     Raises:
-        SpecError: If files cannot be written there.
+        SpecError: If there is a report of another kind, or files cannot be written there.
     """
+    with suppress(DataError):  # none, or none that can be read
+        _, raw = _load(directory / JSON)
+        other = raw.get("kind", kind) if isinstance(raw, dict) else kind
+        if other != kind:
+            came = f"{directory}, which holds the report of another command ({other})"
+            raise SpecError("a run folder of its own", got=came, hint="choose another --out")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if (directory / JSON).exists():

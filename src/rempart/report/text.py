@@ -8,6 +8,7 @@ from rempart.core.threat import Threat
 from rempart.report.compare import CLEAN, WORST, Comparison
 from rempart.report.methods import Group, Methods
 from rempart.report.schema import (
+    ACCURACY,
     ALL,
     ANEW,
     EVERY,
@@ -40,6 +41,10 @@ ENOUGH_PAIRS = 10
 """Of fewer images no sentence is drawn from a test of neurons."""
 ENOUGH_MODELS = 5
 """Of fewer models even a perfect order happens by chance in more than one case of twenty."""
+
+
+NOT_KNOWN = "[not known]"
+"""In place of an interval over one run, one patient or one volume."""
 
 
 def table(report: Report) -> str:
@@ -152,6 +157,8 @@ def budget_of(methods: Methods) -> str:
 
 def span(mean: Mean, sign: str = "") -> str:
     """The interval of a mean in its own unit: `[0.0121, 0.0125]`."""
+    if mean.n == 1:
+        return NOT_KNOWN
     return f"[{mean.low:{sign}.3g}, {mean.high:{sign}.3g}]"
 
 
@@ -171,7 +178,29 @@ def stamp(report: Report) -> str:
 
 
 def verdict(report: Report) -> str:
-    """What was found, in one or two plain sentences; never that a model is safe."""
+    """What was found, in a few plain sentences; never that a model is safe."""
+    return _alone(report) + _found(report)
+
+
+def _alone(report: Report) -> str:
+    """What a report on one image says before its shares; nothing where there are more."""
+    if report.kind in ("train", "detect") or report.clean is None or report.clean.n != 1:
+        return ""
+    plain = "One image is no statistics: shares and intervals below say nothing of other images. "
+    if report.kind == "certify" or not (report.attacks or report.explained):
+        return plain
+    if report.clean.k == 0:
+        return f"The model was wrong on the one image from the start, so that no attack had anything to do. {plain}"
+    if report.explained:
+        broken = report.explained[0].attacked.k == 0
+    elif report.kind == "attack":
+        broken = (rate := report.attacks[0].success) is not None and rate.k == 1
+    else:
+        broken = report.worst_case is not None and report.worst_case.k == 0
+    return f"The attack {'succeeded' if broken else 'did not succeed'} on the one image. {plain}"
+
+
+def _found(report: Report) -> str:
     if report.kind == "train":
         return _trained(report)
     if report.kind == "certify":
@@ -199,10 +228,13 @@ def verdict(report: Report) -> str:
     checked = any(attack.label == "checks" and attack.success and attack.success.k for attack in report.attacks)
     ran = "the attacks and checks run here" if checked else "the attacks run here"
     ran = ran if report.complete else "the attacks finished so far"
+    doubts = {check.name: check.message for check in (*report.preflight, *report.checks) if check.status == "warned"}
+    unknown = doubts.pop(ACCURACY, None)
     return (
         f"{limit[:1].upper()}{limit[1:]}, {ran} left {share(worst)} rightly classified. "
         "This is an upper bound: a stronger attack can only lower it."
-        + (" Some checks say that the attacks may have failed." if report.stamp == "suspicious" else "")
+        + (f" {unknown}" if unknown else "")
+        + (" Some checks say that the attacks may have failed." if report.stamp == "suspicious" and doubts else "")
     )
 
 
@@ -250,6 +282,7 @@ def limits(report: Report) -> Iterator[str]:
     )
     yield from _limits_of_classes(report)
     yield "No certificate was computed: nothing here bounds the accuracy under attack from below."
+    yield from _without_likeness(report)
     if report.attacks and all(attack.eight_bit is None for attack in report.attacks):
         yield "Adversarial images were judged with exact pixels; rounded to an 8-bit file, some may fail."
     if report.clean is not None:
@@ -263,6 +296,22 @@ def limits(report: Report) -> Iterator[str]:
                 f"Images of one {kind} hang together: intervals over images are too narrow. Those by {kind} are not, "
                 "where there are enough of them, say 20."
             )
+        for groups in report.groups:
+            if groups.n == 1:
+                yield (
+                    f"All images are of one {groups.kind}: intervals over {groups.kind}s are not known, because one "
+                    "alone does not tell how far others differ."
+                )
+
+
+def _without_likeness(report: Report) -> Iterator[str]:
+    """Why there is no PSNR or SSIM, where there is none."""
+    looks = [attack.similarity for attack in report.attacks if attack.similarity is not None]
+    broken = [attack.success.k for attack in report.attacks if attack.success is not None]
+    if not looks and broken and not any(broken):
+        yield "There is no PSNR or SSIM: no attack turned an image that was right at first."
+    elif looks and all(one.ssim is None for one in looks):
+        yield "There is no SSIM: its window of 11 pixels is larger than the images."
 
 
 def risk_facts(report: Report) -> Iterator[tuple[str, str, str]]:
@@ -362,7 +411,9 @@ def share(rate: Rate) -> str:
 
 
 def interval(rate: Rate | Difference | Mean) -> str:
-    """`[42.1, 50.3]`, in percent (of a difference: percentage points)."""
+    """`[42.1, 50.3]`, in percent (of a difference: percentage points); of a mean over one alone, none is known."""
+    if isinstance(rate, Mean) and rate.n == 1:
+        return NOT_KNOWN
     sign = "+" if isinstance(rate, Difference) else ""
     return f"[{100 * rate.low:{sign}.1f}, {100 * rate.high:{sign}.1f}]"
 

@@ -64,7 +64,7 @@ def run_training(spec: TrainSpec, notify: Notify = silent, *, ranks: Ranks = ALO
         return finished
     resume = _resumed(spec, request)
     if ranks.number == 0:
-        claim(out)
+        claim(out, spec.kind)
         if resume is None:
             (out / MLFLOW_RUN).unlink(missing_ok=True)
     logs = open_logs(spec.log, out, spec.model_dump(exclude=_ASIDE)) if ranks.number == 0 else []

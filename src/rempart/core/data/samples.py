@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rempart.core import files
-from rempart.core.errors import DataError
+from rempart.core.errors import DataError, ThreatError
 from rempart.core.model import Classifier
 from rempart.core.repro import digest_arrays
 from rempart.core.threat import Threat
@@ -144,8 +144,16 @@ class Data:
         return self.named(model.class_names).scaled(model.low, model.high)
 
     def threat(self, text: str, low: float, high: float) -> Threat:
-        """A threat in the box [low, high] of a model, whose budget may be in the unit of these data: `linf:10HU`."""
-        return Threat.parse(text, low=low, high=high, unit=self.unit, span=self.span)
+        """A threat in the box [low, high] of a model, whose budget may be in the unit of these data: `linf:10HU`.
+
+        Raises:
+            ThreatError: If it is none, or its budget is 0, which leaves nothing to attack.
+        """
+        threat = Threat.parse(text, low=low, high=high, unit=self.unit, span=self.span)
+        if threat.eps == 0:
+            hint = f"write {threat.norm}:8/255, or {threat.norm} alone for the smallest perturbations"
+            raise ThreatError("a budget above 0", got=repr(text), hint=hint)
+        return threat
 
     def load(self) -> "Data":
         """The same data decoded into memory, as bytes where that loses nothing: for training."""

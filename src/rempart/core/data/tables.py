@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -29,18 +30,22 @@ def table(path: Path, split: str, modifiers: Modifiers) -> Data:
     Paths are relative to the folder of the table, and none leads out of it. The samples keep the order of the table.
     """
     rows = read_table(path, ("path", "label"), ("split", "patient", "mask"))
-    for number, row in enumerate(rows, 2):
+    for row in rows:
         if files.leads_out(row["path"]):
-            came = f"{row['path']!r} in line {number}"
+            came = f"{row['path']!r} in line {row['line']}"
             raise DataError("paths inside the folder of the table", got=came, hint="lay the images beside the table")
     if modifiers.mask is not None:
         raise DataError("masks in the column mask of a table", got=f"@mask={modifiers.mask}")
     _once([str(PurePosixPath(row["path"])) for row in rows], path)
     split, own = _split(rows, split, path)
     _apart(rows, path)
+    for row in own:
+        _there(path, row["path"], row["line"])
     masks = [row["mask"] for row in own] if "mask" in rows[0] else None
     if masks is not None and (odd := [name for name in masks if not name or files.leads_out(name)]):
         raise DataError("a mask inside the folder of the table in every line", got=repr(odd[0]))
+    for row in own if masks is not None else ():
+        _there(path, row["mask"], row["line"])
     store = files.Folder(path.parent, closed=True)
     class_names, number_of = _classes([row["label"] for row in rows])
     return of_files(
@@ -84,6 +89,8 @@ def with_patients(data: Data, path: Path) -> Data:
 def read_table(path: Path, needed: Sequence[str], optional: Sequence[str]) -> list[Row]:
     """The rows of a CSV file with a header, those columns only; values without the blanks around them.
 
+    Under `line` stands the number of the line, counted from 1 with the header.
+
     Raises:
         DataError: If it cannot be read, is too large, or a column or a value that is needed is not there.
     """
@@ -106,10 +113,16 @@ def read_table(path: Path, needed: Sequence[str], optional: Sequence[str]) -> li
         row = {name: line[header.index(name)].strip() for name in wanted} if len(line) == len(header) else {}
         if not all(row.get(name) for name in needed):
             raise DataError(f"{', '.join(needed)} in every line", got=f"line {number} of {path.name}")
-        rows.append(row)
+        rows.append({**row, "line": str(number)})
     if not rows:
         raise DataError("lines below the header", got=f"none in {path.name}")
     return rows
+
+
+def _there(table: Path, name: str, line: str) -> None:
+    if not os.path.lexists(table.parent / name):  # where a link leads is asked when it is read
+        hint = "paths are relative to the folder of the table"
+        raise DataError("files that are there", got=f"none at {name!r}, line {line} of {table.name}", hint=hint)
 
 
 def _once(values: Sequence[str], path: Path) -> None:
