@@ -39,6 +39,14 @@ def until(true: Callable[[], Any], seconds: float = 60.0, what: str = "it") -> A
     return found
 
 
+def alive(pid: int) -> bool:
+    """Whether a process runs."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 @dataclass
 class Worker:
     process: subprocess.Popen

@@ -8,7 +8,7 @@ import pytest
 
 from rempart.serve.settings import Settings
 from rempart.serve.worker import Sign
-from serve.deployment import Deployment, until
+from serve.deployment import Deployment, alive, until
 
 
 @pytest.fixture
@@ -229,11 +229,3 @@ def test_signs_of_this_machine_tell_by_their_lock_and_of_others_by_their_age(tmp
     assert not gone.exists() and not other.path.exists()
     assert mine.beat() and not other.beat()
     mine.file.close()
-
-
-def alive(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False

@@ -9,6 +9,7 @@ their operator's.
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -54,13 +55,22 @@ def serve(settings: Settings, host: str, port: int, *, worker: bool = True, say:
         signal.signal(number, lambda *_: leaving.set())
     settings = guarded(prepared(settings), host)
     tempfile.tempdir = str(settings.folder / "incoming")  # large bodies wait there, and nowhere else
-    server: Any = _listening(create_app(settings), settings, host, port)
+    listening = bound(host, port)
+    server: Any = create_server(
+        create_app(settings),
+        sockets=[listening],
+        threads=_THREADS,
+        connection_limit=_CONNECTIONS,
+        channel_timeout=_IDLE,
+        max_request_body_size=settings.upload + 2**20,
+        ident=None,
+    )
     keeper = threading.Thread(target=_keep, args=(settings, leaving, say))
     if worker:
         keeper.start()
     threading.Thread(target=server.run, daemon=True).start()
     address = f"[{host}]" if ":" in host else host
-    say(f"http://{address}:{server.effective_port}")
+    say(f"http://{address}:{listening.getsockname()[1]}")
     leaving.wait()
     server.task_dispatcher.shutdown(timeout=2)
     if worker:
@@ -80,20 +90,17 @@ def guarded(settings: Settings, host: str) -> Settings:
     return replace(settings, tokens=known)
 
 
-def _listening(app: Any, settings: Settings, host: str, port: int) -> Any:
+def bound(host: str, port: int) -> socket.socket:
+    """A socket that listens there.
+
+    Raises:
+        SpecError: If that cannot be.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return create_server(
-            app,
-            host=host,
-            port=port,
-            threads=_THREADS,
-            connection_limit=_CONNECTIONS,
-            channel_timeout=_IDLE,
-            max_request_body_size=settings.upload + 2**20,
-            ident=None,
-        )
-    except (OSError, ValueError) as error:
-        came = f"{host}:{port} ({error})"
+        return socket.create_server((host, port), family=family, backlog=_CONNECTIONS)
+    except OSError as error:
+        came = f"{host}:{port} ({error.strerror})"
         raise SpecError("an address to listen on", got=came, hint="choose another --host or --port") from None
 
 
