@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -16,8 +17,11 @@ import typer
 from rempart.core.errors import RempartError, SpecError
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from rempart.core.events import Event, Notify
     from rempart.report.schema import AttackChoice, DefenceChoice, DetectorChoice, Reading, Report
+    from rempart.serve.auth import Tokens
 
 _STOPPED = threading.Event()
 
@@ -586,6 +590,121 @@ def predict(
     ):
         told += f"\n{right / n:.1%} of the {n} {name} have the right class" if n and right is not None else ""
     _say(f"{told}\n\n{out}")
+
+
+Folder = Annotated[Path, typer.Option("--folder", help="Data directory of the service; nothing is kept elsewhere")]
+Database = Annotated[
+    str | None,
+    typer.Option(
+        "--database",
+        envvar="REMPART_DATABASE",
+        show_envvar=True,
+        help="postgresql://USER:PASSWORD@HOST/NAME for the table of jobs; without, a file in the data directory",
+    ),
+]
+Jobs = Annotated[int, typer.Option("--jobs", min=1, help="Jobs a worker runs at once")]
+Timeout = Annotated[float, typer.Option("--timeout", min=1, help="Seconds an attempt of a job may take")]
+Memory = Annotated[float, typer.Option("--memory", min=0.25, help="GiB of memory a job may use")]
+DEPLOYMENT = Path("rempart-data")
+
+
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option("--host", help="Interface to listen on; others than loopback need a token")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 for a free one")] = 8000,
+    folder: Folder = DEPLOYMENT,
+    database: Database = None,
+    jobs: Jobs = 1,
+    timeout: Timeout = 21600,
+    memory: Memory = 4,
+    upload: Annotated[float, typer.Option("--upload", min=0.001, help="GiB of one upload")] = 2,
+    worker: Annotated[
+        bool, typer.Option("--worker/--no-worker", help="Also run jobs, not only answer requests")
+    ] = True,
+    secure: Annotated[
+        bool, typer.Option("--secure", help="The service is reached by HTTPS alone, through a proxy: cookies too")
+    ] = False,
+) -> None:
+    """Serve the API and the web interface, with a worker for jobs. No other server is needed."""
+    with _extra_serve():
+        from rempart.serve.run import serve as run_service
+        from rempart.serve.settings import GIB, Settings
+    settings = Settings(
+        folder=folder,
+        database=database,
+        jobs=jobs,
+        timeout=timeout,
+        memory=int(memory * GIB),
+        upload=int(upload * GIB),
+        secure=secure,
+    )
+    run_service(settings, host, port, worker=worker, say=lambda line: print(line, flush=True))
+
+
+@app.command()
+def worker(
+    folder: Folder = DEPLOYMENT,
+    database: Database = None,
+    jobs: Jobs = 1,
+    timeout: Timeout = 21600,
+    memory: Memory = 4,
+) -> None:
+    """Run jobs of a service, until told to stop: any number of workers on machines that share its data directory."""
+    with _extra_serve():
+        from rempart.serve.settings import GIB, Settings, prepared
+        from rempart.serve.worker import work
+    settings = Settings(folder=folder, database=database, jobs=jobs, timeout=timeout, memory=int(memory * GIB))
+    work(prepared(settings), ready=lambda: print("a worker takes jobs", flush=True))
+
+
+token = typer.Typer(name="token", help="Who may use a service, by tokens.", no_args_is_help=True)
+app.add_typer(token)
+
+
+@token.command(name="add")
+def token_add(
+    name: Annotated[str, typer.Argument(help="Whose it is")],
+    role: Annotated[
+        Literal["read", "run", "admin"],
+        typer.Option("--role", help="read: look; run: also bring data and start jobs; admin: also delete"),
+    ],
+    folder: Folder = DEPLOYMENT,
+) -> None:
+    """Make a token and print it, this one time. From then on the service asks for one."""
+    print(_tokens(folder).add(name, role))
+
+
+@token.command(name="list")
+def token_list(folder: Folder = DEPLOYMENT) -> None:
+    """List who has a token."""
+    for known in _tokens(folder).all():
+        print(f"{known.name}\t{known.role}\t{known.created}")
+
+
+@token.command(name="remove")
+def token_remove(name: Annotated[str, typer.Argument(help="Whose it is")], folder: Folder = DEPLOYMENT) -> None:
+    """Take a token back, at once."""
+    _tokens(folder).remove(name)
+
+
+def _tokens(folder: Path) -> "Tokens":
+    with _extra_serve():
+        from rempart.serve.auth import Tokens
+        from rempart.serve.settings import Settings, prepared
+    return Tokens.of(prepared(Settings(folder=folder)).folder)
+
+
+@contextmanager
+def _extra_serve() -> "Generator[None]":
+    """Name the extra where a package of it is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("rempart"):
+            raise
+        raise SpecError(f"the package {error.name}", got="none", hint="pip install 'rempart[serve]'") from None
 
 
 def _reading(box: str, classes: str | None) -> "Reading":

@@ -1,5 +1,6 @@
 """`python -m rempart.serve.look KIND PATH READING OUT` looks at an upload in a process of its own."""
 
+import errno
 import json
 import sys
 from collections import Counter
@@ -27,6 +28,8 @@ def looker(settings: Settings) -> Look:
         ended = supervised(
             "rempart.serve.look", arguments, log=log, place=settings.folder, timeout=_SECONDS, memory=settings.memory
         )
+        if ended.stopped == "disk":
+            raise OSError(errno.ENOSPC, ended.reason)
         error = DataError if kind == "data" else ModelError
         if ended.stopped is not None or not out.exists():
             came = ended.reason or f"a file that ended the process which read it (status {ended.status})"

@@ -1,6 +1,10 @@
-"""Work in a process of its own, which cannot take the service down: limits of time and memory, and a way to stop it."""
+"""Work in a process of its own, which cannot take the service down: limits of time, memory and disk; a way to stop it.
+
+What such a process writes down before it ends counts; that it ended, however it did, says nothing else.
+"""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +17,11 @@ from pathlib import Path
 from typing import Literal
 
 _LOOK = 0.25  # seconds between two looks at a process
-_GRACE = 1.5  # seconds to write down what was finished, once asked to stop
+_GRACE = 1.25  # seconds to write down what was finished, once asked to stop
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+_ROOM = 64 * 2**20  # bytes of the disk left to the service, which has to write down how it went
+FULL = "the disk of the service is full"
+Stop = Literal["time", "memory", "disk", "asked"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +30,12 @@ class Ended:
 
     Attributes:
         status: Its exit status; negative: the signal that ended it.
-        stopped: What made us end it.
+        stopped: What made us end it, if we did.
         reason: The same in a sentence.
     """
 
     status: int
-    stopped: Literal["time", "memory", "asked"] | None = None
+    stopped: Stop | None = None
     reason: str = ""
 
 
@@ -55,45 +62,55 @@ def supervised(
         memory: Bytes of memory it may use, with its children.
         asked: Whether it shall be stopped; asked several times a second.
     """
-    started = time.monotonic()
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
+    until = time.monotonic() + timeout
     with log.open("ab") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
+            [sys.executable, "-P", "-m", module, *arguments],  # -P: no module comes from the folder it runs in
             stdin=subprocess.PIPE,
             stdout=out,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"},
             cwd=place,
             start_new_session=True,
         )
-    stopped: Literal["time", "memory", "asked"] | None = None
-    reason = ""
+    stop: tuple[Stop, str] | None = None
     try:
+        _sacrifice(process.pid)
         while process.poll() is None:
             if asked():
-                stopped, reason = "asked", "cancelled"
-            elif time.monotonic() - started > timeout:
-                stopped, reason = "time", f"ran longer than {timeout:g} seconds"
+                stop = "asked", "cancelled"
+            elif time.monotonic() > until:
+                stop = "time", f"ran longer than {timeout:g} seconds"
             elif (used := _memory(process.pid)) > memory:
-                stopped = "memory"
-                reason = f"ran out of memory: it used {used / 2**20:,.0f} MiB and may use {memory / 2**20:,.0f}"
-            if stopped is not None:
+                least, most = used / 2**20, memory / 2**20
+                stop = "memory", f"ran out of memory: it used {least:,.0f} MiB and may use {most:,.0f}"
+            elif shutil.disk_usage(place).free < _ROOM:
+                stop = "disk", FULL
+            if stop is not None:
                 break
-            time.sleep(_LOOK)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_LOOK)
     finally:
-        _end(process, at_once=stopped == "memory")
-    return Ended(process.returncode, stopped, reason)
+        _end(process, at_once=stop is not None and stop[0] == "memory")
+    return Ended(process.returncode, *(stop or (None, "")))
 
 
 def leave_with_parent() -> None:
-    """End this process when the one that started it is gone: nobody would take what it finds."""
+    """End this process and its children when the one that started it is gone: nobody would take what it finds."""
 
     def wait() -> None:
         sys.stdin.buffer.read()
+        if os.getpgrp() == os.getpid():
+            os.killpg(os.getpid(), signal.SIGKILL)
         os._exit(70)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def _sacrifice(pid: int) -> None:
+    """Where the whole machine runs out of memory, let the kernel end this process before it ends the service."""
+    with suppress(OSError):
+        Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
 
 
 def _end(process: "subprocess.Popen[bytes]", *, at_once: bool) -> None:

@@ -7,6 +7,9 @@ from pathlib import Path
 from rempart.core.errors import SpecError
 
 GIB = 2**30
+DATABASE = "REMPART_DATABASE"
+"""Environment variable of the URL, which holds a password that a command line would show to all users."""
+LOCK = "worker.lock"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,8 +19,8 @@ class Settings:
     Attributes:
         folder: The data directory. Workers on other machines need the same one.
         database: URL of a PostgreSQL database for the job table; None: a SQLite file in `folder`.
-        jobs: Jobs a worker runs at once.
-        timeout: Seconds a job may run.
+        jobs: Jobs a worker runs at once. The table keeps it: of several workers, the last to start sets it for all.
+        timeout: Seconds an attempt of a job may take.
         memory: Bytes of memory a job may use, with its children.
         upload: Bytes of one upload.
         attempts: How often a job whose process dies is tried.

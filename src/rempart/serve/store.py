@@ -23,6 +23,7 @@ from rempart.core.errors import DataError, ModelError, RempartError, SpecError
 from rempart.models.formats.hugging_face import PARTS
 from rempart.models.save import CONFIG, WEIGHTS
 from rempart.report.schema import AS_IT_IS, Reading, Strict
+from rempart.serve.errors import Missing, TooLarge
 
 Kind = Literal["model", "data", "guard"]
 FORMS: dict[Kind, tuple[str, ...]] = {
@@ -39,14 +40,6 @@ _MEMBERS = {CONFIG, WEIGHTS, *PARTS}
 _MEMBER_BYTES = 4 * 2**30
 _PIECE = 2**20
 _NAME = 100  # characters
-
-
-class TooLarge(SpecError):
-    """An upload beyond the limit."""
-
-
-class Missing(SpecError):
-    """Nothing is there under that id."""
 
 
 class Item(Strict):

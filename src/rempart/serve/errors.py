@@ -1,0 +1,19 @@
+"""What the service refuses, beside what the rest of the package does."""
+
+from rempart.core.errors import RempartError, SpecError
+
+
+class Missing(SpecError):
+    """Nothing is there under that id."""
+
+
+class TooLarge(SpecError):
+    """An upload beyond the limit."""
+
+
+class Conflict(SpecError):
+    """An idempotency key came with two different requests."""
+
+
+class Unavailable(RempartError):
+    """The table of jobs cannot be reached, or cannot take anything more."""
