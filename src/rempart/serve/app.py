@@ -24,6 +24,7 @@ from rempart.serve.documentation import documentation
 from rempart.serve.jobs import Jobs
 from rempart.serve.live import Cache
 from rempart.serve.look import looker
+from rempart.serve.pages import error_page, pages
 from rempart.serve.service import Service, service
 from rempart.serve.settings import Settings, prepared
 from rempart.serve.store import Missing, Store, TooLarge
@@ -98,6 +99,7 @@ def create_app(settings: Settings) -> APIFlask:
     app.after_request(_sealed)
     app.register_blueprint(api)
     app.register_blueprint(documentation)
+    app.register_blueprint(pages)
     app.context_processor(lambda: {"csrf_token": auth.csrf_token})
     app.spec_processor(_documented)
     return app
@@ -143,6 +145,8 @@ def _errors(app: APIFlask) -> None:
 
     @app.errorhandler(HTTPException)
     def plain(error: HTTPException) -> Any:  # pyright: ignore[reportUnusedFunction]
+        if request.endpoint is None and not request.path.startswith("/api/"):
+            return error_page(error)  # a person who typed an address
         return _told(error.code or 500, error.description or error.name)
 
     @app.errorhandler(Exception)
