@@ -12,7 +12,7 @@ import torch
 from flask.testing import FlaskClient
 from PIL import Image
 
-from deployment import CLASSES, data_zip, model_zip, network, picture, pixels
+from bringing import CLASSES, data_zip, model_zip, network, picture, pixels
 from rempart.serve.app import create_app
 from rempart.serve.settings import Settings
 

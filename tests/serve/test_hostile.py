@@ -19,7 +19,7 @@ from flask.sessions import SecureCookieSessionInterface
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
-from deployment import model_zip, picture, zipped
+from bringing import model_zip, picture, zipped
 from rempart.serve import api
 from rempart.serve.app import create_app
 from rempart.serve.auth import Tokens
