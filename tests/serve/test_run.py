@@ -19,7 +19,7 @@ from rempart.serve.auth import Tokens
 from rempart.serve.lock import hold, holder
 from rempart.serve.run import bound, command, environment, guarded
 from rempart.serve.settings import LOCK, Settings, prepared
-from serve.deployment import Deployment, alive, until
+from serve.deployment import ENDED, Deployment, alive, until
 from serve.deployment import environment as of_tests
 
 
@@ -97,7 +97,7 @@ def test_web_process_and_worker_live_apart_and_are_ended_together(deployment):
         (waiting,) = until(webs[1].workers)
         workers.append(waiting)
         others = [deployment.submit("steps 1 0.1") for _ in range(2)]
-        while deployment.state(job) == "running":
+        while deployment.state(job) not in ENDED:
             assert sum(bool(deployment.processes(id)) for id in (job, *others)) <= 1
             time.sleep(0.1)
         for id in (job, *others):

@@ -1,7 +1,9 @@
 """Jobs as the web process sees them: put into the table, listed, cancelled; their files read."""
 
+import errno
 import json
 import logging
+import os
 import re
 import secrets
 import shutil
@@ -23,6 +25,7 @@ from rempart.core.disk import replace
 from rempart.core.errors import SpecError
 from rempart.serve.child import EVENTS, RUN, SPEC
 from rempart.serve.errors import Conflict, Missing, Unavailable
+from rempart.serve.process import FULL
 from rempart.serve.settings import Settings
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ _ID = re.compile(r"[0-9a-f]{32}")
 _REQUEST = "request.json"
 _PATIENCE = 10.0  # seconds in which a database that is started anew is back
 _CONNECTIONS = 8
+_FULL = ("disk is full", os.strerror(errno.ENOSPC))  # how SQLite and PostgreSQL say it
 T = TypeVar("T")
 
 
@@ -93,7 +97,7 @@ class Jobs:
                 retry_connection_errors=False,  # it would wait for ever: see `_asked`
             )
         except Exception as error:  # noqa: BLE001  DBOS and drivers raise what they like
-            came = f"{settings.url.rpartition('@')[2]}: {error}"
+            came = f"{settings.url.rpartition('@')[2]}: {str(error).splitlines()[0]}"
             raise SpecError("a database that can be reached", got=came, hint="look at --database") from None
         return Jobs(settings, table)
 
@@ -247,13 +251,16 @@ def _asked(question: Callable[[], T]) -> T:
     """The answer of the table; a database that is being started anew is waited for.
 
     Raises:
-        Unavailable: If it is not back in time, or its disk is full.
+        Unavailable: If it is not back in time.
+        OSError: If its disk is full.
     """
     until = time.monotonic() + _PATIENCE
     while True:
         try:
             return question()
         except DBAPIError as error:
+            if any(told in str(error.orig) for told in _FULL):
+                raise OSError(errno.ENOSPC, FULL) from error
             if time.monotonic() > until:
                 raise Unavailable("a table of jobs that answers", got=type(error).__name__, hint="try again") from error
             time.sleep(0.2)
