@@ -16,8 +16,8 @@ from rempart.train.config import load_recipe, recipe_names
 LANGUAGES: Mapping[str, str] = {"en": "English", "fr": "Français", "zh": "中文"}
 _HERE = files("rempart") / "serve"
 _STRING = r'"((?:[^"\\\n]|\\.)*)"'
-_IN_TEMPLATES = re.compile(rf"\b_\(\s*{_STRING}")
-_IN_SCRIPTS = re.compile(rf"\bt\(\s*{_STRING}")
+_IN_TEMPLATES = re.compile(rf"\b_\(\s*(?:{_STRING}|'([^'\n]*)')")
+_IN_SCRIPTS = re.compile(rf"\bt\(\s*{_STRING}()")
 _PLACE = re.compile(r"\{(\w+)\}")
 
 
@@ -74,4 +74,4 @@ def in_catalogue() -> frozenset[str]:
 
 def _found(pattern: re.Pattern[str], folder: str, ending: str) -> frozenset[str]:
     texts = [path.read_text("utf-8") for path in (_HERE / folder).iterdir() if path.name.endswith(ending)]
-    return frozenset(json.loads(f'"{key}"') for text in texts for key in pattern.findall(text))
+    return frozenset(json.loads(f'"{a or b}"') for text in texts for a, b in pattern.findall(text))

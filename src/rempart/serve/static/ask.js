@@ -213,7 +213,7 @@ function dataField(sets) {
       words.input.value = parts.join("");
       tell();
     },
-    value: () => select.value + (words.value() ?? "") + (whole || !split.value() ? "" : `:${split.value()}`),
+    value: () => select.value + (words.value() ?? "") + (whole || split.value() === "all" ? "" : `:${split.value()}`),
   };
 }
 

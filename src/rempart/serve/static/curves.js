@@ -22,7 +22,7 @@ export function curves(place) {
 
   function add({ at, stage, values }) {
     begun ??= at;
-    if (stage.startsWith("check")) return; // what is measured there is no result
+    if (/^(check|eps sweep)/.test(stage)) return; // other questions than the one of the job
     for (const [name, value] of Object.entries(values ?? {})) {
       if (name === "batch") continue; // how far one batch is
       if (!figures.has(name)) figures.set(name, made(name));

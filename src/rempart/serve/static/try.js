@@ -82,7 +82,7 @@ async function request() {
   if ($("target").value !== "") json.target = $("target").value;
   if ($("guard").value) json.guard = $("guard").value;
   if (image.file) json.image = await base64(image.file);
-  else if (fits()) Object.assign(json, { data: `${image.data}:${image.split}`, number: image.number });
+  else if (fits()) Object.assign(json, { data: image.split === "all" ? image.data : `${image.data}:${image.split}`, number: image.number });
   else json.image = await base64(await (await fetch(image.source)).blob()); // brought to size like a file
   return json;
 }
