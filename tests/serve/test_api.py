@@ -152,7 +152,7 @@ def test_the_same_key_is_the_same_job(client: FlaskClient, model: str) -> None:
     again = client.post("/api/v1/jobs", json=audit(model), headers=key).json
     assert again["id"] == first["id"]
     other = client.post("/api/v1/jobs", json=audit(model, seed=1), headers=key)
-    assert other.status_code == 422 and "Idempotency-Key" in other.json["error"]["expected"]
+    assert other.status_code == 409 and "Idempotency-Key" in other.json["error"]["expected"]
     assert client.post("/api/v1/jobs", json=audit(model)).json["id"] != first["id"]
 
 

@@ -27,10 +27,11 @@ from rempart.serve import live
 from rempart.serve.auth import needs, user
 from rempart.serve.catalog import Catalog, catalog
 from rempart.serve.child import RUN
+from rempart.serve.errors import Missing
 from rempart.serve.jobs import Job, Kind
 from rempart.serve.requests import EMBEDDED, REQUESTS, Asked, data_of, model_of, resolved
 from rempart.serve.service import service
-from rempart.serve.store import Item, Missing
+from rempart.serve.store import Item
 
 api = APIBlueprint("api", __name__, url_prefix="/api/v1", tag="Rempart")
 STREAM = 30.0  # seconds an answer with events lasts; a client comes back with the place it had reached

@@ -21,13 +21,14 @@ from rempart.core.errors import RempartError, SpecError
 from rempart.serve import auth
 from rempart.serve.api import Compared, Encoded, api
 from rempart.serve.documentation import documentation
+from rempart.serve.errors import Conflict, Missing, TooLarge, Unavailable
 from rempart.serve.jobs import Jobs
 from rempart.serve.live import Cache
 from rempart.serve.look import looker
 from rempart.serve.pages import error_page, pages
 from rempart.serve.service import Service, service
 from rempart.serve.settings import Settings, prepared
-from rempart.serve.store import Missing, Store, TooLarge
+from rempart.serve.store import Store
 
 _BODY = 64 * 2**20  # bytes of a body that is no upload
 _MODELS = 8  # kept loaded
@@ -133,8 +134,8 @@ def _errors(app: APIFlask) -> None:
 
     @app.errorhandler(RempartError)
     def refused(error: RempartError) -> Any:  # pyright: ignore[reportUnusedFunction]
-        status = 422 if isinstance(error, SpecError) else 500
-        status = 404 if isinstance(error, Missing) else 413 if isinstance(error, TooLarge) else status
+        kinds = {Missing: 404, Conflict: 409, TooLarge: 413, SpecError: 422, Unavailable: 503}
+        status = next((status for kind, status in kinds.items() if isinstance(error, kind)), 500)
         return _told(status, str(error), expected=error.expected, got=error.got, hint=error.hint)
 
     @app.errorhandler(OSError)
@@ -262,7 +263,7 @@ def _sealed(response: Response) -> Response:
     return response
 
 
-_COMMON = (400, 401, 403, 404, 413, 415, 421, 422, 429, 507)
+_COMMON = (400, 401, 403, 404, 409, 413, 415, 421, 422, 429, 503, 507)
 
 
 def _documented(spec: Any) -> Any:
@@ -277,8 +278,6 @@ def _documented(spec: Any) -> Any:
                 continue
             for status in _COMMON:
                 operation["responses"][str(status)] = {"description": _CODES[status].replace("_", " "), **answer}
-            if path.endswith("/ready"):
-                operation["responses"]["503"] = {"description": "not ready", **answer}
             if path in _BODIES and method == "post":
                 operation["requestBody"] = {"content": _BODIES[path]}
             if "requestBody" in operation:

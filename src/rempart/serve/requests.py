@@ -23,8 +23,9 @@ from rempart.report.schema import (
 )
 from rempart.report.store import JSON
 from rempart.serve.child import RUN
+from rempart.serve.errors import Missing
 from rempart.serve.jobs import Jobs
-from rempart.serve.store import Missing, Store
+from rempart.serve.store import Store
 from rempart.train.config import recipe_names
 
 EMBEDDED = "digits"
