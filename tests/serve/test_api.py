@@ -3,6 +3,9 @@
 import base64
 import io
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -250,3 +253,25 @@ def test_every_view_is_on_the_api_page(client: FlaskClient) -> None:
     }
     assert views == set(told)
     assert client.get("/api/v1/docs/", buffered=True).status_code == 200
+
+
+def test_jobs_stand_side_by_side(client: FlaskClient, model: str, data: str, folder: Path, tmp_path: Path) -> None:
+    """Two models of one name: the page tells them apart, and its figures are those of the two reports."""
+    client = client.application.test_client()  # without the cookie of a page
+    other = client.post("/api/v1/models?name=My Net.zip", data=model_zip(tmp_path / "net", 1), content_type=BYTES)
+    jobs, (end, mine) = [], os.pipe()
+    for id in (model, other.json["id"]):
+        asked = {**audit(id, data=data), "attacks": [{"name": "fgsm"}], "sweep": False}
+        jobs.append(client.post("/api/v1/jobs", json=asked).json["id"])
+        command = [sys.executable, "-m", "rempart.serve.child", f"jobs/{jobs[-1]}"]
+        subprocess.run(command, cwd=folder, stdin=end, check=True)
+        client.post(f"/api/v1/jobs/{jobs[-1]}/cancel")
+    os.close(mine)
+    os.close(end)
+    reports = [client.get(f"/api/v1/jobs/{job}/report", buffered=True).json for job in jobs]
+    page = client.get(f"/api/v1/compare?job={jobs[0]}&job={jobs[1]}")
+    assert page.mimetype == "text/html" and "sandbox" in page.headers["Content-Security-Policy"]
+    for job, report in zip(jobs, reports, strict=True):
+        assert f"my-net ({job[:4]})" in page.text
+        assert f"{report['worst_case']['k'] / report['worst_case']['n']:.1%}" in page.text
+    assert client.get(f"/api/v1/compare?job={jobs[0]}").status_code == 422

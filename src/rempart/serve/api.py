@@ -5,6 +5,7 @@ import binascii
 import json
 import time
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
@@ -409,8 +410,13 @@ def opened(id: str, split: str) -> Data:
     """A split of a data set."""
     if id != EMBEDDED:
         service().store.find("data", id)  # raises
-    text = id if split == "all" else f"{id}:{split}"
-    return open_data(_absolute(data_of(text, service().store)))
+    return _open(_absolute(data_of(id if split == "all" else f"{id}:{split}", service().store)))
+
+
+@lru_cache(maxsize=16)
+def _open(text: str) -> Data:
+    """Data of the store, which do not change under their id; the directory of an archive is read once."""
+    return open_data(text)
 
 
 def _absolute(text: str) -> str:
@@ -551,7 +557,7 @@ def _image(asked: Trying, model: Any) -> tuple[Images, int | None, tuple[str, ..
         return read.x, asked.label, read.notes
     if asked.number is None:
         raise SpecError("the number of an image beside data", got="none")
-    data = open_data(_absolute(data_of(str(asked.data), service().store))).seen_by(model)
+    data = _open(_absolute(data_of(str(asked.data), service().store))).seen_by(model)
     row = _row(data, asked.number)
     return row.x, int(row.y[0]) if asked.label is None else asked.label, ()
 
@@ -674,12 +680,14 @@ def jobs_file(id: str, name: str) -> Response:
 def compare() -> Response:
     """Audits side by side, with judged detectors beneath, as a page that is one file."""
     ids = Compared.model_validate({"job": request.args.getlist("job")}).job
-    reports = [read(_written(id, JSON)) for id in ids]
-    audits = [report for report in reports if report.kind not in ("detect", "train")]
-    if any(report.kind == "train" for report in reports):
+    reports = {id: read(_written(id, _report_name(id, JSON))) for id in ids}
+    if any(report.kind == "train" for report in reports.values()):
         raise SpecError("audits", got="a training", hint="audit its model, and compare the audits")
-    named = comparing.named(audits)
-    detected = [report for report in reports if report.kind == "detect"]
+    detected = [report for report in reports.values() if report.kind == "detect"]
+    audits = {id: report for id, report in reports.items() if report.kind != "detect"}
+    names = {id: f"{report.model.name}{report.behind}" for id, report in audits.items()}
+    several = len(set(names.values())) < len(names)
+    named = {f"{name} ({id[:4]})" if several else name: audits[id] for id, name in names.items()}
     return _sealed(Response(comparing.compare_html(comparing.compare(named), named, detected), mimetype="text/html"))
 
 

@@ -120,7 +120,7 @@ class Jobs:
         """
         id = uuid.uuid4().hex if key is None else uuid.uuid5(uuid.NAMESPACE_URL, f"{user}\n{key}").hex
         folder = self.settings.folder / "jobs" / id
-        new = _laid(folder, self._files(id, request, spec, user))
+        new = _laid(folder, self._files(id, request, spec, user), _folder(spec))
         if not new and _request(folder).get("request") != request:
             raise Conflict("the request that this Idempotency-Key came with before", got="another one")
         if new or self._status(id) is None:
@@ -266,14 +266,24 @@ def _asked(question: Callable[[], T]) -> T:
             time.sleep(0.2)
 
 
-def _laid(folder: Path, files: Mapping[str, bytes]) -> bool:
-    """Make a folder with these files, whole or not at all; False if it was there."""
+def _folder(spec: "AnySpec") -> str:
+    """What the folder that a job writes to is really called: reports name a trained model by it."""
+    if spec.kind != "train":
+        return RUN
+    return re.sub(r"[^a-z0-9]+", "-", f"{'tuned' if spec.start else spec.model} {spec.recipe}".lower()).strip("-")
+
+
+def _laid(folder: Path, files: Mapping[str, bytes], run: str) -> bool:
+    """Make a folder with these files and one that goes by RUN too, whole or not at all; False if it was there."""
     if folder.exists():
         return False
     part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     try:
         for name, content in files.items():
             replace(part / name, content)
+        if run != RUN:
+            (part / run).mkdir()
+            (part / RUN).symlink_to(run)
         part.rename(folder)
     except OSError:
         if folder.exists():
