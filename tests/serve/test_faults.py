@@ -47,6 +47,7 @@ def pieces(folder: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
+@pytest.mark.slow
 def test_an_audit_whose_worker_is_killed_ends_with_the_same_report(deployment):
     """kill -9 of the worker in the middle; no finished chunk is done twice, figures and samples are the same."""
     run(TrainSpec(data="digits", model="mlp", options={"epochs": 3}, out=str(deployment.settings.folder / "models/m")))

@@ -164,6 +164,7 @@ def test_limits_of_time_and_memory_end_one_job_and_no_other(deployment):
     assert job.state == "failed"
     assert job.reason.startswith("ran out of memory: it used ") and job.reason.endswith("MiB and may use 200")
     assert deployment.wait(deployment.submit("steps 1 0")).state == "done"
+    assert json.loads((deployment.folder(slow) / "outcome.json").read_text())["state"] == "failed"  # whoever asks again
 
 
 def test_reasons_are_told_without_places_of_the_service(deployment):

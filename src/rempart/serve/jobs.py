@@ -164,6 +164,10 @@ class Jobs:
         names = {status.executor_id for status in found}
         return {name: frozenset(s.workflow_id for s in found if s.executor_id == name) for name in names if name}
 
+    def requeue(self, id: str, worker: str) -> None:
+        """Queue a job again that its worker will not end; nothing where another worker has it by now."""
+        self.table._sys_db.reenqueue_for_recovery(id, [worker], QUEUE)
+
     def cancel(self, id: str) -> Job:
         """Cancel a job; one that ended stays as it is. Its process is gone within two seconds."""
         if self.find(id).state in ("queued", "running"):

@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from typing import Any, BinaryIO
 from dbos import DBOS, DBOSConfig
 
 from rempart.core.disk import replace
-from rempart.serve.child import LOG, RUN, SPEC, Outcome, ended, fault
+from rempart.serve.child import LOG, OUTCOME, RUN, SPEC, Outcome, ended, fault
 from rempart.serve.jobs import JSON, KINDS, QUEUE, VERSION, Jobs
 from rempart.serve.lock import hold
 from rempart.serve.process import supervised
@@ -35,7 +36,7 @@ CHILD = "rempart.serve.child"
 _BEAT = 1.0  # seconds
 _DEAD = 30.0  # seconds without a sign, of workers on other machines
 _LEAVE = 10.0  # seconds for the processes of a worker that leaves
-_UNTOLD = 60.0  # seconds in which the table takes the outcome of a job, or this worker leaves
+_UNTOLD = 5.0  # seconds in which the table hears of the outcome of a job
 
 
 def work(settings: Settings, *, beside_serve: bool = False, ready: Callable[[], None] = lambda: None) -> None:
@@ -100,16 +101,15 @@ def _beat(sign: "Sign") -> None:
 
 
 def _take_over(jobs: Jobs, sign: "Sign", tries: "Tries") -> None:
-    """Queue again what runs at workers that are dead; leave if the table does not take what became of a job here."""
+    """Queue again what runs at workers that are dead, and what ended here without the table having heard of it."""
     try:
         running = jobs.running()  # before the signs: a worker puts up its sign before it takes a job
         living = sign.living()
-        for name in running.keys() - living:
-            DBOS._recover_pending_workflows([name])
+        for name, ids in running.items():
+            for id in tries.untold(ids) if name == sign.name else () if name in living else ids:
+                jobs.requeue(id, name)
     except Exception:  # noqa: BLE001  the table cannot be reached: the next time
         return
-    if tries.untold(running.get(sign.name, frozenset())) > _UNTOLD:
-        tries.leaving.set()
 
 
 class Tries:
@@ -123,17 +123,23 @@ class Tries:
 
     def attempts(self, id: str) -> Outcome:
         """Try a job until it ends, so many times at most, the attempts of other workers counted."""
+        folder = self.settings.folder / "jobs" / id
         with self._lock:
             self._running.add(id)
         try:
-            outcome = self._attempts(self.settings.folder / "jobs" / id, id)
+            outcome = self._attempts(folder, id)
         except OSError as error:
             outcome = Outcome(state="failed", reason=fault(error))
-        finally:
-            with self._lock:
-                self._running.discard(id)
-                self._ended[id] = time.monotonic()
-                self._lock.notify_all()
+        except Exception as error:  # noqa: BLE001  the edge of the worker
+            traceback.print_exc()
+            outcome = Outcome(state="failed", reason=f"failed unexpectedly in the worker ({type(error).__name__})")
+        if outcome is not None and folder.exists():
+            with suppress(OSError):
+                replace(folder / OUTCOME, outcome.model_dump_json().encode())
+        with self._lock:
+            self._running.discard(id)
+            self._ended[id] = time.monotonic()
+            self._lock.notify_all()
         if outcome is None:
             threading.Event().wait()  # in the table it goes on running; the next worker takes it up
             raise AssertionError
@@ -144,11 +150,12 @@ class Tries:
         with self._lock:
             self._lock.wait_for(lambda: not self._running, seconds)
 
-    def untold(self, running: frozenset[str]) -> float:
-        """Seconds since the end of the job here that the table still has among `running`."""
+    def untold(self, running: frozenset[str]) -> list[str]:
+        """Of jobs that run here by the table, those that ended a while ago: it was away when it should have heard."""
+        since = time.monotonic() - _UNTOLD
         with self._lock:
             self._ended = {id: at for id, at in self._ended.items() if id in running and id not in self._running}
-            return time.monotonic() - min(self._ended.values(), default=time.monotonic())
+            return [id for id, at in self._ended.items() if at < since]
 
     def _attempts(self, folder: Path, id: str) -> Outcome | None:
         """The outcome; None if this worker leaves before there is one."""
