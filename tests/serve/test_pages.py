@@ -12,7 +12,7 @@ from flask.testing import FlaskClient
 
 import rempart.report
 import rempart.serve
-from deployment import OPTIONS, SHAPE, model_zip, picture, zipped
+from bringing import OPTIONS, SHAPE, model_zip, picture, zipped
 from rempart.models.save import save
 from rempart.models.zoo import build
 from rempart.serve import words
@@ -203,7 +203,9 @@ def test_a_language_is_kept_and_leads_nowhere_else(client: FlaskClient) -> None:
 # ---- what clients named
 
 
-def test_names_that_clients_chose_are_text_and_nothing_else(client: FlaskClient, api: FlaskClient, tmp_path: Path) -> None:
+def test_names_that_clients_chose_are_text_and_nothing_else(
+    client: FlaskClient, api: FlaskClient, tmp_path: Path
+) -> None:
     classes = ["<b>cat</b>", "{{ 7 * 7 }}", "</script><script>alert(2)</script>"]
     entries = {f"{name.replace('/', '')}/{i}.png": picture(i) for name in classes for i in range(2)}
     named = {"name": f"{EVIL}.zip"}
