@@ -304,7 +304,7 @@ def test_the_language_is_switched_and_stays(desk: Desk) -> None:
     desk.press("Français")
     assert desk.heading == "Rapports" and "kind=audit" in desk.page.url
     desk.go("/audit")
-    desk.page.get_by_role("button", name="Lancer l’audit").wait_for()
+    desk.page.get_by_role("button", name="Lancer l\u2019audit").wait_for()
     desk.press("中文")
     assert desk.heading == "审计模型"
     desk.page.get_by_label("图像数量").wait_for()
@@ -322,7 +322,7 @@ def test_every_page_is_accessible_in_light_and_dark_and_fits_a_phone(desk: Desk)
     faults: list[str] = []
     for place in places:
         desk.go(place)
-        until(lambda: desk.page.locator(".busy").count() == 0, lambda: f"{place} goes on loading")
+        until(lambda: desk.page.locator(".busy").count() == 0, desk.page.locator(".busy").all_inner_texts)
         for details in desk.page.locator("main > details, form > details, .panel > details").all():
             details.evaluate("details => details.open = true")
         desk.page.evaluate(axe)
@@ -376,15 +376,14 @@ def test_the_story_on_the_brain_mri(desk: Desk, tmp_path: Path) -> None:
     desk.page.locator("iframe").wait_for(timeout=600_000)
     model = desk.page.url.rpartition("/")[2]
     desk.go(f"/?model={model}&data={set}")
-    desk.page.locator("#thumbs button").first.click()
+    desk.page.locator("#thumbs li button").first.click()
     seconds: list[float] = []
     for _ in range(5):
         begun = time.perf_counter()
         desk.press("Run the attack")
-        desk.page.locator("#shown .triple").wait_for()
+        until(lambda: desk.page.locator("#shown .triple").count(), desk.page.locator("#shown").inner_text)
         seconds.append(time.perf_counter() - begun)
-    print("from click to picture:", [round(value, 3) for value in seconds])
-    assert sorted(seconds)[2] < 1
+    assert sorted(seconds)[2] < 1, f"from click to picture: {seconds} s"
     desk.go(f"/audit?model={model}&data={set}")
     desk.page.get_by_label("Number of images").fill("32")
     desk.press("Start the audit")
