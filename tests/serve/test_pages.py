@@ -8,11 +8,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from deployment import OPTIONS, SHAPE, model_zip, picture, zipped
 from flask.testing import FlaskClient
 
 import rempart.report
 import rempart.serve
+from bringing import OPTIONS, SHAPE, model_zip, picture, zipped
 from rempart.models.save import save
 from rempart.models.zoo import build
 from rempart.serve import words

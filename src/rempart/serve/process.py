@@ -99,7 +99,8 @@ def leave_with_parent() -> None:
     """End this process and its children when the one that started it is gone: nobody would take what it finds."""
 
     def wait() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 1024):  # not by sys.stdin, whose lock a process that ends would wait for
+            pass
         if os.getpgrp() == os.getpid():
             os.killpg(os.getpid(), signal.SIGKILL)
         os._exit(70)

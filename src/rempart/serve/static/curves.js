@@ -75,8 +75,9 @@ function draw(figure) {
     ]),
     svg("text", { x: LEFT, y: HEIGHT - 2 }, "0 s"),
     svg("text", { x: WIDTH - 6, y: HEIGHT - 2, "text-anchor": "end" }, `${number(end, 2)} s`),
+    ...figure.lines.filter(({ points: [point, second] }) => !second).map(({ points: [[a, b]] }) => svg("circle", { cx: x(a), cy: y(b), r: 2.5 })),
     ...figure.lines.map((line, index) =>
-      svg("polyline", { class: index % 2 ? "odd" : "", points: [...line.points, line.points.at(-1)].map(([a, b]) => `${x(a).toFixed(1)},${y(b).toFixed(1)}`).join(" ") },
+      svg("polyline", { class: index % 2 ? "odd" : "", points: line.points.map(([a, b]) => `${x(a).toFixed(1)},${y(b).toFixed(1)}`).join(" ") },
         svg("title", {}, line.stage))),
     svg("circle", { cx: x(last[0]), cy: y(last[1]), r: 3.5 }),
   );

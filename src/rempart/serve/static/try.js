@@ -112,7 +112,7 @@ function show(trial) {
       row(t("Largest change"), t("{n}/255 of the range", { n: number(distances.levels) })),
       row("l2", number(distances.l2)), row("l1", number(distances.l1)),
       trial.ssim !== null && row("SSIM", number(trial.ssim, 4)), trial.psnr !== null && row("PSNR", `${number(trial.psnr)} dB`),
-      row(t("Cost"), t("images forward: {queries}, backward: {gradients}; {seconds} s", { queries: trial.queries, gradients: trial.gradients, seconds: number(trial.seconds, 2) }))),
+      row(t("Cost"), t("images forward: {queries}, backward: {gradients}; {seconds} s", { queries: trial.queries, gradients: trial.gradients, seconds: number(Math.ceil(1000 * trial.seconds) / 1000, 2) }))),
     ...(trial.notes.length ? [h("ul", { class: "notes", lang: "en" }, trial.notes.map((note) => h("li", { class: "note" }, note)))] : []),
   );
   say(verdict);
