@@ -77,7 +77,7 @@ def test_web_process_and_worker_live_apart_and_are_ended_together(deployment):
         first = until(lambda: holder(folder / LOCK))
         workers.append(first)
         assert [first] == webs[0].workers()
-        job = deployment.submit("steps 14 0.4")
+        job = deployment.submit("steps 40 0.4")
         until(lambda: deployment.played(job))
         subprocess.run(["kill", "-9", str(first)], check=True)
         second = until(lambda: (found := holder(folder / LOCK)) != first and found)
@@ -102,7 +102,7 @@ def test_web_process_and_worker_live_apart_and_are_ended_together(deployment):
             time.sleep(0.1)
         for id in (job, *others):
             assert deployment.wait(id).state == "done"
-        assert sorted(map(int, deployment.played(job))) == list(range(14))
+        assert sorted(map(int, deployment.played(job))) == list(range(40))
         assert len(deployment.noted(job, "begun")) == 2  # once for the worker that was killed
         assert holder(folder / LOCK) == second and alive(waiting)
 
