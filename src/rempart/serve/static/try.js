@@ -55,7 +55,7 @@ function chooseModel() {
   const [channels, ...sides] = model.shape;
   $("model-help").textContent = t("Takes images of {size}; channels: {channels}, classes: {n}.", { size: sides.join(" × "), channels, n: model.classes.length });
   const names = model.classes.map((name, index) => h("option", { value: index }, name));
-  $("label").replaceChildren(h("option", { value: "" }, t("what the model says")), ...names);
+  $("label").replaceChildren(h("option", { value: "" }, t("as predicted")), ...names);
   $("target").replaceChildren(h("option", { value: "" }, t("any class")), h("option", { value: "nearest" }, t("the nearest")), h("option", { value: "least-likely" }, t("the least likely")),
     ...model.classes.map((name, index) => h("option", { value: index }, name)));
   const fitting = guards.filter(({ facts }) => JSON.stringify(facts.shape) === JSON.stringify(model.shape));
