@@ -141,12 +141,12 @@ def test_files_of_a_job_are_those_it_wrote(target: Target, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../../../evil.zip", "/tmp/evil.zip", "..\\..\\evil.zip", "a/../../b.zip", ".zip", "\0.zip"]
+    "name", ["../../../evil.zip", "/evil.zip", "..\\..\\evil.zip", "a/../../b.zip", ".zip", "\0.zip"]
 )
 def test_the_name_of_an_upload_is_no_path(target: Target, name: str) -> None:
     answer = target.upload("data", name, b"PK no archive")
     target.refused(answer)
-    assert not (Path("/tmp") / "evil.zip").exists()
+    assert not Path("/evil.zip").exists()
 
 
 # ---- archives and images
