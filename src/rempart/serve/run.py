@@ -7,6 +7,7 @@ their operator's.
 """
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -55,6 +56,7 @@ def serve(settings: Settings, host: str, port: int, *, worker: bool = True, say:
         signal.signal(number, lambda *_: leaving.set())
     settings = guarded(prepared(settings), host)
     tempfile.tempdir = str(settings.folder / "incoming")  # large bodies wait there, and nowhere else
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it tells of each request that waits
     listening = bound(host, port)
     server: Any = create_server(
         create_app(settings),
