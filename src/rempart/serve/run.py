@@ -7,6 +7,7 @@ their operator's.
 """
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -54,10 +55,12 @@ def serve(settings: Settings, host: str, port: int, *, worker: bool = True, say:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: leaving.set())
     settings = guarded(prepared(settings), host)
-    tempfile.tempdir = str(settings.folder / "incoming")  # large bodies wait there, and nowhere else
+    app = create_app(settings)
     listening = bound(host, port)
+    tempfile.tempdir = str(settings.folder / "incoming")  # large bodies wait there, and nowhere else
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it tells of each request that waits
     server: Any = create_server(
-        create_app(settings),
+        app,
         sockets=[listening],
         threads=_THREADS,
         connection_limit=_CONNECTIONS,
