@@ -98,6 +98,7 @@ def test_a_job_that_ends_while_the_database_is_away_is_done_once_it_is_back(depl
     try:
         until(lambda: deployment.played(id) == ["0", "1", "2"])
         until(lambda: not deployment.processes(id))
+        time.sleep(2)  # the table is told, and does not hear
     finally:
         server.control("start")
     assert deployment.wait(id).state == "done"

@@ -3,6 +3,7 @@
 import base64
 import binascii
 import json
+import threading
 import time
 from collections.abc import Iterator
 from functools import lru_cache
@@ -11,7 +12,7 @@ from typing import Annotated, Any, Literal, Union
 
 from annotated_types import Ge, Le, Len
 from apiflask import APIBlueprint
-from flask import Response, g, request, send_file, stream_with_context, url_for
+from flask import Response, g, request, send_file, url_for
 from pydantic import BaseModel, Field, RootModel
 from werkzeug.exceptions import ServiceUnavailable, UnsupportedMediaType
 
@@ -36,6 +37,8 @@ from rempart.serve.store import Item
 
 api = APIBlueprint("api", __name__, url_prefix="/api/v1", tag="Rempart")
 STREAM = 30.0  # seconds an answer with events lasts; a client comes back with the place it had reached
+_STAYING = threading.BoundedSemaphore(8)
+"""Answers with events that last, each in a thread of its own; further ones tell what is there, and come back."""
 _TRY = 20.0  # seconds an attack on one image may take
 _MOST = 256  # images in one request
 Text = Annotated[str, Field(max_length=200)]
@@ -626,22 +629,28 @@ def jobs_events(id: str) -> Response:
     at = int(given) if given.isascii() and given.isdigit() and len(given) < 16 else 0
 
     def stream() -> Iterator[str]:
-        place, told, until = at, None, time.monotonic() + STREAM
-        while True:
-            job = jobs.find(id)  # before the events: none of those behind the last state is missed
-            for byte, event in list(jobs.events(id, place)):
-                place = byte
-                yield f"id: {place}\nevent: progress\ndata: {json.dumps(event)}\n\n"
-            if job.state != told:
-                told = job.state
-                yield f"event: state\ndata: {job.model_dump_json()}\n\n"
-            if job.state not in ("queued", "running") or time.monotonic() > until:
-                return
-            yield ": here\n\n"  # an answer nobody reads is noticed
-            time.sleep(0.5)
+        stays = _STAYING.acquire(blocking=False)
+        until = time.monotonic() + (STREAM if stays else 0)
+        try:
+            place, told = at, None
+            while True:
+                job = jobs.find(id)  # before the events: none of those behind the last state is missed
+                for byte, event in list(jobs.events(id, place)):
+                    place = byte
+                    yield f"id: {place}\nevent: progress\ndata: {json.dumps(event)}\n\n"
+                if job.state != told:
+                    told = job.state
+                    yield f"event: state\ndata: {job.model_dump_json()}\n\n"
+                if job.state not in ("queued", "running") or time.monotonic() >= until:
+                    return
+                yield ": here\n\n"  # an answer nobody reads is noticed
+                time.sleep(0.5)
+        finally:
+            if stays:
+                _STAYING.release()
 
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return Response(stream_with_context(stream()), mimetype="text/event-stream", headers=headers)
+    return Response(stream(), mimetype="text/event-stream", headers=headers)
 
 
 @api.get("/jobs/<id>/report")
