@@ -19,6 +19,7 @@ import http.client
 import io
 import json
 import os
+import shlex
 import signal
 import statistics
 import subprocess
@@ -103,7 +104,13 @@ def main() -> None:
         finally:
             service.send_signal(signal.SIGTERM)
             service.wait(30)
-    record = {"date": date.today().isoformat(), "cores": os.cpu_count(), "environment": environment(), **found}
+    record = {
+        "question": "errors, waiting times, lost jobs and memory of the service under load",
+        "command": shlex.join(["python", "benchmarks/service_load.py", *sys.argv[1:]]),
+        "date": date.today().isoformat(),
+        "hardware": environment(),
+        "results": found,
+    }
     given.out.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(found, indent=1))
 
@@ -143,13 +150,13 @@ def measured(address: str, pid: int, folder: Path, given: argparse.Namespace) ->
             "seconds": given.seconds,
             "requests": len(waited),
             "per_second": len(waited) / given.seconds,
-            "answers": dict(answers),
+            **{f"answers {status}": number for status, number in sorted(answers.items())},
             "seconds_p50": quantile(waited, 0.50),
             "seconds_p95": quantile(waited, 0.95),
             "seconds_p99": quantile(waited, 0.99),
             "seconds_max": max(waited),
         },
-        "jobs": {"queued": given.jobs, "ends": dict(ends), "attempts": dict(Counter(attempts))},
+        "jobs": {"queued": given.jobs, **ends, "most attempts": max(attempts)},
         "memory": memory(address, told, pid, given.requests),
     }
 

@@ -114,7 +114,8 @@ def model_of(id: str, store: Store, jobs: Jobs) -> tuple[str, Any]:
     """
     if len(id) == 32:
         folder = jobs.folder(id) / RUN
-        if not all((folder / name).exists() for name in (CONFIG, WEIGHTS)):
+        running = jobs.find(id).state in ("queued", "running")  # its model is written anew at each epoch
+        if running or not all((folder / name).exists() for name in (CONFIG, WEIGHTS)):
             raise Missing("the id of a training that is done", got=repr(id), hint="list the models")
         return str(folder.relative_to(jobs.settings.folder)), {}
     item = store.find("model", id)
