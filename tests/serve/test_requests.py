@@ -39,7 +39,7 @@ def trained(parts, *names):
     """A training job that left these files."""
     jobs = parts[1]
     id = jobs.submit({}, ask(parts, kind="train", data="digits"), user="u", key=None)[0].id
-    (jobs.folder(id) / "run").mkdir()
+    (jobs.folder(id) / "run").mkdir(exist_ok=True)
     for name in names:
         (jobs.folder(id) / "run" / name).touch()
     return id
