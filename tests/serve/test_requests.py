@@ -35,13 +35,15 @@ def ask(parts, **asked):
     return resolved(REQUESTS[asked["kind"]].model_validate(asked), *parts)
 
 
-def trained(parts, *names):
+def trained(parts, *names, ended=True):
     """A training job that left these files."""
     jobs = parts[1]
     id = jobs.submit({}, ask(parts, kind="train", data="digits"), user="u", key=None)[0].id
     (jobs.folder(id) / "run").mkdir(exist_ok=True)
     for name in names:
         (jobs.folder(id) / "run" / name).touch()
+    if ended:
+        jobs.cancel(id)
     return id
 
 
@@ -64,8 +66,9 @@ def test_ids_become_places_relative_to_the_data_directory(parts, model):
 
 def test_a_training_that_is_done_is_a_model(parts):
     unfinished, done = trained(parts), trained(parts, CONFIG, WEIGHTS)
+    running = trained(parts, CONFIG, WEIGHTS, ended=False)
     assert model_of(done, *parts) == (f"jobs/{done}/run", {})
-    for id in (unfinished, "0" * 32):
+    for id in (unfinished, running, "0" * 32):
         with pytest.raises(Missing):
             model_of(id, *parts)
     spec = ask(parts, kind="train", data="digits", start=done)
