@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,12 +129,12 @@ def test_an_image_of_a_data_set_is_tried_with_its_own_class(client: FlaskClient,
     assert told["label"] == first["label"]
 
 
-def audit(model: str, **changes: object) -> dict[str, object]:
-    return {"kind": "audit", "model": model, "data": "digits:test[:9]", "threat": "linf:0.1", **changes}
+def audit(model: str, data: str, **changes: Any) -> dict[str, Any]:
+    return {"kind": "audit", "model": model, "data": f"{data}[:9]", "threat": "linf:0.1", **changes}
 
 
-def test_a_job_is_queued_listed_cancelled_and_deleted(client: FlaskClient, model: str, folder: Path) -> None:
-    answer = client.post("/api/v1/jobs", json=audit(model))
+def test_a_job_is_queued_listed_cancelled_and_deleted(client: FlaskClient, model: str, data: str, folder: Path) -> None:
+    answer = client.post("/api/v1/jobs", json=audit(model, data))
     assert answer.status_code == 202
     job = answer.json
     assert answer.headers["Location"] == f"/api/v1/jobs/{job['id']}"
@@ -149,14 +150,14 @@ def test_a_job_is_queued_listed_cancelled_and_deleted(client: FlaskClient, model
     assert client.get(f"/api/v1/jobs/{job['id']}").status_code == 404 and not (folder / "jobs" / job["id"]).exists()
 
 
-def test_the_same_key_is_the_same_job(client: FlaskClient, model: str) -> None:
+def test_the_same_key_is_the_same_job(client: FlaskClient, model: str, data: str) -> None:
     key = {"Idempotency-Key": "one"}
-    first = client.post("/api/v1/jobs", json=audit(model), headers=key).json
-    again = client.post("/api/v1/jobs", json=audit(model), headers=key).json
+    first = client.post("/api/v1/jobs", json=audit(model, data), headers=key).json
+    again = client.post("/api/v1/jobs", json=audit(model, data), headers=key).json
     assert again["id"] == first["id"]
-    other = client.post("/api/v1/jobs", json=audit(model, seed=1), headers=key)
+    other = client.post("/api/v1/jobs", json=audit(model, data, seed=1), headers=key)
     assert other.status_code == 409 and "Idempotency-Key" in other.json["error"]["expected"]
-    assert client.post("/api/v1/jobs", json=audit(model)).json["id"] != first["id"]
+    assert client.post("/api/v1/jobs", json=audit(model, data)).json["id"] != first["id"]
 
 
 def events(text: str) -> list[tuple[str, dict[str, object]]]:
@@ -168,8 +169,8 @@ def events(text: str) -> list[tuple[str, dict[str, object]]]:
     return found
 
 
-def test_events_go_on_where_the_connection_was_lost(client: FlaskClient, model: str, folder: Path) -> None:
-    job = client.post("/api/v1/jobs", json=audit(model)).json["id"]
+def test_events_go_on_where_the_connection_was_lost(client: FlaskClient, model: str, data: str, folder: Path) -> None:
+    job = client.post("/api/v1/jobs", json=audit(model, data)).json["id"]
     client.post(f"/api/v1/jobs/{job}/cancel")
     lines = [json.dumps({"stage": "s", "done": n}) + "\n" for n in range(5)]
     (folder / "jobs" / job / "events.jsonl").write_text("".join(lines) + '{"half')
@@ -181,8 +182,8 @@ def test_events_go_on_where_the_connection_was_lost(client: FlaskClient, model: 
         assert [event.get("done") for _, event in events(rest)[:-1]] == list(range(at + 1, 5))
 
 
-def test_files_of_a_job_come_whole_or_in_ranges(client: FlaskClient, model: str, folder: Path) -> None:
-    job = client.post("/api/v1/jobs", json=audit(model)).json["id"]
+def test_files_of_a_job_come_whole_or_in_ranges(client: FlaskClient, model: str, data: str, folder: Path) -> None:
+    job = client.post("/api/v1/jobs", json=audit(model, data)).json["id"]
     run = folder / "jobs" / job / "run"
     (run / "inner").mkdir(parents=True)
     (run / "inner" / "a.txt").write_bytes(b"0123456789")
@@ -235,6 +236,47 @@ def test_a_wrong_request_names_each_field(client: FlaskClient) -> None:
     assert {fault["field"].rpartition(".")[2] for fault in fields} == {"model", "data", "threat", "zz"}
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"data": "digits:test"}, ("3 classes", "10 (0, 1, 2")),
+        ({"data": "digits@8:test"}, ("modifiers on folders and zips", "digits@8:test")),
+        ({"data": "DATA@16"}, ("1 x 8 x 8", "1 x 16 x 16")),
+        ({"data": "DATA[99:]"}, ("at least one sample", "[99:] of 15")),
+        ({"threat": "linf:-1"}, ("eps >= 0", "-1.0")),
+        ({"threat": "linf:0"}, ("above 0", "linf:0")),
+        ({"threat": "linf:8"}, ("in [0, 1]", "8.0")),
+        ({"threat": "linf"}, ("a budget for", "linf")),
+        ({"threat": "l2:much"}, ("such as linf:8/255", "l2:much")),
+        ({"suite": "best"}, ("fast, quick", "'best'")),
+        ({"attacks": [{"name": "pdg"}]}, ("attack", "pdg")),
+        ({"attacks": [{"name": "pgd", "options": {"stepz": 3}}]}, ("options of 'pgd'", "stepz")),
+        ({"defences": [{"name": "median", "options": {"size": "x"}}]}, ("options of 'median'", "size")),
+        ({"kind": "explain", "suite": "best"}, ("fast, quick", "'best'")),
+        ({"kind": "detect", "detectors": [{"name": "knm"}], "attacks": []}, ("detector", "knm")),
+        ({"kind": "train", "options": {"epochz": 3}}, ("options of 'recipe plain'", "epochz")),
+        ({"kind": "train", "recipe": "pgd-at", "options": {"threat": "linf:x"}}, ("such as linf:8/255", "linf:x")),
+        ({"kind": "train", "model": "mlp", "model_options": {"first": 0}}, ("options of 'mlp'", "first")),
+    ],
+    ids=str,
+)
+def test_what_cannot_work_is_refused_before_it_is_a_job(
+    client: FlaskClient, model: str, data: str, changes: dict[str, Any], told: tuple[str, str]
+) -> None:
+    asked = {**audit(model, data), **changes}
+    asked["data"] = asked["data"].replace("DATA", data)
+    if asked["kind"] == "explain":
+        asked["models"] = [asked.pop("model")]
+    if asked["kind"] == "train":
+        asked = {"kind": "train", "data": data, **changes}
+    before = len(client.get("/api/v1/jobs?limit=200").json["jobs"])
+    answer = client.post("/api/v1/jobs", json=asked)
+    assert answer.status_code == 422, answer.text
+    error = answer.json["error"]
+    assert told[0] in error["expected"] and told[1] in error["got"], error
+    assert len(client.get("/api/v1/jobs?limit=200").json["jobs"]) == before
+
+
 def test_health_and_readiness(client: FlaskClient, folder: Path) -> None:
     assert client.get("/api/v1/health").json["status"] == "ok" and client.get("/api/v1/ready").status_code == 200
     (folder / "incoming").rename(folder / "elsewhere")
@@ -261,7 +303,7 @@ def test_jobs_stand_side_by_side(client: FlaskClient, model: str, data: str, fol
     other = client.post("/api/v1/models?name=My Net.zip", data=model_zip(tmp_path / "net", 1), content_type=BYTES)
     jobs, (end, mine) = [], os.pipe()
     for id in (model, other.json["id"]):
-        asked = {**audit(id, data=data), "attacks": [{"name": "fgsm"}], "sweep": False}
+        asked = audit(id, data) | {"data": data, "attacks": [{"name": "fgsm"}], "sweep": False}
         jobs.append(client.post("/api/v1/jobs", json=asked).json["id"])
         command = [sys.executable, "-m", "rempart.serve.child", f"jobs/{jobs[-1]}"]
         subprocess.run(command, cwd=folder, stdin=end, check=True)

@@ -12,7 +12,7 @@ from flask.testing import FlaskClient
 
 import rempart.report
 import rempart.serve
-from bringing import OPTIONS, SHAPE, model_zip, picture, zipped
+from bringing import OPTIONS, SHAPE, data_zip, model_zip, picture, zipped
 from rempart.models.save import save
 from rempart.models.zoo import build
 from rempart.serve import words
@@ -234,13 +234,14 @@ def test_modules_make_no_html_of_text() -> None:
 def test_lists_are_there_without_scripts(client: FlaskClient, api: FlaskClient, tmp_path: Path) -> None:
     content = model_zip(tmp_path / "net")
     model = api.post("/api/v1/models?name=first.zip", data=content, content_type=BYTES).json
-    asked = {"kind": "audit", "model": model["id"], "data": "digits:test", "threat": "linf:8/255"}
+    data = api.post("/api/v1/data?name=animals.zip", data=data_zip(), content_type=BYTES).json
+    asked = {"kind": "audit", "model": model["id"], "data": f"{data['id']}:test", "threat": "linf:8/255"}
     job = api.post("/api/v1/jobs", json=asked).json
     jobs = Seen(client.get("/jobs").text)
-    assert {"queued", "first.zip · digits:test · linf:8/255"} <= set(jobs.texts)
+    assert {"queued", "first.zip · animals.zip:test · linf:8/255"} <= set(jobs.texts)
     assert ("a", {"href": f"/jobs/{job['id']}"}) in jobs.elements
     page = client.get(f"/jobs/{job['id']}").text
-    assert "Waiting for a worker" in page and "first.zip · digits:test" in page
+    assert "Waiting for a worker" in page and "first.zip · animals.zip:test" in page
     assert "No report yet" in client.get("/reports").text
     assert {"digits", "1,343", "454"} <= set(Seen(client.get("/data/digits").text).texts)
     page = Seen(client.get(f"/models/{model['id']}", headers={"Accept-Language": "fr"}).text)

@@ -30,6 +30,7 @@ from rempart.serve.auth import needs, user
 from rempart.serve.catalog import Catalog, catalog
 from rempart.serve.child import RUN
 from rempart.serve.errors import Missing
+from rempart.serve.fit import check
 from rempart.serve.jobs import Job, Kind
 from rempart.serve.requests import EMBEDDED, REQUESTS, Asked, data_of, model_of, resolved
 from rempart.serve.service import service
@@ -586,6 +587,8 @@ def jobs_add(json_data: Any) -> Any:
     """Queue a job. Of two requests with the same Idempotency-Key header, the second gets the job of the first."""
     asked: BaseModel = json_data.root
     spec = resolved(asked, service().store, service().jobs)  # pyright: ignore[reportArgumentType]
+    ids: tuple[str, ...] = () if spec.kind == "train" else getattr(asked, "models", None) or (getattr(asked, "model"),)  # noqa: B009
+    check(spec, [known_model(id) for id in ids], None if spec.data is None else _open(_absolute(spec.data)))
     key = request.headers.get("Idempotency-Key")
     if key is not None and not 1 <= len(key) <= 200:
         raise SpecError("an Idempotency-Key of 1 to 200 characters", got=len(key))
