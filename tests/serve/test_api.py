@@ -277,6 +277,27 @@ def test_what_cannot_work_is_refused_before_it_is_a_job(
     assert len(client.get("/api/v1/jobs?limit=200").json["jobs"]) == before
 
 
+def test_faults_are_told_in_words(client: FlaskClient, model: str, data: str) -> None:
+    def told(body: dict[str, Any]) -> str:
+        return client.post("/api/v1/jobs", json=body).json["error"]["message"]
+
+    assert "threat: Field required" in told({"kind": "audit", "model": model, "data": data})
+    for wrong in ("animals.zip", "digits:tset"):
+        said = told(audit(model, data) | {"data": wrong})
+        assert "digits or the id of a data set" in said and repr(wrong) in said and "pattern" not in said
+    answer = client.post("/api/v1/jobs", data=b'{"kind": audit}', content_type="application/json")
+    assert answer.status_code == 400 and "line 1 column 10" in answer.json["error"]["got"]
+
+
+def test_a_report_that_is_not_there_says_what_became_of_its_job(client: FlaskClient, model: str, data: str) -> None:
+    job = client.post("/api/v1/jobs", json=audit(model, data)).json["id"]
+    for state, hint in (("queued", "wait for its end"), ("cancelled", None)):
+        error = client.get(f"/api/v1/jobs/{job}/report.html").json["error"]
+        assert error["expected"] == "a job with a report" and error["got"] == f"one that is {state}"
+        assert error.get("hint") == hint
+        client.post(f"/api/v1/jobs/{job}/cancel")
+
+
 def test_health_and_readiness(client: FlaskClient, folder: Path) -> None:
     assert client.get("/api/v1/health").json["status"] == "ok" and client.get("/api/v1/ready").status_code == 200
     (folder / "incoming").rename(folder / "elsewhere")

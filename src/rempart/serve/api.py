@@ -721,7 +721,12 @@ def _written(id: str, name: str) -> Path:
 
 def _report_name(id: str, name: str) -> str:
     """That of an attack stands beside its images."""
-    return name if name in written(id) else f"adversarial{Path(name).suffix}"
+    for own in (name, f"adversarial{Path(name).suffix}"):
+        if own in written(id):
+            return own
+    job = service().jobs.find(id)
+    hint = job.reason or ("wait for its end" if job.state in ("queued", "running") else "")
+    raise Missing("a job with a report", got=f"one that is {job.state}", hint=hint)
 
 
 def _sealed(response: Response) -> Response:

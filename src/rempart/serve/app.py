@@ -15,7 +15,7 @@ from flask.json.provider import DefaultJSONProvider
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import BadRequest, HTTPException
 
 from rempart.core.errors import RempartError, SpecError
 from rempart.serve import auth
@@ -125,12 +125,14 @@ def _errors(app: APIFlask) -> None:
             for place, faults in detail.items()
             for name, messages in (faults.items() if isinstance(faults, dict) else ())
         ]
-        return _told(error.status_code, error.message or "", fields=fields or None)
+        if fields:
+            return _told(error.status_code, _faults(fields), fields=fields)
+        return _told(error.status_code, error.message or "")
 
     @app.errorhandler(ValidationError)
     def invalid(error: ValidationError) -> Any:  # pyright: ignore[reportUnusedFunction]
         fields = [Fault(field=".".join(map(str, e["loc"])), message=e["msg"]) for e in error.errors()]
-        return _told(422, "Validation error", fields=fields)
+        return _told(422, _faults(fields), fields=fields)
 
     @app.errorhandler(RempartError)
     def refused(error: RempartError) -> Any:  # pyright: ignore[reportUnusedFunction]
@@ -148,12 +150,23 @@ def _errors(app: APIFlask) -> None:
     def plain(error: HTTPException) -> Any:  # pyright: ignore[reportUnusedFunction]
         if request.endpoint is None and not request.path.startswith("/api/"):
             return error_page(error)  # a person who typed an address
+        if isinstance(
+            cause := error.__cause__, BadRequest
+        ):  # of a body that is no JSON: Flask says it to debuggers alone
+            return _told(
+                400, f"expected a body of JSON: {cause.description}", expected="a body of JSON", got=cause.description
+            )
         return _told(error.code or 500, error.description or error.name)
 
     @app.errorhandler(Exception)
     def failed(error: Exception) -> Any:
         log.error("request %s failed", g.get("request_id"), exc_info=error)
         return _told(500, f"failed unexpectedly; the log of the service says more under {g.get('request_id')}")
+
+
+def _faults(fields: list[Fault]) -> str:
+    """What is wrong with a request, in one sentence."""
+    return "expected a valid request, got " + "; ".join(f"{fault.field}: {fault.message}" for fault in fields)
 
 
 _CODES = {

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from annotated_types import Len
-from pydantic import ConfigDict, Field, ValidationError, create_model
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError, WithJsonSchema, create_model
+from pydantic_core import PydanticCustomError
 
 from rempart.core.errors import SpecError
 from rempart.models.save import CONFIG, WEIGHTS
@@ -35,7 +36,22 @@ _TAIL = (
     r"|(?:image|label)=[A-Za-z0-9_]{1,60}))*(?::(?:train|val|test))?(?:\[[-0-9:]{1,60}\])?)"
 )
 _MODEL = "[0-9a-f]{16}|[0-9a-f]{32}"
-Data = Annotated[str, Field(pattern=f"^{_DATA}{_TAIL}$", description="digits or an id, then :test[:500]")]
+
+
+def _names_data(text: str) -> str:
+    if re.fullmatch(_DATA + _TAIL, text) is None:
+        told = "expected digits or the id of a data set, with @64, :train, :val, :test or [:500] behind it, got {got}"
+        raise PydanticCustomError("data", told, {"got": repr(text[:80])})
+    return text
+
+
+Data = Annotated[
+    str,
+    AfterValidator(_names_data),
+    WithJsonSchema(
+        {"type": "string", "pattern": f"^{_DATA}{_TAIL}$", "description": "digits or an id, then :test[:500]"}
+    ),
+]
 Model = Annotated[str, Field(pattern=f"^(?:{_MODEL})$", description="The id of a model")]
 _ASIDE = frozenset(
     ("out", "device", "devices", "reading", "patients", "costs", "image", "label", "log", "resume", "overwrite")

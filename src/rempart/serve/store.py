@@ -99,7 +99,7 @@ class Store:
         if form is None:
             endings = ", ".join(FORMS[kind])
             what = "data set" if kind == "data" else kind
-            hint = "pickles and .pt2 files can run code" if kind == "model" else ""
+            hint = "export it to ONNX: pickles and .pt2 files can run code" if kind == "model" else ""
             raise SpecError(f"a {what} as {endings}", got=repr(label(name)), hint=hint)
         new = secrets.token_hex(8)
         with _room(self.folder / "incoming" / new) as room:
