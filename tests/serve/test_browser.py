@@ -255,10 +255,14 @@ def test_an_image_of_ones_own_is_brought_to_size(desk: Desk, tmp_path: Path) -> 
 def test_an_audit_is_started_watched_and_read(desk: Desk) -> None:
     desk.go("/audit")
     desk.page.get_by_label("Data", exact=True).select_option("digits.zip")
-    desk.page.get_by_label("Number of images").fill("0")
+    desk.page.get_by_role("spinbutton", name="Budget").fill("")
     desk.press("Start the audit")
     fault = desk.page.locator(".fault:visible")
-    fault.wait_for()
+    assert fault.inner_text() == "Something has to stand here."  # and nothing was sent
+    desk.page.get_by_role("spinbutton", name="Budget").fill("8")
+    desk.page.get_by_label("Number of images").fill("0")
+    desk.press("Start the audit")
+    desk.page.locator("[data-kind] .error").wait_for()
     assert "greater than or equal to 1" in fault.inner_text()
     assert desk.page.evaluate("document.activeElement.getAttribute('aria-invalid')") == "true"
     desk.told[:] = [text for text in desk.told if "status of 422" not in text]
@@ -290,6 +294,7 @@ def test_a_job_is_cancelled(desk: Desk) -> None:
     desk.press("Cancel this job")
     desk.page.locator("[data-state=cancelled].state").wait_for()
     assert desk.page.get_by_role("progressbar").count() == 0
+    assert "It was cancelled" in desk.page.locator("#job .note").inner_text()
     desk.page.get_by_role("button", name="Delete this job").click()
     desk.page.get_by_role("dialog").get_by_role("button", name="Keep it").click()
     assert desk.page.url.rpartition("/")[2] in [job["id"] for job in desk.get("/jobs")["jobs"]]

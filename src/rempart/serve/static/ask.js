@@ -37,7 +37,7 @@ const ASIDE = ["kind", "start", "model_options", "options"]; // filled in by oth
 if (form) {
   try {
     const [schema, catalog, { models }, { items }] = await Promise.all([api(`/requests/${kind}`), api("/catalog"), api("/models"), api("/data")]);
-    build(schema, catalog, models, [...items.map(({ id, name, facts }) => ({ id, name, ...facts })), digits()]);
+    build(schema, catalog, models, [...items.map(({ id, name, form, facts }) => ({ id, name, form, ...facts })), digits()]);
   } catch (error) {
     showError(form, error, t("The form could not be loaded"));
   }
@@ -119,6 +119,12 @@ function build(schema, catalog, models, sets) {
     for (const made of Object.values(fields)) made.mark(null);
     showError(failed, null);
     const json = request(fields, known);
+    const empty = Object.keys(fields).filter((name) => schema.required?.includes(name) && !(json[name]?.length > 0));
+    if (empty.length) {
+      for (const name of empty) fields[name].mark(t("Something has to stand here."));
+      fields[empty[0]].focus();
+      return;
+    }
     if (JSON.stringify(json) !== sentBefore) key = newKey(); // the same again is the same job, also after a lost answer
     sentBefore = JSON.stringify(json);
     button.disabled = true;
@@ -190,9 +196,12 @@ function dataField(sets) {
   splits();
   const box = field(t("Data"), select, { help: whole ? t("Its splits are used as they are needed.") : undefined });
   const note = h("p", { class: "note", hidden: true });
+  let stiff = false; // they do not fit, and are of a form that cannot be converted
   const tell = () => {
-    note.hidden = !words.value();
-    note.textContent = t("Its images are not as the model takes them, and are converted: {words}. More settings can change that.", { words: words.value() });
+    note.hidden = !words.value() && !stiff;
+    note.textContent = words.value()
+      ? t("Its images are not as the model takes them, and are converted: {words}. More settings can change that.", { words: words.value() })
+      : t("Its images are not as the model takes them, and cannot be converted: choose other data or another model.");
   };
   words.input.addEventListener("change", tell);
   let shape = null;
@@ -210,7 +219,9 @@ function dataField(sets) {
         if (shape[1] !== own[1] || shape[2] !== own[2]) parts.push(shape[1] === shape[2] ? `@${shape[1]}` : `@${shape[2]}x${shape[1]}`);
         if (shape[0] !== own[0]) parts.push({ 1: "@grey", 3: "@rgb" }[shape[0]] ?? "");
       }
-      words.input.value = parts.join("");
+      const converts = ![undefined, ".npz"].includes(set().form);
+      stiff = parts.length > 0 && !converts;
+      words.input.value = converts ? parts.join("") : "";
       tell();
     },
     value: () => select.value + (words.value() ?? "") + (whole || split.value() === "all" ? "" : `:${split.value()}`),

@@ -19,6 +19,7 @@ function line(event) {
   if (text === last) return;
   last = text;
   const at = new Date(1000 * event.at);
+  document.getElementById("log-section").hidden = false;
   const low = log.scrollTop + log.clientHeight >= log.scrollHeight - 30;
   log.append(h("li", {}, h("time", { datetime: at.toISOString() }, at.toLocaleTimeString(language)), h("span", {}, text)));
   if (log.children.length > 500) log.firstChild.remove();

@@ -73,7 +73,7 @@ export function showError(place, error, title = t("This did not work")) {
     [t("Came"), error.got],
     [t("What to try"), error.hint],
   ].filter(([, text]) => text);
-  if (!error.expected) rows.unshift([t("Answer"), error.message]);
+  if (!error.expected && !error.fields?.length) rows.unshift([t("Answer"), error.message]);
   for (const fault of error.fields ?? []) rows.push([fault.field, fault.message]);
   place.append(
     h("div", { class: "error", role: "alert" }, h("h3", {}, title),

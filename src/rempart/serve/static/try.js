@@ -162,6 +162,12 @@ form.addEventListener("submit", async (event) => {
     $("file").focus();
     return;
   }
+  const budget = chosenThreat.value();
+  chosenThreat.mark(budget ? null : t("Something has to stand here."));
+  if (!budget) {
+    chosenThreat.focus();
+    return;
+  }
   const button = form.querySelector(".primary");
   button.disabled = true;
   shown.replaceChildren(busy(t("Attacking")));
