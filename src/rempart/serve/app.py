@@ -96,7 +96,8 @@ def create_app(settings: Settings) -> APIFlask:
     app.extensions["rempart"] = Service(settings, store, jobs, Cache(_MODELS), tokens)
     _errors(app)
     _watch(app, settings)
-    app.before_request(auth.Door(tokens=tokens if settings.tokens else None))
+    app.extensions["door"] = door = auth.Door(tokens=tokens if settings.tokens else None)
+    app.before_request(door)
     app.after_request(_sealed)
     app.register_blueprint(api)
     app.register_blueprint(documentation)
@@ -156,7 +157,7 @@ def _errors(app: APIFlask) -> None:
         return _told(500, f"failed unexpectedly; the log of the service says more under {g.get('request_id')}")
 
 
-_CODES = {
+CODES = {
     400: "bad_request",
     401: "unauthorized",
     403: "forbidden",
@@ -168,10 +169,13 @@ _CODES = {
     421: "misdirected_request",
     422: "invalid",
     429: "too_many_requests",
+    431: "too_large",
     500: "internal",
+    501: "not_implemented",
     503: "unavailable",
     507: "disk_full",
 }
+"""What programs are told, by the status of the answer."""
 
 
 def _told(
@@ -188,7 +192,7 @@ def _told(
         None if text is None else str(text).replace(folder, "") for text in (message, expected, got, hint)
     )  # pyright: ignore[reportAssignmentType]
     told = Told(
-        code=_CODES.get(status, "error"),
+        code=CODES.get(status, "error"),
         message=message or "",
         expected=expected,
         got=came,
@@ -277,7 +281,7 @@ def _documented(spec: Any) -> Any:
             if method not in ("get", "post", "delete", "put", "patch"):
                 continue
             for status in _COMMON:
-                operation["responses"][str(status)] = {"description": _CODES[status].replace("_", " "), **answer}
+                operation["responses"][str(status)] = {"description": CODES[status].replace("_", " "), **answer}
             if path in _BODIES and method == "post":
                 operation["requestBody"] = {"content": _BODIES[path]}
             if "requestBody" in operation:

@@ -182,14 +182,19 @@ class Door:
 
     def __call__(self) -> None:
         """Find out who asks, and refuse what is not theirs to ask."""
-        g.user, by_header = self._user()
+        g.user, by_header = self.who()
         if request.endpoint is not None:
             self._within(_LIMITS.get(request.endpoint, _LIMITS["*"]))
         if request.method not in _SAFE and not by_header:
             _refuse_foreign()
 
-    def _user(self) -> tuple[User | None, bool]:
-        """Who asks, and whether a header says so, which no page of another site can send."""
+    def who(self) -> tuple[User | None, bool]:
+        """Who asks, and whether a header says so, which no page of another site can send.
+
+        Raises:
+            MisdirectedRequest: If it is no name of this machine that is asked, and there are no tokens.
+            Unauthorized: If the token is not known.
+        """
         if self.tokens is None:
             if (urlsplit(f"//{request.host}").hostname or "") not in LOCAL_HOSTS:
                 raise MisdirectedRequest("this service answers to localhost alone")  # a name somebody pointed here
