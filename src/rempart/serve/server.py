@@ -6,6 +6,7 @@ and what it refuses by itself has the shape that all errors have.
 
 import copy
 import socket
+from collections.abc import Mapping
 from typing import Any
 
 from flask import Flask
@@ -28,22 +29,21 @@ _STRANGER = 64 * 2**10  # bytes of a body of somebody who is not known: a form w
 
 def server(app: Flask, settings: Settings, listening: socket.socket) -> Any:
     """The server of an application on a socket; `run` it, and `task_dispatcher.shutdown` it."""
-    made: Any = create_server(
-        app,
-        sockets=[listening],
-        threads=_THREADS,
-        connection_limit=CONNECTIONS,
-        channel_timeout=_IDLE,
-        max_request_body_size=settings.upload + 2**20,
-        asyncore_use_poll=True,  # select() ends the server at the 1024th file that is open
-        ident=None,
+    options: dict[str, Any] = {
+        "threads": _THREADS,
+        "connection_limit": CONNECTIONS,
+        "channel_timeout": _IDLE,
+        "max_request_body_size": settings.upload + 2**20,
+        "asyncore_use_poll": True,  # select() ends the server at the 1024th file that is open
+        "ident": None,
         **(_PROXY if settings.secure else {}),
-    )
+    }
+    made: Any = create_server(app, sockets=[listening], **options)
     made.channel_class = _channel(app)
     return made
 
 
-_PROXY = {"trusted_proxy": "*", "trusted_proxy_headers": {"x-forwarded-for"}}
+_PROXY: dict[str, Any] = {"trusted_proxy": "*", "trusted_proxy_headers": {"x-forwarded-for"}}
 """Behind a proxy, the address of a client is the last one that the proxy tells."""
 
 
@@ -77,7 +77,7 @@ def _channel(app: Flask) -> type[HTTPChannel]:
     return Channel
 
 
-def _known(app: Flask, headers: dict[str, str]) -> bool:
+def _known(app: Flask, headers: Mapping[str, str]) -> bool:
     """Whether somebody with a token sends these headers; without tokens, whether they are for this machine."""
     told = {name.title(): headers[name] for name in ("AUTHORIZATION", "COOKIE", "HOST") if name in headers}
     with app.test_request_context(headers=told):
@@ -91,12 +91,13 @@ class _Refused(ErrorTask):
     """An answer of the server itself, in the shape of all errors."""
 
     def execute(self) -> None:
-        error = self.request.error
+        request: Any = self.request
+        error: Error = request.error
         told = Told(code=CODES.get(error.code, "error"), message=error.body)
         body = Shape(error=told).model_dump_json(exclude_none=True).encode()
         self.status = f"{error.code} {error.reason}"
-        self.response_headers.append(("Content-Type", "application/json"))
-        self.response_headers += [("WWW-Authenticate", "Bearer")] if error.code == 401 else []
+        bearer = [("WWW-Authenticate", "Bearer")] if error.code == 401 else []
+        self.response_headers = [("Content-Type", "application/json"), *bearer]
         self.set_close_on_finish()
         self.content_length = len(body)
         self.write(body)
