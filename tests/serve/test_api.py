@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -179,6 +180,23 @@ def test_events_go_on_where_the_connection_was_lost(client: FlaskClient, model: 
     for at in range(5):
         rest = client.get(f"/api/v1/jobs/{job}/events", headers={"Last-Event-ID": seen[at][0]}).text
         assert [event.get("done") for _, event in events(rest)[:-1]] == list(range(at + 1, 5))
+
+
+def test_clients_that_watch_leave_threads_to_others(client: FlaskClient, model: str) -> None:
+    """Each holds a thread of the server: those beyond eight get what is there, and come back."""
+    path = f"/api/v1/jobs/{client.post('/api/v1/jobs', json=audit(model)).json['id']}/events"
+    watching = [client.get(path) for _ in range(8)]
+    for answer in watching:
+        assert "queued" in next(answer.iter_encoded()).decode()
+    started = time.monotonic()
+    assert events(client.get(path).text)[-1][1]["state"] == "queued"
+    assert time.monotonic() - started < 2
+    watching.pop().close()
+    with client.get(path) as answer:
+        pieces = answer.iter_encoded()
+        assert "queued" in next(pieces).decode() and next(pieces) == b": here\n\n"
+    for answer in watching:
+        answer.close()
 
 
 def test_files_of_a_job_come_whole_or_in_ranges(client: FlaskClient, model: str, folder: Path) -> None:

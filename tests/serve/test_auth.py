@@ -158,4 +158,5 @@ def test_browsers_are_told_to_run_nothing_foreign(local: FlaskClient, path: str)
     headers = local.get(path, buffered=True).headers
     policy = dict(part.strip().split(" ", 1) for part in headers["Content-Security-Policy"].split(";"))
     assert policy["default-src"] == "'none'" and policy["script-src"] == "'self'" and policy["style-src"] == "'self'"
+    assert headers["Referrer-Policy"] == "same-origin", "by no-referrer, browsers send our own forms as of nowhere"
     assert policy["frame-ancestors"] == "'none'" and headers["X-Content-Type-Options"] == "nosniff"

@@ -427,7 +427,7 @@ def _absolute(text: str) -> str:
 
 
 def _row(data: Data, number: int) -> Any:
-    at = (data.index == number).nonzero()
+    at = (data.index == number).nonzero() if number < 2**63 else ()
     if not len(at):
         raise Missing(f"the number of one of {len(data)} images", got=number)
     return data.batch(at[0])

@@ -219,7 +219,8 @@ def _watch(app: APIFlask, settings: Settings) -> None:
     @app.after_request
     def end(response: Response) -> Response:  # pyright: ignore[reportUnusedFunction]
         endpoint = request.endpoint or "none"
-        requests.labels(request.method, endpoint, response.status_code).inc()
+        method = request.method if request.method in _METHODS else "other"  # a client may name any number of them
+        requests.labels(method, endpoint, response.status_code).inc()
         seconds.labels(endpoint).observe(time.perf_counter() - g.started)
         images.inc(g.get("images", 0))
         response.headers["X-Request-ID"] = g.request_id
@@ -235,6 +236,9 @@ def _watch(app: APIFlask, settings: Settings) -> None:
         for state, number in service().jobs.counts().items():
             jobs.labels(state).set(number)
         return Response(generate_latest(registry), mimetype="text/plain; version=0.0.4")
+
+
+_METHODS = frozenset(("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"))
 
 
 def _record(path: Path, response: Response) -> None:
@@ -259,7 +263,7 @@ def _sealed(response: Response) -> Response:
     """What a browser may do with what we send."""
     response.headers.setdefault("Content-Security-Policy", POLICY)
     response.headers.setdefault("X-Content-Type-Options", "nosniff")
-    response.headers.setdefault("Referrer-Policy", "no-referrer")
+    response.headers.setdefault("Referrer-Policy", "same-origin")  # with none, the origin of our own forms is "null"
     response.headers.setdefault("Cross-Origin-Opener-Policy", "same-origin")
     response.headers.setdefault("Cross-Origin-Resource-Policy", "same-origin")
     if not request.path.startswith("/static/"):
