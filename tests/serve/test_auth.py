@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 from flask.testing import FlaskClient
+from limits import parse
 
 from rempart.core.errors import SpecError
+from rempart.serve import auth
 from rempart.serve.app import create_app
 from rempart.serve.auth import Tokens
 from rempart.serve.settings import Settings
@@ -105,6 +107,14 @@ def test_a_token_that_is_taken_back_is_worth_nothing(client: FlaskClient, folder
 def test_wrong_tokens_are_slowed_down(client: FlaskClient) -> None:
     answers = [client.get(f"{AT}/jobs", headers=bearer(f"guess{n}")).status_code for n in range(40)]
     assert answers[:30] == [401] * 30 and answers[-1] == 429
+
+
+def test_who_asks_too_often_fills_no_disk(client: FlaskClient, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(auth._LIMITS, "*", parse("5/minute"))
+    (folder / "audit.log").unlink(missing_ok=True)
+    answers = [client.post(f"{AT}/nowhere").status_code for _ in range(20)]
+    assert answers == [404] * 5 + [429] * 15
+    assert len((folder / "audit.log").read_text().splitlines()) == 5
 
 
 def test_other_sites_cannot_use_a_local_service(local: FlaskClient) -> None:

@@ -140,6 +140,17 @@ def test_files_of_a_job_are_those_it_wrote(target: Target, name: str) -> None:
     target.refused(target.client.get(f"{AT}/jobs/{made}/files/{name}", buffered=True, follow_redirects=True))
 
 
+def test_a_link_in_the_folder_of_a_job_is_not_followed(target: Target) -> None:
+    made = target.post("/jobs", kind="train", data="digits").json["id"]
+    run = target.folder / "jobs" / made / "run"
+    run.mkdir(exist_ok=True)
+    (run / "out.txt").symlink_to(target.around / "secret.txt")
+    (run / "out").symlink_to(target.around)
+    for name in ("out.txt", "out/secret.txt"):
+        target.refused(target.client.get(f"{AT}/jobs/{made}/files/{name}", buffered=True))
+    assert target.client.get(f"{AT}/jobs/{made}/files").json == {"files": []}
+
+
 @pytest.mark.parametrize(
     "name", ["../../../evil.zip", "/evil.zip", "..\\..\\evil.zip", "a/../../b.zip", ".zip", "\0.zip"]
 )

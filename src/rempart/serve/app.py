@@ -17,18 +17,18 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from werkzeug.exceptions import HTTPException
 
-from rempart.core.errors import RempartError, SpecError
+from rempart.core.errors import RempartError
 from rempart.serve import auth
 from rempart.serve.api import Compared, Encoded, api
 from rempart.serve.documentation import documentation
-from rempart.serve.errors import Conflict, Missing, TooLarge, Unavailable
+from rempart.serve.errors import status_of
 from rempart.serve.jobs import Jobs
 from rempart.serve.live import Cache
 from rempart.serve.look import looker
 from rempart.serve.pages import error_page, pages
 from rempart.serve.service import Service, service
 from rempart.serve.settings import Settings, prepared
-from rempart.serve.store import Store
+from rempart.serve.store import Store, sweep
 
 _BODY = 64 * 2**20  # bytes of a body that is no upload
 _MODELS = 8  # kept loaded
@@ -91,6 +91,7 @@ def create_app(settings: Settings) -> APIFlask:
         SESSION_COOKIE_NAME="rempart",
         VALIDATION_ERROR_STATUS_CODE=422,
     )
+    sweep(settings.folder)
     tokens = auth.Tokens.of(settings.folder)
     store, jobs = Store(settings.folder, looker(settings), settings.upload), Jobs.of(settings)
     app.extensions["rempart"] = Service(settings, store, jobs, Cache(_MODELS), tokens)
@@ -135,9 +136,7 @@ def _errors(app: APIFlask) -> None:
 
     @app.errorhandler(RempartError)
     def refused(error: RempartError) -> Any:  # pyright: ignore[reportUnusedFunction]
-        kinds = {Missing: 404, Conflict: 409, TooLarge: 413, SpecError: 422, Unavailable: 503}
-        status = next((status for kind, status in kinds.items() if isinstance(error, kind)), 500)
-        return _told(status, str(error), expected=error.expected, got=error.got, hint=error.hint)
+        return _told(status_of(error), str(error), expected=error.expected, got=error.got, hint=error.hint)
 
     @app.errorhandler(OSError)
     def broken(error: OSError) -> Any:  # pyright: ignore[reportUnusedFunction]
@@ -224,7 +223,8 @@ def _watch(app: APIFlask, settings: Settings) -> None:
         seconds.labels(endpoint).observe(time.perf_counter() - g.started)
         images.inc(g.get("images", 0))
         response.headers["X-Request-ID"] = g.request_id
-        if request.method not in ("GET", "HEAD", "OPTIONS") and not endpoint.endswith("_predict"):
+        changing = request.method not in ("GET", "HEAD", "OPTIONS") and not endpoint.endswith("_predict")
+        if changing and response.status_code != 429:  # who asks too often does not fill the disk
             _record(record, response)
         return response
 

@@ -183,8 +183,7 @@ class Door:
     def __call__(self) -> None:
         """Find out who asks, and refuse what is not theirs to ask."""
         g.user, by_header = self.who()
-        if request.endpoint is not None:
-            self._within(_LIMITS.get(request.endpoint, _LIMITS["*"]))
+        self._within(_LIMITS.get(request.endpoint or "*", _LIMITS["*"]))
         if request.method not in _SAFE and not by_header:
             _refuse_foreign()
 
