@@ -18,6 +18,8 @@ from PIL import Image
 
 from bringing import CLASSES, data_zip, model_zip, network, picture, pixels
 from rempart.serve.app import create_app
+from rempart.serve.errors import Unavailable
+from rempart.serve.jobs import Jobs
 from rempart.serve.settings import Settings
 
 BYTES = "application/octet-stream"
@@ -293,3 +295,14 @@ def test_jobs_stand_side_by_side(client: FlaskClient, model: str, data: str, fol
         assert f"my-net ({job[:4]})" in page.text
         assert f"{report['worst_case']['k'] / report['worst_case']['n']:.1%}" in page.text
     assert client.get(f"/api/v1/compare?job={jobs[0]}").status_code == 422
+
+
+def test_without_its_table_the_service_says_so(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*_: object, **__: object) -> None:
+        raise Unavailable("a table of jobs that answers", got="none")
+
+    monkeypatch.setattr(Jobs, "list", away)
+    monkeypatch.setattr(Jobs, "counts", away)
+    for path in ("/", "/jobs", "/models", "/metrics", "/api/v1/jobs", "/api/v1/ready"):
+        assert client.get(path).status_code == 503, path
+    assert client.get("/api/v1/health").status_code == 200
