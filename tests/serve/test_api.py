@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from PIL import Image
 
 from bringing import CLASSES, data_zip, model_zip, network, picture, pixels
 from rempart.serve.app import create_app
+from rempart.serve.errors import Unavailable
+from rempart.serve.jobs import Jobs
 from rempart.serve.settings import Settings
 
 BYTES = "application/octet-stream"
@@ -182,6 +185,23 @@ def test_events_go_on_where_the_connection_was_lost(client: FlaskClient, model: 
         assert [event.get("done") for _, event in events(rest)[:-1]] == list(range(at + 1, 5))
 
 
+def test_clients_that_watch_leave_threads_to_others(client: FlaskClient, model: str, data: str) -> None:
+    """Each holds a thread of the server: those beyond eight get what is there, and come back."""
+    path = f"/api/v1/jobs/{client.post('/api/v1/jobs', json=audit(model, data)).json['id']}/events"
+    watching = [client.get(path) for _ in range(8)]
+    for answer in watching:
+        assert "queued" in next(answer.iter_encoded()).decode()
+    started = time.monotonic()
+    assert events(client.get(path).text)[-1][1]["state"] == "queued"
+    assert time.monotonic() - started < 2
+    watching.pop().close()
+    with client.get(path) as answer:
+        pieces = answer.iter_encoded()
+        assert "queued" in next(pieces).decode() and next(pieces) == b": here\n\n"
+    for answer in watching:
+        answer.close()
+
+
 def test_files_of_a_job_come_whole_or_in_ranges(client: FlaskClient, model: str, data: str, folder: Path) -> None:
     job = client.post("/api/v1/jobs", json=audit(model, data)).json["id"]
     run = folder / "jobs" / job / "run"
@@ -338,3 +358,14 @@ def test_jobs_stand_side_by_side(client: FlaskClient, model: str, data: str, fol
         assert f"my-net ({job[:4]})" in page.text
         assert f"{report['worst_case']['k'] / report['worst_case']['n']:.1%}" in page.text
     assert client.get(f"/api/v1/compare?job={jobs[0]}").status_code == 422
+
+
+def test_without_its_table_the_service_says_so(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*_: object, **__: object) -> None:
+        raise Unavailable("a table of jobs that answers", got="none")
+
+    monkeypatch.setattr(Jobs, "list", away)
+    monkeypatch.setattr(Jobs, "counts", away)
+    for path in ("/", "/jobs", "/models", "/metrics", "/api/v1/jobs", "/api/v1/ready"):
+        assert client.get(path).status_code == 503, path
+    assert client.get("/api/v1/health").status_code == 200

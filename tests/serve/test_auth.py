@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 from flask.testing import FlaskClient
+from limits import parse
 
 from rempart.core.errors import SpecError
+from rempart.serve import auth
 from rempart.serve.app import create_app
 from rempart.serve.auth import Tokens
 from rempart.serve.settings import Settings
@@ -107,6 +109,14 @@ def test_wrong_tokens_are_slowed_down(client: FlaskClient) -> None:
     assert answers[:30] == [401] * 30 and answers[-1] == 429
 
 
+def test_who_asks_too_often_fills_no_disk(client: FlaskClient, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(auth._LIMITS, "*", parse("5/minute"))
+    (folder / "audit.log").unlink(missing_ok=True)
+    answers = [client.post(f"{AT}/nowhere").status_code for _ in range(20)]
+    assert answers == [404] * 5 + [429] * 15
+    assert len((folder / "audit.log").read_text().splitlines()) == 5
+
+
 def test_other_sites_cannot_use_a_local_service(local: FlaskClient) -> None:
     """No token stands between a page that the user visits and a service on their machine: the origin does."""
     assert local.post(f"{AT}/jobs", json=TRAIN).status_code == 202  # curl
@@ -158,4 +168,5 @@ def test_browsers_are_told_to_run_nothing_foreign(local: FlaskClient, path: str)
     headers = local.get(path, buffered=True).headers
     policy = dict(part.strip().split(" ", 1) for part in headers["Content-Security-Policy"].split(";"))
     assert policy["default-src"] == "'none'" and policy["script-src"] == "'self'" and policy["style-src"] == "'self'"
+    assert headers["Referrer-Policy"] == "same-origin", "by no-referrer, browsers send our own forms as of nowhere"
     assert policy["frame-ancestors"] == "'none'" and headers["X-Content-Type-Options"] == "nosniff"

@@ -140,6 +140,17 @@ def test_files_of_a_job_are_those_it_wrote(target: Target, name: str) -> None:
     target.refused(target.client.get(f"{AT}/jobs/{made}/files/{name}", buffered=True, follow_redirects=True))
 
 
+def test_a_link_in_the_folder_of_a_job_is_not_followed(target: Target) -> None:
+    made = target.post("/jobs", kind="train", data="digits").json["id"]
+    run = target.folder / "jobs" / made / "run"
+    run.mkdir(exist_ok=True)
+    (run / "out.txt").symlink_to(target.around / "secret.txt")
+    (run / "out").symlink_to(target.around)
+    for name in ("out.txt", "out/secret.txt"):
+        target.refused(target.client.get(f"{AT}/jobs/{made}/files/{name}", buffered=True))
+    assert target.client.get(f"{AT}/jobs/{made}/files").json == {"files": []}
+
+
 @pytest.mark.parametrize(
     "name", ["../../../evil.zip", "/evil.zip", "..\\..\\evil.zip", "a/../../b.zip", ".zip", "\0.zip"]
 )
@@ -274,6 +285,11 @@ def test_work_without_end_is_refused(target: Target, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(api, "_TRY", 1.0)
     asked = {"model": target.model, "image": base64.b64encode(picture(1)).decode(), "threat": "linf:0.1"}
     target.refused(target.post("/try", **asked, attack={"name": "pgd", "options": {"steps": 10**9}}))
+    for steps in (10**9, str(10**9)):
+        endless = [{"name": "tv", "options": {"steps": steps}}]
+        target.refused(target.post("/try", **asked, attack={"name": "fgsm"}, defences=endless))
+    overflow = [{"name": "pixel-deflection", "options": {"window": 10**30}}]
+    target.refused(target.post("/try", **asked, attack={"name": "fgsm"}, defences=overflow))
     started = time.monotonic()
     slow = {"name": "pgd", "options": {"steps": 100_000, "restarts": 1000}}
     target.refused(target.post("/try", **asked, attack=slow))
@@ -340,6 +356,29 @@ def test_forms_of_other_sites_do_nothing(target: Target, kind: str) -> None:
     target.refused(target.client.post(f"{AT}/jobs", data=body, content_type=kind, headers=headers))
     target.refused(target.client.post(f"{AT}/jobs", data=body, content_type=kind))
     assert len(target.client.get(f"{AT}/jobs?limit=200").json["jobs"]) == jobs
+
+
+@pytest.mark.parametrize("origin", ["http://[", "null", "http://localhost.evil.example", "localhost", ""])
+def test_an_odd_origin_is_another_one(target: Target, origin: str) -> None:
+    body = {"kind": "train", "data": "digits"}
+    answer = target.client.post(f"{AT}/jobs", json=body, headers={"Origin": origin})
+    assert answer.status_code == 403
+    target.refused(answer)
+
+
+@pytest.mark.parametrize("number", [2**63 - 1, 2**63, 10**30])
+def test_no_number_of_an_image_is_too_large(target: Target, number: int) -> None:
+    answer = target.client.get(f"{AT}/data/digits/images/{number}.png")
+    assert answer.status_code == 404
+    target.refused(answer)
+
+
+def test_methods_that_clients_make_up_take_no_memory(target: Target) -> None:
+    """Each would be a line of the metrics, kept for good."""
+    for number in range(3):
+        target.refused(target.client.open(f"{AT}/jobs", method=f"MADEUP{number}"))
+    told = target.client.get("/metrics").text
+    assert "MADEUP" not in told and 'method="other"' in told
 
 
 @pytest.mark.parametrize("key", ["", "x" * 201, "../../x", "a/b", "' OR 1=1 --"])

@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import time
 import zipfile
 
 import pytest
@@ -14,7 +15,7 @@ from rempart.report.schema import AS_IT_IS, Reading
 from rempart.serve.errors import Missing, TooLarge
 from rempart.serve.look import looker
 from rempart.serve.settings import Settings, prepared
-from rempart.serve.store import Store, label
+from rempart.serve.store import Store, label, sweep
 
 
 def nothing(kind, path, reading):
@@ -169,6 +170,18 @@ def test_what_ends_the_process_that_looks_at_it_is_refused(tmp_path):
     with pytest.raises(DataError, match="ran out of memory"):
         store.add("data", "animals.zip", io.BytesIO(data_zip()))
     assert kept(store) == []
+
+
+def test_what_a_process_that_died_was_receiving_is_swept_away(tmp_path):
+    folder = prepared(Settings(folder=tmp_path / "data")).folder
+    for name, age in (("old", 25), ("new", 23)):
+        (folder / "incoming" / name).mkdir()
+        (folder / "incoming" / name / "half.npz").write_bytes(b"half")
+        (folder / "incoming" / f"{name}.tmp").write_bytes(b"half")
+        for path in (folder / "incoming" / name, folder / "incoming" / f"{name}.tmp"):
+            os.utime(path, times=(0, time.time() - 3600 * age))
+    sweep(folder)
+    assert {path.name for path in (folder / "incoming").iterdir()} == {"new", "new.tmp"}
 
 
 def test_a_data_directory_is_its_owners_alone(tmp_path):

@@ -428,7 +428,7 @@ def _absolute(text: str) -> str:
 
 
 def _row(data: Data, number: int) -> Any:
-    at = (data.index == number).nonzero()
+    at = (data.index == min(number, 2**63 - 1)).nonzero()
     if not len(at):
         raise Missing(f"the number of one of {len(data)} images", got=number)
     return data.batch(at[0])
@@ -706,7 +706,9 @@ def compare() -> Response:
 def written(id: str) -> dict[str, Path]:
     """Files that a job wrote, by their names in its folder."""
     folder = service().jobs.folder(id) / RUN
-    return {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()
+    }
 
 
 def _written(id: str, name: str) -> Path:

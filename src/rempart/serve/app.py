@@ -17,18 +17,18 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from werkzeug.exceptions import BadRequest, HTTPException
 
-from rempart.core.errors import RempartError, SpecError
+from rempart.core.errors import RempartError
 from rempart.serve import auth
 from rempart.serve.api import Compared, Encoded, api
 from rempart.serve.documentation import documentation
-from rempart.serve.errors import Conflict, Missing, TooLarge, Unavailable
+from rempart.serve.errors import status_of
 from rempart.serve.jobs import Jobs
 from rempart.serve.live import Cache
 from rempart.serve.look import looker
 from rempart.serve.pages import error_page, pages
 from rempart.serve.service import Service, service
 from rempart.serve.settings import Settings, prepared
-from rempart.serve.store import Store
+from rempart.serve.store import Store, sweep
 
 _BODY = 64 * 2**20  # bytes of a body that is no upload
 _MODELS = 8  # kept loaded
@@ -91,12 +91,14 @@ def create_app(settings: Settings) -> APIFlask:
         SESSION_COOKIE_NAME="rempart",
         VALIDATION_ERROR_STATUS_CODE=422,
     )
+    sweep(settings.folder)
     tokens = auth.Tokens.of(settings.folder)
     store, jobs = Store(settings.folder, looker(settings), settings.upload), Jobs.of(settings)
     app.extensions["rempart"] = Service(settings, store, jobs, Cache(_MODELS), tokens)
     _errors(app)
     _watch(app, settings)
-    app.before_request(auth.Door(tokens=tokens if settings.tokens else None))
+    app.extensions["door"] = door = auth.Door(tokens=tokens if settings.tokens else None)
+    app.before_request(door)
     app.after_request(_sealed)
     app.register_blueprint(api)
     app.register_blueprint(documentation)
@@ -136,9 +138,7 @@ def _errors(app: APIFlask) -> None:
 
     @app.errorhandler(RempartError)
     def refused(error: RempartError) -> Any:  # pyright: ignore[reportUnusedFunction]
-        kinds = {Missing: 404, Conflict: 409, TooLarge: 413, SpecError: 422, Unavailable: 503}
-        status = next((status for kind, status in kinds.items() if isinstance(error, kind)), 500)
-        return _told(status, str(error), expected=error.expected, got=error.got, hint=error.hint)
+        return _told(status_of(error), str(error), expected=error.expected, got=error.got, hint=error.hint)
 
     @app.errorhandler(OSError)
     def broken(error: OSError) -> Any:  # pyright: ignore[reportUnusedFunction]
@@ -169,7 +169,7 @@ def _faults(fields: list[Fault]) -> str:
     return "expected a valid request, got " + "; ".join(f"{fault.field}: {fault.message}" for fault in fields)
 
 
-_CODES = {
+CODES = {
     400: "bad_request",
     401: "unauthorized",
     403: "forbidden",
@@ -181,10 +181,13 @@ _CODES = {
     421: "misdirected_request",
     422: "invalid",
     429: "too_many_requests",
+    431: "too_large",
     500: "internal",
+    501: "not_implemented",
     503: "unavailable",
     507: "disk_full",
 }
+"""What programs are told, by the status of the answer."""
 
 
 def _told(
@@ -201,7 +204,7 @@ def _told(
         None if text is None else str(text).replace(folder, "") for text in (message, expected, got, hint)
     )  # pyright: ignore[reportAssignmentType]
     told = Told(
-        code=_CODES.get(status, "error"),
+        code=CODES.get(status, "error"),
         message=message or "",
         expected=expected,
         got=came,
@@ -228,11 +231,13 @@ def _watch(app: APIFlask, settings: Settings) -> None:
     @app.after_request
     def end(response: Response) -> Response:  # pyright: ignore[reportUnusedFunction]
         endpoint = request.endpoint or "none"
-        requests.labels(request.method, endpoint, response.status_code).inc()
+        method = request.method if request.method in _METHODS else "other"  # a client may name any number of them
+        requests.labels(method, endpoint, response.status_code).inc()
         seconds.labels(endpoint).observe(time.perf_counter() - g.started)
         images.inc(g.get("images", 0))
         response.headers["X-Request-ID"] = g.request_id
-        if request.method not in ("GET", "HEAD", "OPTIONS") and not endpoint.endswith("_predict"):
+        changing = request.method not in ("GET", "HEAD", "OPTIONS") and not endpoint.endswith("_predict")
+        if changing and response.status_code != 429:  # who asks too often does not fill the disk
             _record(record, response)
         return response
 
@@ -244,6 +249,9 @@ def _watch(app: APIFlask, settings: Settings) -> None:
         for state, number in service().jobs.counts().items():
             jobs.labels(state).set(number)
         return Response(generate_latest(registry), mimetype="text/plain; version=0.0.4")
+
+
+_METHODS = frozenset(("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"))
 
 
 def _record(path: Path, response: Response) -> None:
@@ -268,7 +276,7 @@ def _sealed(response: Response) -> Response:
     """What a browser may do with what we send."""
     response.headers.setdefault("Content-Security-Policy", POLICY)
     response.headers.setdefault("X-Content-Type-Options", "nosniff")
-    response.headers.setdefault("Referrer-Policy", "no-referrer")
+    response.headers.setdefault("Referrer-Policy", "same-origin")  # with none, the origin of our own forms is "null"
     response.headers.setdefault("Cross-Origin-Opener-Policy", "same-origin")
     response.headers.setdefault("Cross-Origin-Resource-Policy", "same-origin")
     if not request.path.startswith("/static/"):
@@ -290,7 +298,7 @@ def _documented(spec: Any) -> Any:
             if method not in ("get", "post", "delete", "put", "patch"):
                 continue
             for status in _COMMON:
-                operation["responses"][str(status)] = {"description": _CODES[status].replace("_", " "), **answer}
+                operation["responses"][str(status)] = {"description": CODES[status].replace("_", " "), **answer}
             if path in _BODIES and method == "post":
                 operation["requestBody"] = {"content": _BODIES[path]}
             if "requestBody" in operation:

@@ -182,14 +182,18 @@ class Door:
 
     def __call__(self) -> None:
         """Find out who asks, and refuse what is not theirs to ask."""
-        g.user, by_header = self._user()
-        if request.endpoint is not None:
-            self._within(_LIMITS.get(request.endpoint, _LIMITS["*"]))
+        g.user, by_header = self.who()
+        self._within(_LIMITS.get(request.endpoint or "*", _LIMITS["*"]))
         if request.method not in _SAFE and not by_header:
             _refuse_foreign()
 
-    def _user(self) -> tuple[User | None, bool]:
-        """Who asks, and whether a header says so, which no page of another site can send."""
+    def who(self) -> tuple[User | None, bool]:
+        """Who asks, and whether a header says so, which no page of another site can send.
+
+        Raises:
+            MisdirectedRequest: If it is no name of this machine that is asked, and there are no tokens.
+            Unauthorized: If the token is not known.
+        """
         if self.tokens is None:
             if (urlsplit(f"//{request.host}").hostname or "") not in LOCAL_HOSTS:
                 raise MisdirectedRequest("this service answers to localhost alone")  # a name somebody pointed here
@@ -228,7 +232,7 @@ _LIMITS = {
 def _refuse_foreign() -> None:
     """Refuse a request that changes something and comes from a page that is not ours."""
     origin, site = request.headers.get("Origin"), request.headers.get("Sec-Fetch-Site")
-    foreign = origin is not None and urlsplit(origin).netloc != request.host
+    foreign = origin is not None and origin.partition("://")[2] != request.host
     if foreign or site not in (None, "same-origin", "none"):
         raise Forbidden("this request comes from another site's page")
     if origin is None and site is None and not session:

@@ -17,3 +17,9 @@ class Conflict(SpecError):
 
 class Unavailable(RempartError):
     """The table of jobs cannot be reached, or cannot take anything more."""
+
+
+def status_of(error: RempartError) -> int:
+    """The status of the answer that tells it."""
+    kinds = {Missing: 404, Conflict: 409, TooLarge: 413, SpecError: 422, Unavailable: 503}
+    return next((status for kind, status in kinds.items() if isinstance(error, kind)), 500)

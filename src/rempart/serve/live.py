@@ -41,6 +41,8 @@ MANY = 20
 TOP = 5
 MOST = 100_000
 """No option of an attack on one image may be larger: what takes so many steps belongs in a job."""
+_MOST_BEFORE = 1000
+"""The same of a defence, which no limit of time stops."""
 _BATCH = 64  # images in one pass
 _NOISE = 4  # images of noise that a model is looked at with
 Loaded = TypeVar("Loaded", Classifier, Guarded)
@@ -409,6 +411,8 @@ def try_image(
     allowance = Threat.parse(threat, low=model.low, high=model.high)
     entry, aim = attacks[attack.name], None if target is None else targets(target, model)
     _refuse(model, x, entry.name, entry.parse(attack.options), guard)
+    for choice in defences:
+        _refuse_long(preprocessors[choice.name].parse(choice.options), _MOST_BEFORE)
     protected = {described([part])[0]: (part[0], defended(model, [part])) for part in _chain(defences)}
     with frozen(model):
         random = varies(model, x)
@@ -463,14 +467,18 @@ def _refuse(model: Classifier, x: Images, name: str, options: dict[str, Any], gu
         raise DataError(f"one image, a batch of shape {(1, *model.shape)}", got=tuple(x.shape))
     if attacks[name].traits.joint:
         raise SpecError("an attack on one image", got=f"{name}, which is one on many at once", hint="use pgd")
-    for key, value in options.items():
-        if isinstance(value, int | float) and value > MOST:
-            raise SpecError(f"options up to {MOST:,} on one image", got=f"{key}={value}", hint="run it as a job")
+    _refuse_long(options, MOST)
     if guard is not None:
         seen = guard.classifier
         ours, its = ((m.shape, m.low, m.high) for m in (model, seen))
         if ours != its:
             raise DataError(f"a guard of images of shape {model.shape} in [{model.low:g}, {model.high:g}]", got=its)
+
+
+def _refuse_long(options: dict[str, Any], most: int) -> None:
+    for key, value in options.items():
+        if isinstance(value, int | float) and value > most:
+            raise SpecError(f"options up to {most:,} on one image", got=f"{key}={value}", hint="run it as a job")
 
 
 def _watched(model: Classifier, attack: AttackChoice, seconds: float) -> Classifier:

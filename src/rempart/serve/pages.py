@@ -12,16 +12,17 @@ from urllib.parse import urlencode
 from flask import Blueprint, g, redirect, render_template, request, session, url_for
 from werkzeug.exceptions import HTTPException, Unauthorized
 
-from rempart.core.errors import RempartError, SpecError
+from rempart.core.errors import RempartError
 from rempart.report.store import JSON
 from rempart.serve import words
 from rempart.serve.api import Model, known_model, known_models, opened, written
 from rempart.serve.auth import ROLES, User, csrf_token, log_in, needs
 from rempart.serve.child import RUN
+from rempart.serve.errors import Missing, status_of
 from rempart.serve.jobs import KINDS, Job
 from rempart.serve.requests import EMBEDDED
 from rempart.serve.service import service
-from rempart.serve.store import Item, Missing
+from rempart.serve.store import Item
 
 pages = Blueprint("pages", __name__)
 _COOKIE, _YEAR = "language", 365 * 24 * 3600
@@ -119,7 +120,7 @@ def error_page(error: Exception) -> Any:
         status, told = error.code or 500, {"message": error.description or error.name}
     else:
         assert isinstance(error, RempartError)
-        status = 404 if isinstance(error, Missing) else 422 if isinstance(error, SpecError) else 500
+        status = status_of(error)
         folder = f"{service().settings.folder}/"
         parts = {"message": error, "expected": error.expected, "got": error.got, "hint": error.hint}
         told = {key: "" if text is None else str(text).replace(folder, "") for key, text in parts.items()}

@@ -22,17 +22,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from waitress.server import create_server
-
 from rempart.core.errors import SpecError
 from rempart.serve.app import create_app
 from rempart.serve.auth import LOCAL_HOSTS, Tokens
 from rempart.serve.lock import holder
+from rempart.serve.server import CONNECTIONS, server
 from rempart.serve.settings import DATABASE, LOCK, Settings, prepared
 
-_THREADS = 16
-_CONNECTIONS = 1000
-_IDLE = 60  # seconds without a byte after which a connection is closed
 _LEAVE = 12.0  # seconds for a worker that leaves
 _PAUSE, _LONGEST = 1.0, 60.0  # seconds before a worker that died is started again
 _STEADY = 60.0  # seconds after which its death is none of a row
@@ -59,25 +55,25 @@ def serve(settings: Settings, host: str, port: int, *, worker: bool = True, say:
     listening = bound(host, port)
     tempfile.tempdir = str(settings.folder / "incoming")  # large bodies wait there, and nowhere else
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it tells of each request that waits
-    server: Any = create_server(
-        app,
-        sockets=[listening],
-        threads=_THREADS,
-        connection_limit=_CONNECTIONS,
-        channel_timeout=_IDLE,
-        max_request_body_size=settings.upload + 2**20,
-        ident=None,
-    )
+    answering = server(app, settings, listening)
     keeper = threading.Thread(target=_keep, args=(settings, leaving, say))
     if worker:
         keeper.start()
-    threading.Thread(target=server.run, daemon=True).start()
+    threading.Thread(target=_answer, args=(answering, leaving), daemon=True).start()
     address = f"[{host}]" if ":" in host else host
     say(f"http://{address}:{listening.getsockname()[1]}")
     leaving.wait()
-    server.task_dispatcher.shutdown(timeout=2)
+    answering.task_dispatcher.shutdown(timeout=2)
     if worker:
         keeper.join()
+
+
+def _answer(answering: Any, leaving: threading.Event) -> None:
+    """Answer requests; a process that cannot any more leaves."""
+    try:
+        answering.run()
+    finally:
+        leaving.set()
 
 
 def guarded(settings: Settings, host: str) -> Settings:
@@ -101,7 +97,7 @@ def bound(host: str, port: int) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=_CONNECTIONS)
+        return socket.create_server((host, port), family=family, backlog=CONNECTIONS)
     except OSError as error:
         came = f"{host}:{port} ({error.strerror})"
         raise SpecError("an address to listen on", got=came, hint="choose another --host or --port") from None

@@ -8,9 +8,10 @@ put in its place by one rename.
 import re
 import secrets
 import shutil
+import time
 import zipfile
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -40,6 +41,7 @@ _MEMBERS = {CONFIG, WEIGHTS, *PARTS}
 _MEMBER_BYTES = 4 * 2**30
 _PIECE = 2**20
 _NAME = 100  # characters
+_ABANDONED = 24 * 3600.0  # seconds
 
 
 class Item(Strict):
@@ -166,6 +168,14 @@ class Store:
             return None
         except (OSError, ValidationError) as error:
             raise DataError("a card that the service wrote", got=f"{path.parent.name}/{_CARD}: {error}") from None
+
+
+def sweep(folder: Path) -> None:
+    """Take away uploads of a data directory that nobody receives any more: their process died in the midst of them."""
+    for path in (folder / "incoming").iterdir():
+        with suppress(FileNotFoundError):
+            if time.time() - path.lstat().st_mtime > _ABANDONED:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def label(name: str) -> str:
