@@ -2,10 +2,14 @@
 
 import json
 import os
+import threading
 import time
 
 import pytest
 
+from rempart.serve import worker
+from rempart.serve.child import OUTCOME, SPEC
+from rempart.serve.process import Ended
 from rempart.serve.settings import Settings
 from rempart.serve.worker import Sign
 from serve.deployment import Deployment, alive, until
@@ -212,6 +216,22 @@ def test_a_worker_whose_sign_was_taken_down_leaves(deployment):
     deployment.worker()
     assert deployment.wait(id).state == "done"
     assert sorted(deployment.played(id)) == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize("stopped", ["time", "memory", "disk"])
+def test_a_limit_that_comes_after_the_end_changes_nothing(tmp_path, monkeypatch, stopped):
+    """Between what a process writes down last and its leaving there is time, too."""
+    folder = tmp_path / "jobs" / "a"
+    folder.mkdir(parents=True)
+    (folder / SPEC).write_text('{"kind": "audit"}')
+
+    def supervised(*_, **__):
+        (folder / OUTCOME).write_text('{"state": "done"}')
+        return Ended(-9, stopped, "too much")
+
+    monkeypatch.setattr(worker, "supervised", supervised)
+    tries = worker.Tries(Settings(folder=tmp_path), None, threading.Event())
+    assert tries.attempts("a").state == "done"
 
 
 def test_signs_of_this_machine_tell_by_their_lock_and_of_others_by_their_age(tmp_path):

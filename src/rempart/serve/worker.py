@@ -185,7 +185,7 @@ class Tries:
                 if ended(folder) is None:
                     _note(folder, what="died", reason=_death(end.status))
             elif end.stopped != "asked":
-                return Outcome(state="failed", reason=end.reason)
+                return ended(folder) or Outcome(state="failed", reason=end.reason)
             elif not self.jobs.cancelled(id):
                 _note(folder, what="left")
             else:
