@@ -65,7 +65,8 @@ function draw(figure) {
   const x = (value) => LEFT + (value / end) * (WIDTH - LEFT - 6);
   const y = (value) => 8 + (1 - (value - low) / (high - low)) * (HEIGHT - BOTTOM - 12);
   const told = (value) => number(value, 3);
-  figure.latest.textContent = told(last[1]);
+  const stage = figure.lines.length > 1 ? `${figure.lines.at(-1).stage}: ` : ""; // each attack has images of its own
+  figure.latest.textContent = `${stage}${told(last[1])}`;
   figure.picture.setAttribute("aria-label",
     t("{name}: {value} now, between {low} and {high} so far", { name: figure.name, value: told(last[1]), low: told(Math.min(...ys)), high: told(Math.max(...ys)) }));
   figure.picture.replaceChildren(
