@@ -153,6 +153,16 @@ def test_a_job_is_queued_listed_cancelled_and_deleted(client: FlaskClient, model
     assert client.get(f"/api/v1/jobs/{job['id']}").status_code == 404 and not (folder / "jobs" / job["id"]).exists()
 
 
+def test_what_a_waiting_job_needs_is_not_deleted(client: FlaskClient, model: str) -> None:
+    made = client.post("/api/v1/data?name=other.zip", data=data_zip(), content_type=BYTES).json["id"]
+    job = client.post("/api/v1/jobs", json=audit(model, made)).json["id"]
+    for path in (f"models/{model}", f"data/{made}"):
+        assert client.delete(f"/api/v1/{path}").status_code == 409
+    client.post(f"/api/v1/jobs/{job}/cancel")
+    assert client.delete(f"/api/v1/data/{made}").status_code == 204
+    assert client.get(f"/api/v1/models/{model}").status_code == 200
+
+
 def test_the_same_key_is_the_same_job(client: FlaskClient, model: str, data: str) -> None:
     key = {"Idempotency-Key": "one"}
     first = client.post("/api/v1/jobs", json=audit(model, data), headers=key).json

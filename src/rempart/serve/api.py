@@ -29,7 +29,7 @@ from rempart.serve import live
 from rempart.serve.auth import needs, user
 from rempart.serve.catalog import Catalog, catalog
 from rempart.serve.child import RUN
-from rempart.serve.errors import Missing
+from rempart.serve.errors import Conflict, Missing
 from rempart.serve.fit import check
 from rempart.serve.jobs import Job, Kind
 from rempart.serve.requests import EMBEDDED, REQUESTS, Asked, data_of, model_of, resolved
@@ -303,7 +303,8 @@ def models_add(query_data: Upload) -> Model:
 @needs("admin")
 @api.output({}, status_code=204)
 def models_delete(id: str) -> str:
-    """Delete an uploaded model; that of a training goes with its job."""
+    """Delete an uploaded model that no waiting job needs; that of a training goes with its job."""
+    _unneeded(id)
     service().store.remove("model", id)
     return ""
 
@@ -378,9 +379,15 @@ def data_add(query_data: Upload) -> Item:
 @needs("admin")
 @api.output({}, status_code=204)
 def data_delete(id: str) -> str:
-    """Delete a data set."""
+    """Delete a data set that no waiting job needs."""
+    _unneeded(id)
     service().store.remove("data", id)
     return ""
+
+
+def _unneeded(id: str) -> None:
+    if waiting := service().jobs.needing(id):
+        raise Conflict("what no waiting job needs", got=f"that of {len(waiting)}", hint="cancel them, or wait")
 
 
 @api.get("/data/<id>/images")
@@ -616,7 +623,8 @@ def jobs_cancel(id: str) -> Job:
 @needs("admin")
 @api.output({}, status_code=204)
 def jobs_delete(id: str) -> str:
-    """Delete a job that ended, with its files."""
+    """Delete a job that ended, with its files, unless a waiting job needs its model."""
+    _unneeded(id)
     service().jobs.remove(id)
     return ""
 

@@ -152,6 +152,11 @@ class Jobs:
         jobs = [self._job(status) for status in found]
         return sorted(jobs, key=lambda job: job.created, reverse=True)  # the table may have whole seconds
 
+    def needing(self, id: str) -> tuple[Job, ...]:
+        """Jobs that are not ended and name this model or data set."""
+        found = _asked(lambda: _listed(self.table, status=["ENQUEUED", "PENDING"], load_output=False))
+        return tuple(job for job in map(self._job, found) if id in json.dumps(job.request))
+
     def counts(self) -> dict[str, int]:
         """How many jobs are queued and running."""
         found = _asked(lambda: _listed(self.table, status=["ENQUEUED", "PENDING"], load_output=False))

@@ -3,6 +3,7 @@
 import errno
 import json
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,15 @@ _SECONDS = 300.0
 
 
 def looker(settings: Settings) -> Look:
-    """What a store asks about an upload, within the limits of a deployment."""
+    """What a store asks about an upload, within the limits of a deployment; two are looked at at once."""
+    turns = threading.BoundedSemaphore(2)
 
     def look(kind: Kind, path: Path, reading: Reading) -> dict[str, Any]:
         out, log = path.parent / "look.json", path.parent / "look.log"
         arguments = [kind, str(path), reading.model_dump_json(), str(out)]
-        ended = supervised(
-            "rempart.serve.look", arguments, log=log, place=settings.folder, timeout=_SECONDS, memory=settings.memory
-        )
+        limits: Any = {"timeout": _SECONDS, "memory": settings.memory}
+        with turns:
+            ended = supervised("rempart.serve.look", arguments, log=log, place=settings.folder, **limits)
         if ended.stopped == "disk":
             raise OSError(errno.ENOSPC, ended.reason)
         error = DataError if kind == "data" else ModelError
