@@ -214,8 +214,7 @@ def frozen(model: nn.Module) -> Generator[None]:
     Raises:
         ModelError: As `check_layers` does.
     """
-    check_layers(model)
-    modes = [(module, module.training) for module in chain(model.modules(), _hidden(model).values())]
+    modes = [(module, module.training) for module in check_layers(model)]
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     buffers = [
         (m, name, b if _plain(b) else b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)
@@ -255,8 +254,11 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
 
 
-def check_layers(model: nn.Module) -> None:
+def check_layers(model: nn.Module) -> list[nn.Module]:
     """Refuse weights without numbers, and layers with weights that `eval()` did not reach.
+
+    Returns:
+        All modules, also those without weights that lie in plain lists, tuples and dicts.
 
     Raises:
         ModelError: If weights are lazy or on the meta device, or layers in training mode are kept in a plain list,
@@ -265,9 +267,10 @@ def check_layers(model: nn.Module) -> None:
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if is_lazy(tensor) or tensor.is_meta:
             kind = "lazy, and never ran" if is_lazy(tensor) else "on the meta device"
-            hint = "load the trained weights into the network before it is audited"
+            hint = "load the trained weights into the network first"
             raise ModelError("weights that hold numbers", got=f"{name}, which is {kind}", hint=hint)
-    for name, module in _hidden(model).items():
+    hidden = _hidden(model)
+    for name, module in hidden.items():
         tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
         if module.training and tensors:
             raise ModelError(
@@ -275,6 +278,7 @@ def check_layers(model: nn.Module) -> None:
                 got=f"{name} ({type(module).__name__}) in training mode, out of reach of eval() and state_dict()",
                 hint="keep layers in an nn.ModuleList or nn.ModuleDict, not in a list, tuple or dict",
             )
+    return [*model.modules(), *hidden.values()]
 
 
 def _hidden(model: nn.Module) -> dict[str, nn.Module]:
