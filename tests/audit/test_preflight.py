@@ -178,6 +178,60 @@ def test_a_model_without_gradient_stops_the_audit() -> None:
         preflight(wrapped(plain, Function(lambda z: z.detach())), given(plain))
 
 
+@pytest.mark.parametrize("error", [ValueError, NotImplementedError, KeyError])
+def test_a_backward_pass_that_fails_stops_the_audit(error: type[Exception]) -> None:
+    class Failing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, z: Tensor) -> Tensor:
+            return z.clone()
+
+        @staticmethod
+        def backward(ctx, *gradients: Tensor) -> Tensor:
+            raise error("no way back")
+
+    plain = toys.linear(SHAPE)
+    with pytest.raises(ModelError, match=r"gives input gradients, got .*no way back"):
+        preflight(wrapped(plain, Function(Failing.apply)), given(plain))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            Function(lambda z: z.reshape(24, 3)),
+            r"batch of shape \(\d+, 1, 4, 4\), got RuntimeError .*it runs on batches of 24",
+        ),
+        (Function(lambda z: z.repeat(10, 1)), r"one row per image, got shape \(240, 3\) for 24 images"),
+        (Function(lambda z: z.sum()), r"one row per image, got shape \(\) for 24 images"),
+        (nn.LazyLinear(3), r"hold numbers, got net\.1\.weight, which is lazy"),
+    ],
+    ids=["fixed batch", "crops", "a sum", "lazy"],
+)
+def test_a_network_that_cannot_answer_image_by_image_stops_the_audit(change: nn.Module, message: str) -> None:
+    plain = toys.linear(SHAPE)
+    with pytest.raises(ModelError, match=message):
+        preflight(wrapped(plain, change), given(plain))
+
+
+def test_a_network_that_drifts_stops_the_audit_and_a_counter_does_not() -> None:
+    """1e-5 of a logit in each pass: two passes agree, the hundred thousand of an audit do not."""
+
+    class Counting(nn.Module):
+        def __init__(self, weight: float) -> None:
+            super().__init__()
+            self.weight = weight
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, z: Tensor) -> Tensor:
+            self.calls += 1
+            return z + self.weight * self.calls
+
+    plain = toys.linear(SHAPE)
+    with pytest.raises(ModelError, match=r"earlier passes, got net\.1\.calls changed"):
+        preflight(wrapped(plain, Counting(1e-5)), given(plain))
+    assert preflight(wrapped(plain, Counting(0)), given(plain))[1][-1].status == "passed"
+
+
 def test_classes_must_fit_in_number_and_order() -> None:
     model = toys.linear(SHAPE, 3)
     x = toys.images(SHAPE, 6)

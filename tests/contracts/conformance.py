@@ -22,7 +22,7 @@ from rempart.attacks import Attack, Outcome, Traits, attack_batch, attack_data
 from rempart.attacks.run import TargetRule, join, native, targets
 from rempart.audit import preflight
 from rempart.core.data import Data
-from rempart.core.errors import AttackError, Cancelled, ThreatError
+from rempart.core.errors import AttackError, Cancelled, ModelError, ThreatError
 from rempart.core.events import Event
 from rempart.core.model import Classifier
 from rempart.core.registry import Entry
@@ -300,7 +300,7 @@ def check_model_is_restored(entry: AttackEntry, norm: Norm) -> None:
         x = toys.images(plain.shape, 3)
         y = toys.labels(plain, x)
         model = _mixed(toys.raising(plain, call))
-        with _unchanged(model), pytest.raises(RuntimeError, match="planted"):
+        with _unchanged(model), pytest.raises(ModelError, match="planted"):
             attack_batch(model, x, y, Threat(norm=norm, eps=0.1), entry.name, _case(entry).cheap)
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 import toys
 from rempart.core.data import Data
-from rempart.core.errors import ThreatError
+from rempart.core.errors import ModelError, ThreatError
 from rempart.core.model import Classifier, frozen
 from rempart.core.repro import Draws
 from rempart.core.threat import Threat
@@ -197,7 +197,7 @@ def check_an_error_leaves_the_model_as_it_was(make: Make) -> None:
         ready(objective, model)
         model.net.calls, model.net.on_call = 0, call
         x, y, rng = batch(_mixed(model))
-        with _unchanged(model, buffers=False), suppress(RuntimeError):
+        with _unchanged(model, buffers=False), suppress(ModelError):
             objective(model, x, y, rng=rng)
 
 

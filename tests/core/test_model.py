@@ -8,9 +8,11 @@ from torch import nn
 from torch.nn.functional import dropout
 
 import toys
-from rempart.core.errors import ModelError
-from rempart.core.model import Classifier, Normalize, accelerated, class_number, frozen, metered
+from rempart.attacks import attack_batch
+from rempart.core.errors import Cancelled, ModelError, ThreatError
+from rempart.core.model import Classifier, Normalize, accelerated, check_steady, class_number, frozen, metered
 from rempart.core.repro import digest_state
+from rempart.core.threat import Threat
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -198,10 +200,10 @@ def test_frozen_puts_everything_back_after_an_error():
     model = toys.raising(mixed(), 2)
     model.net.net[1].eval()
     before = snapshot(model)
-    with pytest.raises(RuntimeError, match="planted"), frozen(model):
+    with pytest.raises(ModelError, match="planted"), frozen(model):
         for _ in range(2):
             model(toys.images((1, 4, 4)))
-    assert snapshot(model) == before and model.net.calls == 2
+    assert snapshot(model) == before and model.net.calls >= 2
 
 
 @pytest.mark.parametrize("in_place", [True, False])
@@ -312,7 +314,7 @@ def test_images_are_counted_forward_and_backward():
 def test_meters_nest_and_end_after_an_error():
     model, x = toys.raising(toys.linear(), 3), toys.images((1, 4, 4), 2)
     with metered(model) as outer:
-        with pytest.raises(RuntimeError, match="planted"), metered(model) as inner:
+        with pytest.raises(ModelError, match="planted"), metered(model) as inner:
             for _ in range(3):
                 model(x)
         model(x)
@@ -493,6 +495,403 @@ def test_probabilities_survive():
     fast = accelerated(model)
     assert fast is not model and same(model, fast, (1, 4, 4))
     assert fast.output == "probabilities"
+
+
+# --- what a network does to images, outputs and itself ---------------------------------------------------------------
+
+
+def clamped(x):
+    return toys.linear().net(x.clamp(0.45, 0.55))
+
+
+def _clamps_data(x):
+    x.data.clamp_(0.45, 0.55)
+    return toys.linear().net(x)
+
+
+def _clamps_a_view(x):
+    x[:, :, :2].detach().clamp_(0.45, 0.55)
+    x.flatten(1)[:, 8:].data.clamp_(0.45, 0.55)
+    return toys.linear().net(x)
+
+
+def _clamps_in_numpy(x):
+    pixels = x.detach().numpy()
+    pixels[...] = pixels.clip(0.45, 0.55)
+    return toys.linear().net(x)
+
+
+def _clamps_in_place(x):
+    return toys.linear().net(x.clamp_(0.45, 0.55))
+
+
+class KeepsAndClears(nn.Module):
+    """Clears, in each pass, the images of the pass before."""
+
+    def forward(self, x):
+        for old in vars(self).setdefault("kept", []):
+            old.data.zero_()
+        self.kept[:] = [x]
+        return clamped(x)
+
+
+@pytest.mark.parametrize(
+    "net",
+    [*map(Function, (_clamps_data, _clamps_a_view, _clamps_in_numpy, _clamps_in_place)), KeepsAndClears()],
+    ids=["data", "view", "numpy", "in place", "later"],
+)
+def test_a_network_that_writes_into_its_images_is_lent_copies(net):
+    """Images stay, logits are those of the same network without a write, and attacks keep to the originals.
+
+    What is found is judged by that network, and never beyond what the best adversary within the threat can do.
+    """
+    model = Classifier(net, shape=(1, 4, 4), num_classes=3)
+    plain = Classifier(Function(clamped), shape=(1, 4, 4), num_classes=3)
+    x = torch.rand((40, 1, 4, 4), generator=torch.Generator().manual_seed(1))
+    kept, y = x.clone(), toys.labels(plain, x)
+    assert torch.allclose(model(x), plain(x), atol=1e-6) and torch.allclose(model(x), plain(x), atol=1e-6)
+    gradients(model, x)  # also of a leaf that needs a gradient
+    best = torch.stack([_worst(x, y, k, 0.1) for k in range(3)], 1).amin(1)
+    for name, options in (("pgd", {"steps": 10}), ("square", {"queries": 100})):
+        found = attack_batch(model, x, y, Threat(norm="linf", eps=0.1), name, options)
+        assert torch.equal(x, kept)
+        assert bool((found.x_adv - kept).abs().amax() <= 0.1 + 1e-6)
+        assert torch.equal(found.broken, plain(found.x_adv).argmax(1) != y)
+        assert int(found.broken.sum()) > 0 and not (found.broken & (best > 1e-6)).any()
+
+
+def _worst(x, y, k, eps):
+    """Least lead of class y over class k within linf eps for a linear network behind a clamp, in closed form."""
+    weight, bias = toys.affine(toys.linear())
+    slope = (weight[y] - weight[k]).view_as(x)
+    moved = torch.where(slope > 0, (x - eps).clamp(0, 1), (x + eps).clamp(0, 1)).double().clamp(0.45, 0.55)
+    lead = (slope * moved).flatten(1).sum(1) + bias[y] - bias[k]
+    return torch.where(y == k, torch.inf, lead)
+
+
+def test_logits_stay_when_a_network_reuses_its_memory():
+    class Reusing(nn.Module):
+        def forward(self, x):
+            z = vars(self).setdefault("z", torch.zeros(8, 3))
+            return z.copy_(x.flatten(1)[:, :3])
+
+    model, x = Classifier(Reusing(), shape=(1, 4, 4), num_classes=3), toys.images((1, 4, 4))
+    first = model(x)
+    model(1 - x)
+    assert torch.equal(first, x.flatten(1)[:, :3])
+
+
+def test_a_network_that_returns_its_images_gives_no_hold_of_them():
+    model, x = Classifier(nn.Flatten(), shape=(1, 1, 3), num_classes=3), torch.rand(2, 1, 1, 3)
+    kept = x.clone()
+    model(x).zero_()
+    assert torch.equal(x, kept)
+
+
+class Stateful(nn.Module):
+    """Changes itself in each pass; what it answers depends on it (`scale` > 0) or does not."""
+
+    def __init__(self, what: str, scale: float) -> None:
+        super().__init__()
+        self.inner, self.what, self.scale = toys.linear().net, what, scale
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        if self.what == "weights":
+            self.inner[1].weight.data.mul_(1 - self.scale)
+        elif self.what == "data":
+            self.calls.data.add_(1)
+        else:
+            self.calls = self.calls + 1
+        return self.inner(x) * (1 + self.scale * self.calls)
+
+
+@pytest.mark.parametrize("what", ["weights", "data", "new"])
+def test_a_network_whose_state_moves_its_answers_is_refused(what):
+    """Each pass moves the logits by 1e-5 of themselves: too little for two passes to differ, 1 % after 1,000."""
+    model, x = Classifier(Stateful(what, 1e-5), shape=(1, 4, 4), num_classes=3).eval(), toys.images((1, 4, 4))
+    before = digest_state(model.state_dict())
+    with pytest.raises(ModelError, match=r"earlier passes, got net\.(inner\.1\.weight|calls) changed"):
+        check_steady(model, x)
+    assert digest_state(model.state_dict()) == before
+    check_steady(Classifier(Stateful(what, 0), shape=(1, 4, 4), num_classes=3).eval(), x)
+
+
+@pytest.mark.usefixtures("untouched_rng")
+def test_chance_is_not_taken_for_state():
+    check_steady(
+        Classifier(Function(lambda x: dropout(x.flatten(1)[:, :3], 0.5, True)), shape=(1, 4, 4), num_classes=3),
+        toys.images((1, 4, 4)),
+    )
+
+
+# --- logits of another dtype -----------------------------------------------------------------------------------------
+
+
+def _autocast(x):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return toys.linear().net(x)
+
+
+DTYPES = {
+    "autocast": _autocast,
+    "float16": lambda x: toys.linear().net(x).half(),
+    "bfloat16": lambda x: toys.linear().net(x).bfloat16(),
+    "float64": lambda x: toys.linear().double().net(x.double()),
+}
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_logits_have_the_dtype_of_the_images(name):
+    """float32 in and out, with gradients, near the logits in float64 by the rounding of the network's own dtype."""
+    model, x = Classifier(Function(DTYPES[name]), shape=(1, 4, 4), num_classes=3), toys.images((1, 4, 4), 40)
+    exact = toys.linear().double()(x.double())
+    z = model(x)
+    assert z.dtype == torch.float32
+    assert torch.allclose(z.double(), exact, atol={"float64": 1e-6, "float16": 2e-3}.get(name, 0.05))
+    assert gradients(model, x).dtype == torch.float32
+    y, threat = exact.argmax(1), Threat(norm="linf", eps=0.02)
+    found = attack_batch(model, x, y, threat, "pgd", {"steps": 5})
+    distance = toys.radius(toys.linear(), x, y, "linf")
+    sure = (exact.topk(2).values.diff().abs()[:, 0] > 0.1) & ((distance - 0.02).abs() > 0.005)
+    assert int(sure.sum()) > 10 and torch.equal(found.broken[sure], (distance < 0.02)[sure])
+
+
+def test_float64_stays_float64():
+    model, x = toys.linear().double(), toys.images((1, 4, 4)).double()
+    assert model(x).dtype == torch.float64
+    weight, bias = toys.affine(model)
+    assert torch.allclose(model(x), x.flatten(1) @ weight.T + bias, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_probabilities_of_another_dtype_become_logits(dtype):
+    """A float64 softmax keeps odds of e^30, which float32 rounds to certainty; float16 keeps three digits."""
+    gap = 30.0 if dtype == torch.float64 else 3.0
+    z = torch.tensor([[gap, 0.0]], dtype=torch.float64)
+    model = Classifier(
+        Function(lambda x: z.softmax(1)[:, :1].to(dtype)), shape=(1, 2), num_classes=2, output="probabilities"
+    )
+    found = model(torch.zeros(1, 1, 2))
+    assert found.dtype == torch.float32 and float(found[0, 1]) == pytest.approx(gap, rel=1e-2)
+
+
+def test_counts_of_votes_are_logits():
+    votes = torch.tensor([[3, 1, 0], [0, 0, 4]])
+    z = Classifier(Function(lambda x: votes), shape=(1, 2), num_classes=3)(torch.zeros(2, 1, 2))
+    assert z.dtype == torch.float32 and z.tolist() == votes.tolist()
+
+
+# --- a forward pass that fails ---------------------------------------------------------------------------------------
+
+
+def _asserts(x):
+    assert x.shape[1] == 3
+
+
+def _bright(x):
+    raise ValueError("too bright\nand more")
+
+
+def _deep(net, at: int) -> nn.Sequential:
+    return nn.Sequential(*[nn.Identity() for _ in range(at)], net, nn.Flatten())
+
+
+class Nothing(nn.Module):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        (nn.Conv2d(3, 4, 3), r"RuntimeError in layer net\.2 \(Conv2d\): Given groups=1.*channels.*which channels"),
+        (nn.Linear(7, 3), r"RuntimeError in layer net\.2 \(Linear\): mat1 and mat2"),
+        (nn.Linear(4, 3, dtype=torch.float64), r"RuntimeError in layer net\.2 \(Linear\): .*dtype"),
+        (Nothing(), r"NotImplementedError in layer net\.2 \(Nothing\)"),
+        (nn.Bilinear(4, 4, 3), r"TypeError in layer net\.2 \(Bilinear\): .*missing 1 required"),
+        (Function(_asserts), r"AssertionError in layer net\.2 \(Function\).*; run"),
+        (Function(_bright), r"ValueError in layer net\.2 \(Function\): too bright; run"),
+        (Function(lambda x: {}["pixel_values"]), r"KeyError in layer net\.2 \(Function\): 'pixel_values'"),
+        (Function(lambda x: nn.Linear(3, 3)(x)), r"RuntimeError in a Linear inside layer net\.2 \(Function\)"),
+        (Function(lambda x: next(iter(()))), r"StopIteration in layer net\.2 \(Function\)"),
+    ],
+)
+def test_a_failing_pass_names_layer_images_and_cause(net, message):
+    model = Classifier(_deep(net, 2), shape=(1, 4, 4), num_classes=3).eval()
+    with pytest.raises(ModelError, match=rf"a batch of shape \(5, 1, 4, 4\), got {message}") as caught:
+        model(torch.zeros(5, 1, 4, 4))
+    assert caught.value.__cause__ is not None and "\n" not in str(caught.value)
+
+
+class Remembers(nn.Module):
+    """Adds a hundredth of what it answered before, as recurrent networks with a state do."""
+
+    def forward(self, x):
+        vars(self).setdefault("state", torch.zeros(len(x), 3)).mul_(0.01).add_(x.flatten(1)[:, :3].detach())
+        return x.flatten(1)[:, :3] + self.state
+
+
+@pytest.mark.parametrize(
+    ("net", "first", "fails", "sizes"),
+    [
+        (Function(lambda x: x.reshape(16, 16)[:, :3]), 16, 5, "batches of 16:"),
+        (Function(lambda x: x.reshape(1, 16)[:, :3]), 1, 5, "batches of 1:"),
+        (nn.Sequential(nn.Flatten(), nn.BatchNorm1d(16, track_running_stats=False)), None, 1, "batches of 2, 3, 4"),
+        (Remembers(), 8, 3, "batches of 8:"),
+    ],
+    ids=["sixteen", "one", "batch norm", "state"],
+)
+def test_a_failing_pass_names_the_batches_that_work(net, first, fails, sizes):
+    model = Classifier(net, shape=(1, 4, 4), num_classes=3).eval()
+    if first is not None:
+        model(torch.rand(first, 1, 4, 4))
+    with pytest.raises(ModelError, match=f"it runs on {sizes}"):
+        model(torch.rand(fails, 1, 4, 4))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [Cancelled(), ThreatError("x"), MemoryError(), torch.OutOfMemoryError(), RuntimeError("MPS backend out of memory")],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_is_no_fault_of_the_network_passes_unchanged(error):
+    def run(x):
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        Classifier(Function(run), shape=(1, 2), num_classes=2)(torch.zeros(1, 1, 2))
+    assert caught.value is error
+
+
+def _without_numbers(kind: str) -> nn.Module:
+    if kind == "lazy weights":
+        return nn.LazyLinear(3)
+    if kind == "lazy statistics":
+        return nn.LazyBatchNorm1d()
+    with torch.device("meta"):
+        return nn.Linear(16, 3) if kind == "meta weights" else nn.BatchNorm1d(16, affine=False)
+
+
+@pytest.mark.parametrize("kind", ["lazy weights", "lazy statistics", "meta weights", "meta statistics"])
+def test_weights_without_numbers_are_refused(kind):
+    net = nn.Sequential(nn.Flatten(), _without_numbers(kind))
+    with pytest.raises(ModelError, match=rf"hold numbers, got 1\.\w+, which is .*{kind.split()[0]}"), frozen(net):
+        pass
+
+
+class Members(nn.Module):
+    def __init__(self, members) -> None:
+        super().__init__()
+        self.members = members
+
+
+@pytest.mark.parametrize(
+    ("members", "name"),
+    [
+        ([nn.Linear(2, 2)], r"members\[0\] \(Linear\)"),
+        ({"a": (nn.ReLU(), nn.Sequential(nn.ReLU(), nn.BatchNorm1d(2)))}, r"members\['a'\]\[1\]\.1 \(BatchNorm1d\)"),
+        ([Members([nn.Linear(2, 2)])], r"members\[0\]\.members\[0\] \(Linear\)"),
+    ],
+    ids=["list", "dict of tuples", "list in a list"],
+)
+def test_layers_with_weights_that_eval_does_not_reach_are_refused(members, name):
+    with pytest.raises(ModelError, match=rf"inference mode, got {name} in training mode"), frozen(Members(members)):
+        pass
+
+
+def test_hidden_layers_are_frozen_where_nothing_is_lost():
+    """Those without weights are put into inference mode; a list of layers that torch knows hides nothing."""
+    model = Members([nn.Dropout(0.5), {"act": nn.ReLU()}])
+    model.layer = nn.Linear(2, 2)
+    model.order = [model.layer]
+    with frozen(model):
+        assert not model.members[0].training and not model.layer.training
+    assert model.members[0].training and model.layer.training
+    model = Members([nn.Linear(2, 2).eval()])
+    with frozen(model):
+        assert not model.members[0].training
+
+
+@pytest.mark.filterwarnings("ignore:(Sparse CSR|torch.quantize_per_tensor)")
+@pytest.mark.parametrize("kind", ["sparse", "csr", "quantised"])
+def test_frozen_puts_back_buffers_that_are_no_dense_tensors(kind):
+    class Holding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("dense", torch.ones(2))
+            self.register_buffer("other", made())
+
+        def forward(self, x):
+            self.dense += 1
+            self.other = torch.zeros(2) if kind == "quantised" else self.other.mul_(2)
+            return x
+
+    def made():
+        if kind == "quantised":
+            return torch.quantize_per_tensor(torch.eye(2), 0.1, 0, torch.qint8)
+        return torch.eye(2).to_sparse() if kind == "sparse" else torch.eye(2).to_sparse_csr()
+
+    model = Holding()
+    with frozen(model):
+        model(torch.zeros(1))
+        model(torch.zeros(1))
+    assert model.dense.tolist() == [1, 1] and model.other.layout == made().layout
+    values = model.other.dequantize() if kind == "quantised" else model.other.to_dense()
+    assert torch.equal(values, made().dequantize() if kind == "quantised" else torch.eye(2))
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 6])
+@pytest.mark.parametrize(
+    ("output", "classes"),
+    [
+        (lambda x: torch.zeros(2 * len(x), 1), 2),
+        (lambda x: torch.zeros(3, len(x)), 3),
+        (lambda x: torch.zeros(10 * len(x), 3), 3),
+        (lambda x: torch.zeros(10 * len(x), 3, 1, 1), 3),
+        (lambda x: torch.zeros(5 * len(x)), 2),
+        (lambda x: torch.zeros(0, 3), 3),
+    ],
+    ids=["column", "turned", "crops", "crops of maps", "flat crops", "none"],
+)
+def test_several_rows_for_an_image_are_refused_for_one_image_too(output, classes, n):
+    with pytest.raises(ModelError, match=f"one row per image, got shape .* for {n} images"):
+        Classifier(Function(output), shape=(1, 2), num_classes=classes)(torch.zeros(n, 1, 2))
+
+
+@pytest.mark.parametrize("n", [0, 2, 3])
+def test_one_number_for_a_batch_is_refused(n):
+    model = Classifier(Function(lambda x: x.sum()), shape=(1, 2), num_classes=2)
+    with pytest.raises(ModelError, match=rf"one row per image, got shape \(\) for {n} images"):
+        model(torch.zeros(n, 1, 2))
+
+
+def test_a_squeezed_image_gets_one_verdict():
+    inner = toys.linear()
+    model = Classifier(Function(lambda x: inner.net(x).squeeze()), shape=(1, 4, 4), num_classes=3)
+    x = toys.images((1, 4, 4), 5)
+    y, threat = toys.labels(inner, x), Threat(norm="linf", eps=0.05)
+    for k in range(5):
+        found = attack_batch(model, x[k : k + 1], y[k : k + 1], threat, "pgd", {"steps": 5})
+        assert found.broken.tolist() == (toys.radius(inner, x, y, "linf") < 0.05)[k : k + 1].tolist()
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize(
+    ("output", "kind"),
+    [
+        (lambda z: z.to_sparse(), "sparse_coo"),
+        (lambda z: torch.complex(z, z), "complex64"),
+        (lambda z: torch.quantize_per_tensor(z, 0.1, 0, torch.qint8), "qint8"),
+    ],
+    ids=["sparse", "complex", "quantised"],
+)
+def test_outputs_that_are_no_plain_numbers_are_refused(output, kind):
+    model = Classifier(Function(lambda x: output(torch.zeros(len(x), 3))), shape=(1, 2), num_classes=3)
+    with pytest.raises(ModelError, match=rf"plain tensor of real numbers, got .*{kind}"):
+        model(torch.zeros(2, 1, 2))
 
 
 # --- the toys, because every later suite trusts them -----------------------------------------------------------------

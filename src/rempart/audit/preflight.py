@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from rempart.attacks.losses import climb_direction, lead, score
 from rempart.attacks.run import PASSES, check_images
 from rempart.core.data import Data
-from rempart.core.errors import DataError, ModelError
-from rempart.core.model import Classifier, Output, blind, frozen
+from rempart.core.errors import DataError, ModelError, RempartError
+from rempart.core.model import Classifier, Output, blind, check_layers, check_steady, frozen
 from rempart.core.types import Images, Labels, Logits
 from rempart.report.schema import Check
 
@@ -30,6 +30,7 @@ def preflight(model: Classifier, data: Data) -> tuple[Classifier, tuple[Check, .
         ModelError: If outputs are not finite, depend on batch mates, or give no input gradient (but for a network that
             is known to run elsewhere, `core.model.blind`: a warning says so).
     """
+    check_layers(model)
     checks = [_classes(model, data)]
     batch = next(iter(data.head(_SAMPLES).batches(_SAMPLES)))
     where = next(model.parameters(), batch.x)
@@ -41,10 +42,11 @@ def preflight(model: Classifier, data: Data) -> tuple[Classifier, tuple[Check, .
     checks += [_range(model, x), _mode(model)]
     with frozen(model):
         with torch.no_grad():
-            raw = model.net(x)
+            raw = model.raw(x)
         _finite(raw)
         mended, check = _outputs(model, raw, x)
         checks.append(check)
+    check_steady(mended, x[:2])
     with frozen(mended), torch.no_grad():
         z = mended(x)
         checks += [_determinism(mended, x, z), _independence(mended, x, z), _scale(z)]
@@ -115,11 +117,7 @@ def _mode(model: Classifier) -> Check:
     return Check(name="inference mode", status="passed", message="The model is in inference mode.")
 
 
-def _finite(raw: object) -> None:
-    if not isinstance(raw, Tensor):
-        raise ModelError(
-            "the network to return one tensor", got=type(raw).__name__, hint="wrap it in a module that does"
-        )
+def _finite(raw: Tensor) -> None:
     if not bool(torch.isfinite(raw).all()):
         share = float((~torch.isfinite(raw)).double().mean())
         raise ModelError(
@@ -127,9 +125,8 @@ def _finite(raw: object) -> None:
         )
 
 
-def _outputs(model: Classifier, raw: Tensor, x: Images) -> tuple[Classifier, Check]:
+def _outputs(model: Classifier, flat: Tensor, x: Images) -> tuple[Classifier, Check]:
     """Find probabilities where logits should be, and turn them back into logits."""
-    flat = raw.reshape(len(x), -1)
     kind: Output = _kind(flat)
     if model.output != "logits" and kind not in (model.output, "probabilities"):
         raise ModelError(
@@ -171,7 +168,7 @@ def _without_last_activation(model: Classifier, x: Images, flat: Tensor, kind: O
     else:
         mended.net = nn.Identity()
     with torch.no_grad():
-        z = mended.net(x).reshape(len(x), -1)
+        z = mended.raw(x)
     again = z.sigmoid() if single else z.softmax(1)
     return mended if torch.allclose(again, flat, atol=1e-5) else None
 
@@ -236,7 +233,9 @@ def _gradients(model: Classifier, x: Images, y: Labels) -> Check:
     goal = score("ce", targeted=False, num_classes=model.num_classes)
     try:
         gradient, z, _ = climb_direction(model, x, y, goal)
-    except RuntimeError as error:
+    except RempartError:
+        raise
+    except Exception as error:  # noqa: BLE001  a backward pass may be written in Python, and raise anything
         raise ModelError(
             "a model that gives input gradients",
             got=str(error).split("\n")[0],

@@ -2,21 +2,28 @@
 
 import copy
 import math
+import re
 from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
+from traceback import walk_tb
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.functional import conv2d, pad, pixel_shuffle
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from rempart.core.errors import ModelError
+from rempart.core.errors import ModelError, RempartError
 from rempart.core.types import Images, Logits
 
 Output = Literal["logits", "probabilities", "sigmoids"]
+_SIZES = (1, 2, 3, 4, 5, 8, 10, 12, 16, 20, 24, 32, 50, 64, 100, 128)  # of batches that a network may be made for
+_NO_MEMORY = re.compile("out of memory|can't allocate memory|ALLOC_FAILED")  # torch has no class for each of them
+_PASSES = 8  # after which a network that changes itself shows it
 
 
 class Normalize(nn.Module):
@@ -82,19 +89,12 @@ class Classifier(nn.Module):
         self.notes = tuple(notes)
 
     def forward(self, x: Images) -> Logits:
-        """Logits of images in the box.
+        """Logits of images in the box, in the dtype of the images.
 
         Raises:
-            ModelError: If the network returns no tensor, or the wrong number of outputs.
+            ModelError: If the network fails, or does not return one tensor with a row of outputs for each image.
         """
-        z = self.net(x)
-        if not isinstance(z, Tensor):
-            raise ModelError(
-                "the network to return one tensor", got=type(z).__name__, hint="wrap it in a module that does"
-            )
-        if z.ndim > 0 and len(z) != len(x) != 1:
-            raise ModelError("outputs of one row per image", got=f"shape {tuple(z.shape)} for {len(x)} images")
-        z = z.flatten(1) if z.ndim > 1 else z.reshape(len(x), -1)
+        z = self.raw(x)
         if self.output != "logits":
             tiny = torch.finfo(z.dtype).tiny
             odds = z.clamp_min(tiny).log()
@@ -104,7 +104,77 @@ class Classifier(nn.Module):
             z = torch.cat([torch.zeros_like(z), z], 1)
         if z.shape[1] != self.num_classes:
             raise ModelError(f"{self.num_classes} outputs per image", got=z.shape[1], hint="set num_classes to that")
-        return z
+        return z.to(x.dtype) if x.is_floating_point() else z
+
+    def raw(self, x: Images) -> Tensor:
+        """What the network itself returns, one row per image, at least as precise as the images.
+
+        The network gets a copy of the images and its outputs are copied, because it may write into both: into the
+        images in this pass, into its outputs in the next one.
+
+        Raises:
+            ModelError: If the network fails, or does not return one tensor with a row of outputs for each image.
+        """
+        try:
+            z: object = self.net(x.clone())
+        except (RempartError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if _NO_MEMORY.search(str(error)):
+                raise
+            raise self._failed(x, error) from error
+        if not isinstance(z, Tensor):
+            raise ModelError(
+                "the network to return one tensor", got=type(z).__name__, hint="wrap it in a module that does"
+            )
+        if z.is_complex() or z.is_quantized or z.is_nested or z.layout != torch.strided:
+            hint = "let its forward pass end with .real, .dequantize() or .to_dense()"
+            raise ModelError("outputs that are a plain tensor of real numbers", got=f"{z.dtype}, {z.layout}", hint=hint)
+        came = tuple(z.shape)
+        if len(x) == 1 and came in ((), (self.num_classes,)):
+            z = z[None]  # a batch of one, squeezed
+        if z.ndim == 0 or len(z) != len(x):
+            hint = "let its forward pass keep the first axis, and average the answers where it gives several per image"
+            raise ModelError("outputs of one row per image", got=f"shape {came} for {len(x)} images", hint=hint)
+        z = z.flatten(1) if z.ndim > 1 else z[:, None]
+        return z.to(torch.promote_types(z.dtype, x.dtype), copy=True)
+
+    def _failed(self, x: Images, error: Exception) -> ModelError:
+        """Say in which layer the network failed, on what, and which batches it takes, if any."""
+        names = {module: name for name, module in self.named_modules()}
+        selves = [frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__)]
+        passed = [module for module in selves if isinstance(module, nn.Module)]
+        named = [f"{names[module]} ({type(module).__name__})" for module in passed if names.get(module)]
+        where = f"layer {named[-1]}" if named else "the network"
+        if passed[-1] not in names:
+            where = f"a {type(passed[-1]).__name__} inside {where}"
+        reason = str(error).strip().partition("\n")[0]
+        taken = [] if self.training else self._sizes_taken(x)  # in training mode, a pass leaves its mark
+        if taken and len(x) not in taken:
+            some = ", ".join(map(str, taken[:3])) + (", ..." if len(taken) > 3 else "")
+            hint = (
+                f"it runs on batches of {some}: make its forward pass answer for each image alone, however many there "
+                "are (no fixed number in reshape, no state between passes, batch norms with running statistics)"
+            )
+        else:
+            hint = "run it on such a batch yourself, and check which channels, size and dtype it was made for"
+        return ModelError(
+            f"a network that runs on a batch of shape {tuple(x.shape)}",
+            got=f"{type(error).__name__} in {where}" + (f": {reason}" if reason else ""),
+            hint=hint,
+        )
+
+    def _sizes_taken(self, x: Images) -> list[int]:
+        """Numbers of images that the network runs on, the size of these images among those tried."""
+
+        def runs(size: int) -> bool:
+            try:
+                with torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())):
+                    return len(self.net(x[:1].repeat(size, *(1,) * (x.ndim - 1)))) == size
+            except Exception:  # noqa: BLE001  this is about which batches do not fail
+                return False
+
+        return [size for size in sorted({*_SIZES, len(x)}) if runs(size)] if len(x) else []
 
 
 def class_number(text: str, class_names: Sequence[str]) -> int | None:
@@ -140,13 +210,19 @@ def frozen(model: nn.Module) -> Generator[None]:
 
     Modes are set one by one, because some modules refuse `eval()`; buffers that a forward pass changes all the same
     are put back too.
+
+    Raises:
+        ModelError: As `check_layers` does.
     """
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training) for module in check_layers(model)]
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    buffers = [(m, name, b) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
+    buffers = [
+        (m, name, b if _plain(b) else b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)
+    ]  # of sparse and quantised ones, whose numbers cannot be joined, a copy is put back
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for _, _, buffer in buffers:
-        kinds.setdefault((buffer.device, buffer.dtype), []).append(buffer)
+        if _plain(buffer):
+            kinds.setdefault((buffer.device, buffer.dtype), []).append(buffer)
     before = [_joined(kind) for kind in kinds.values()]
     try:
         for module, _ in modes:
@@ -170,8 +246,118 @@ def frozen(model: nn.Module) -> Generator[None]:
                         buffer.copy_(values)
 
 
+def _plain(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_nested
+
+
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+
+
+def check_layers(model: nn.Module) -> list[nn.Module]:
+    """Refuse weights without numbers, and layers with weights that `eval()` did not reach.
+
+    Returns:
+        All modules, also those without weights that lie in plain lists, tuples and dicts.
+
+    Raises:
+        ModelError: If weights are lazy or on the meta device, or layers in training mode are kept in a plain list,
+            tuple or dict, where torch finds neither them nor their weights.
+    """
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(tensor) or tensor.is_meta:
+            kind = "lazy, and never ran" if is_lazy(tensor) else "on the meta device"
+            hint = "load the trained weights into the network first"
+            raise ModelError("weights that hold numbers", got=f"{name}, which is {kind}", hint=hint)
+    hidden = _hidden(model)
+    for name, module in hidden.items():
+        tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        if module.training and tensors:
+            raise ModelError(
+                "layers in inference mode",
+                got=f"{name} ({type(module).__name__}) in training mode, out of reach of eval() and state_dict()",
+                hint="keep layers in an nn.ModuleList or nn.ModuleDict, not in a list, tuple or dict",
+            )
+    return [*model.modules(), *hidden.values()]
+
+
+def _hidden(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules that `modules()` misses because they lie in lists, tuples and dicts, by where they are."""
+    known, found = set(model.modules()), dict[str, nn.Module]()
+
+    def look(name: str, value: object) -> None:
+        if isinstance(value, nn.Module):
+            for inner, module in value.named_modules(prefix=name):
+                if module not in known:
+                    known.add(module)
+                    found[inner] = module
+                    search(inner, module)
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                look(f"{name}[{key!r}]", item)
+        elif isinstance(value, list | tuple):
+            for number, item in enumerate(value):
+                look(f"{name}[{number}]", item)
+
+    def search(name: str, module: nn.Module) -> None:
+        for key, value in vars(module).items():
+            if key not in _TORCHS_OWN:
+                look(f"{name}.{key}" if name else key, value)
+
+    for name, module in model.named_modules():
+        search(name, module)
+    return found
+
+
+_TORCHS_OWN = frozenset(vars(nn.Module()))
+"""Attributes in which torch keeps parameters, buffers, submodules and hooks."""
+
+
+def check_steady(model: Classifier, x: Images) -> None:
+    """Refuse a network that changes its weights or buffers in each pass, and its answers with them.
+
+    Such a network has no function that could be attacked: what an image is taken for depends on those before it.
+    Counters that change no answer are fine. What a network keeps elsewhere is not looked at.
+
+    Raises:
+        ModelError: If it does.
+    """
+
+    def state() -> dict[str, Tensor]:
+        return {name: t for name, t in chain(model.named_parameters(), model.named_buffers()) if _plain(t)}
+
+    def passed() -> Logits:
+        with torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())):
+            torch.manual_seed(0)
+            return model(x)
+
+    def differ(z: Logits) -> bool:
+        return bool(((z - first).abs() > 1e-6 * first.abs().amax().clamp_min(1)).any())
+
+    @torch.no_grad()
+    def put_back() -> None:  # weights; of buffers, `frozen` takes care
+        for name, parameter in model.named_parameters():
+            if name in changed:
+                parameter.copy_(before[name])
+
+    before = {name: tensor.detach().clone() for name, tensor in state().items()}
+    with frozen(model):
+        first = passed()
+        last = [passed() for _ in range(_PASSES)][-1]
+        now = state()
+        changed = [name for name in before if not torch.equal(now.get(name, before[name]), before[name])]
+    if not changed:
+        return
+    put_back()
+    with frozen(model):
+        again = passed()
+    put_back()
+    if differ(last) and not differ(again):  # and not by chance
+        raise ModelError(
+            "a network whose answers do not depend on earlier passes",
+            got=f"{', '.join(changed[:3])} changed in each pass, in inference mode, and the logits with it",
+            hint="let its forward pass change weights and buffers in training mode only: if self.training",
+        )
 
 
 def placed(model: nn.Module, x: Images) -> Images:

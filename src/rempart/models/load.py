@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rempart.core.errors import ModelError
-from rempart.core.model import Classifier
+from rempart.core.model import Classifier, check_layers
 from rempart.core.repro import digest_state
 from rempart.models.formats import FORMS, PYTHON, RECIPE
 from rempart.models.formats.exported import load_exported
@@ -44,7 +44,9 @@ def load(source: str, reading: Reading = AS_IT_IS) -> Classifier:
     Raises:
         ModelError: If there is nothing there, or it cannot be used; pickles are always refused.
     """
-    return read_as(_found(source), reading)
+    model = read_as(_found(source), reading)
+    check_layers(model)
+    return model
 
 
 def _found(source: str) -> Classifier:

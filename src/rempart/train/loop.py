@@ -100,7 +100,6 @@ def train(
                     keep(tuple(epochs), resume[1])
             if validation is not None:
                 _check_learned(epochs, validation.labels, last=len(epochs) == recipe.epochs)
-        stack.enter_context(_whole_logits(run))
         while len(epochs) < recipe.epochs and not collapsed(recipe, epochs):
             number, begun = len(epochs) + 1, time.perf_counter()
             epoch = fit(run, learn, number, epochs[-1] if epochs else None)
@@ -323,16 +322,6 @@ def _check_learned(epochs: Sequence[Epoch], labels: Tensor, *, last: bool) -> No
             got=f"{came}, where it was {max(recalls):.3f} before" if learnt else came,
             hint="try a smaller learning_rate, a smaller threat or more epochs",
         )
-
-
-@contextmanager
-def _whole_logits(run: Run) -> Generator[None]:
-    """Logits in 32 bit, whatever the layers compute in: losses and attacks are taken from them."""
-    hook = run.classifier.register_forward_hook(lambda *call: call[-1].float())
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import toys
+from rempart.core.errors import ModelError
 from rempart.train.objectives import Objective, awp, pgd_at, plain, trades
 from rempart.train.objectives.catalogue import Loss
 from train.objectives.written_out import RNG, SHAPE, network
@@ -182,7 +183,7 @@ def test_an_error_leaves_the_model_as_it_was(call):
     model = toys.raising(toys.linear(), call).train()
     (x, y), before = batch(), list(model.parameters())
     values, drawn = [p.clone() for p in before], torch.get_rng_state()
-    with pytest.raises(RuntimeError, match="planted"):
+    with pytest.raises(ModelError, match="planted"):
         awp(plain(), 0.1)(model, x, y, rng=RNG)
     assert all(a is b and torch.equal(a, c) for a, b, c in zip(model.parameters(), before, values, strict=True))
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
