@@ -14,6 +14,7 @@ from torch.nn.functional import conv2d, pad, pixel_shuffle
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from rempart.core.errors import ModelError
+from rempart.core.foreign import contained
 from rempart.core.types import Images, Logits
 
 Output = Literal["logits", "probabilities", "sigmoids"]
@@ -87,7 +88,8 @@ class Classifier(nn.Module):
         Raises:
             ModelError: If the network returns no tensor, or the wrong number of outputs.
         """
-        z = self.net(x)
+        with contained("the network to give its outputs"):
+            z = self.net(x)
         if not isinstance(z, Tensor):
             raise ModelError(
                 "the network to return one tensor", got=type(z).__name__, hint="wrap it in a module that does"
