@@ -6,7 +6,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: spinn
 
 import signal
 import sys
-import threading
 import traceback
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from rempart.core.events import Event, Notify
     from rempart.report.schema import AttackChoice, DefenceChoice, DetectorChoice, Reading, Report
     from rempart.serve.auth import Tokens
-
-_STOPPED = threading.Event()
 
 app = typer.Typer(
     name="rempart",
@@ -801,13 +798,18 @@ def demo(out: Annotated[Path, typer.Option("--out", help="Folder for the runs")]
 
 def main() -> NoReturn:
     """Run the command line; a wrong request exits with 2, a failed run with 3, an interrupted one with 130."""
+    from rempart.core import foreign
+
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    signal.signal(signal.SIGINT, _stop)
+    signal.signal(signal.SIGINT, foreign.stop)
     try:
         status = app(standalone_mode=False)
     except RempartError as error:
         _fail(str(error), error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort, SystemExit) as error:  # no command exits by itself: that is foreign code
+        cause = error if isinstance(error, (KeyboardInterrupt, SystemExit)) else error.__cause__ or error
+        if isinstance(cause, SystemExit) or (isinstance(cause, KeyboardInterrupt) and not foreign.by_user(cause)):
+            _fail(str(foreign.ending("the command to run to its end", cause)), 2)
         _fail("interrupted", 130)
     except Exception as error:  # noqa: BLE001  the edge of the program
         show = getattr(error, "show", None)  # a usage error of click, whichever copy of it Typer brings
@@ -836,16 +838,12 @@ def _run(spec: Any) -> None:
         raise typer.Exit(130)
 
 
-def _stop(*_: object) -> NoReturn:
-    _STOPPED.set()
-    raise KeyboardInterrupt
-
-
 def _heeding(notify: "Notify") -> "Notify":
     """Stop at the next event, should the exception of Ctrl-C have been lost in somebody's callback."""
+    from rempart.core.foreign import STOPPED
 
     def told(event: "Event") -> None:
-        if _STOPPED.is_set():
+        if STOPPED.is_set():
             raise KeyboardInterrupt
         notify(event)
 

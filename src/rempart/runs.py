@@ -11,10 +11,11 @@ from rempart.core.data import open_data
 from rempart.core.disk import replace as write_whole
 from rempart.core.errors import Cancelled, SpecError
 from rempart.core.events import Event, Notify, silent
+from rempart.core.identity import identity
 from rempart.core.repro import environment
 from rempart.core.threat import Threat
 from rempart.models.formats import PYTHON
-from rempart.models.load import card, load
+from rempart.models.load import load
 from rempart.report import compare as comparing
 from rempart.report import text
 from rempart.report.html import methods_page
@@ -97,8 +98,8 @@ def audited(
 ) -> dict[str, Trained]:
     """Audit the model of each training run on its test images: with suite fast in the threat, with deepfool in l2.
 
-    The audits lie in `audits/` in the folder of the run. One that is complete is used again if request, weights,
-    images and versions agree; one that was stopped is taken up where it was.
+    The audits lie in `audits/` in the folder of the run. One that is complete is used again if request, network
+    (weights, code and answers), images and versions agree; one that was stopped is taken up where it was.
 
     Args:
         reports: Those of the runs, by their places.
@@ -184,7 +185,10 @@ def _model(report: Report, folder: Path, code: str | None) -> str:
 
 
 def _kept(out: Path, spec: AuditSpec) -> Report | None:
-    """The report of the same audit of the same weights on the same images by the same versions, if there is one."""
+    """The report of the same audit of the same network on the same images by the same versions, if there is one.
+
+    In doubt there is none: reports that do not record code and answers, and networks that cannot be replayed.
+    """
     if not (out / JSON).exists():
         return None
     report = read(out)
@@ -195,7 +199,7 @@ def _kept(out: Path, spec: AuditSpec) -> Report | None:
     same = (
         report.complete
         and report.spec.model_copy(update=place) == spec
-        and report.model.digest == card(model, spec.model).digest
+        and report.model.identity.certain(identity(model))
         and report.data.digest == data.digest
         and all(report.environment[name] == record[name] for name in _VERSIONS)
     )

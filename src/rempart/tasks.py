@@ -47,6 +47,7 @@ from rempart.core.data import ADVERSARIAL, TRUE, Data, one_image, open_data, wit
 from rempart.core.disk import replace
 from rempart.core.errors import Cancelled, DataError, RempartError, SpecError
 from rempart.core.events import Notify, silent
+from rempart.core.foreign import contained
 from rempart.core.model import Classifier, class_number, frozen, placed
 from rempart.core.ranks import ALONE, Ranks, launched, ranks
 from rempart.core.repro import environment
@@ -96,6 +97,11 @@ def run(spec: AnySpec, notify: Notify = silent) -> Report | None:
     Raises:
         RempartError: With the exit status of the command line in `exit_code`.
     """
+    with contained("networks, attacks and other code of the request to run", SpecError):
+        return _run(spec, notify)
+
+
+def _run(spec: AnySpec, notify: Notify) -> Report | None:
     if isinstance(spec, TrainSpec):
         return _train(spec, notify)
     if isinstance(spec, AuditSpec):
@@ -464,6 +470,7 @@ def _detect(spec: DetectSpec, notify: Notify) -> Report:
             except (RempartError, RuntimeError, ValueError) as failure:
                 failed[label] = failure
                 continue
+            fitted = dataclasses.replace(fitted, card=fitted.card.of(about.identity))  # as loaded, not as repaired
             save_detector(fitted, out / DETECTORS / detection.label.replace(" ", "-"))
             columns = {"clean": scores.clean, "noisy": scores.noisy}
             for attack, (at, values) in scores.attacked.items():

@@ -20,7 +20,7 @@ from rempart.audit.classes import PAIRS, aimed, aiming_attack, by_class, reached
 from rempart.audit.curves import from_distances, sweep
 from rempart.audit.examples import examples
 from rempart.audit.groups import by_group, numbers
-from rempart.audit.pieces import Pieces, Planned, attack_chunk, chunks, key, seeded, stored
+from rempart.audit.pieces import Pieces, Planned, attack_chunk, chunks, kept_in, seeded, stored
 from rempart.audit.preflight import is_random, preflight
 from rempart.audit.risk import read_costs, risk
 from rempart.core.data import Data
@@ -122,7 +122,7 @@ def audit(
     swept = bool(spec.sweep and threat.eps and sighted)
     described, record = DataCard.of(data), environment()
     if folder is not None:
-        folder = folder / key(model, data, planned, threat, spec, record, card.digest)
+        folder = kept_in(folder, model, data, planned, threat, spec, record)
     parts = chunks(data, spec.chunk)
     done = stored(folder)
     curves: list[Curve] = []

@@ -1,7 +1,9 @@
 """An audit in pieces: one attack on one chunk of the samples, done once, stored, and taken up again after a stop."""
 
 import io
+import itertools
 import json
+import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -14,11 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rempart.attacks import attacks
 from rempart.attacks.run import Outcome, TargetRule, Verdict, attack_data
 from rempart.core.data import Data
 from rempart.core.disk import replace
 from rempart.core.events import Event, Notify
-from rempart.core.model import Classifier, frozen, placed
+from rempart.core.identity import agree, answers, code_of
+from rempart.core.model import Classifier
+from rempart.core.repro import digest_state
 from rempart.core.threat import Threat
 from rempart.core.types import Images, Mask
 from rempart.report.schema import AuditSpec
@@ -116,37 +121,54 @@ def stored(folder: Path | None) -> Pieces:
     return found
 
 
-def key(
+def kept_in(
+    folder: Path,
     model: Classifier,
     data: Data,
     planned: Sequence[Planned],
     threat: Threat,
     spec: AuditSpec,
     versions: Mapping[str, str],
-    weights: str,
-) -> str:
-    """16 hexadecimal digits over everything a piece depends on: the name of the folder of an audit's pieces.
+) -> Path:
+    """The folder for the pieces of an audit: the one whose pieces depend on the very same things, or a new one.
 
-    Two models may have the same weights and different code: what the model answers to the first images counts too.
+    Its name is a digest of them. What the model answers to the first images is kept in the folder and compared within
+    rounding, which differs between machines and may depend on the number of threads.
     """
     depends = {
         "planned": [[a.label, a.name, a.options, a.survivors, a.target, a.sources] for a in planned],
+        "attacks": [code_of([attacks[a.name].function], installed=True) for a in planned],
         "threat": [str(threat), repr(threat.eps), threat.low, threat.high],
-        "spec": [spec.model, spec.data, spec.seed, spec.batch_size, spec.chunk, spec.eight_bit, spec.device],
+        "spec": spec.model_dump(mode="json", include=_DECIDES),
         "versions": [versions["rempart"], versions["torch"]],
-        "model": [weights, _answers(model, data)],
-        "data": data.digest,
+        "model": [digest_state(model.state_dict()), code_of([model]), model.output, model.class_names],
+        "data": [data.digest, data.class_names, data.labels.tolist()],
     }
-    return sha256(json.dumps(depends, sort_keys=True, default=repr).encode()).hexdigest()[:16]
+    name = sha256(json.dumps(depends, sort_keys=True, default=repr).encode()).hexdigest()[:16]
+    said = list(answers(model, data.head(_PROBED).batch(torch.arange(min(len(data), _PROBED))).x))
+    for number in itertools.count(1):
+        place = folder / (name if number == 1 else f"{name}-{number}")
+        known = _known(place / _ANSWERS)
+        if known is None:
+            place.mkdir(parents=True, exist_ok=True)
+            replace(place / _ANSWERS, json.dumps(said).encode())
+        if known is None or agree(known, said):
+            return place
+    raise AssertionError
 
 
-def _answers(model: Classifier, data: Data) -> list[int]:
-    """Logits of the first images, coarsely: rounding may depend on the number of threads."""
-    x = data.head(_PROBED).batch(torch.arange(min(len(data), _PROBED))).x
-    x = placed(model, x)
-    with frozen(model), torch.no_grad(), seeded(0, x.device):
-        z = model(x).double().cpu()
-    return (z / z.abs().amax().clamp_min(1e-300) * 1000).round().flatten().int().tolist()
+_ANSWERS = "answers.json"
+_DECIDES = {"model", "reading", "data", "defences", "seed", "batch_size", "chunk", "eight_bit", "device"}
+
+
+def _known(path: Path) -> list[float] | None:
+    """The answers kept in a folder of pieces; none that a model gives where they cannot be read."""
+    try:
+        return [float(value) for value in json.loads(path.read_bytes())]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError):
+        return [math.nan]
 
 
 @contextmanager

@@ -197,7 +197,8 @@ def _independence(model: Classifier, x: Images, z: Logits) -> Check:
         raise ModelError(
             "logits that do not depend on the other images of the batch",
             got=f"a difference of {gap:.3g}",
-            hint="put batch norm into inference mode, or remove the layer that mixes samples",
+            hint="put batch norm into inference mode, or remove the layer that mixes samples; dynamic quantisation "
+            "does so too (it scales a batch by its largest value): audit the network in floating point",
         )
     message = "A sample alone and in a batch gets the same logits."
     return Check(name="batch independence", status="passed", message=message, evidence={"largest difference": gap})
@@ -239,7 +240,8 @@ def _gradients(model: Classifier, x: Images, y: Labels) -> Check:
         raise ModelError(
             "a model that gives input gradients",
             got=str(error).split("\n")[0],
-            hint="remove no_grad, detach and rounding from its forward pass",
+            hint="remove no_grad, detach and rounding from its forward pass; in place of a quantised network, audit "
+            "the one in floating point that it was made from",
         ) from None
     if not bool(torch.isfinite(gradient).all()):
         raise ModelError("finite input gradients", got="NaN or infinity", hint="look for sqrt or log at 0 in the model")

@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from rempart.core.errors import ModelError, RempartError
+from rempart.core.foreign import contained
 from rempart.core.types import Images, Logits
 
 Output = Literal["logits", "probabilities", "sigmoids"]
@@ -116,7 +117,8 @@ class Classifier(nn.Module):
             ModelError: If the network fails, or does not return one tensor with a row of outputs for each image.
         """
         try:
-            z: object = self.net(x.clone())
+            with contained("the network to give its outputs"):
+                z: object = self.net(x.clone())
         except (RempartError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:

@@ -110,7 +110,8 @@ def ranks(processes: int, command: Sequence[str]) -> Generator[Ranks]:
         for other in range(1, world):
             while not store.check([str(other)]):
                 for at, process in enumerate(started, 1):
-                    if process.poll() not in (None, 0):
+                    status = process.poll()  # a process that has sent everything ends with 0
+                    if status is not None and (status or not store.check([str(at)])):
                         expected, hint = (
                             f"process {at} of {world} to finish",
                             "see its message above; what is done is kept",

@@ -9,7 +9,8 @@ from typing import Any, Generic, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from rempart.core.errors import SpecError
+from rempart.core.errors import RempartError, SpecError
+from rempart.core.foreign import contained, undisturbed
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -111,7 +112,15 @@ class Registry(Generic[F, T]):
         if not self._plugins_loaded:
             self._plugins_loaded = True  # before loading: a plug-in may look into the registry it joins
             for point in entry_points(group=self.group):
-                point.load()
+                plugin = f"the plug-in {point.value} of the group {self.group} to be imported"
+                try:
+                    with contained(plugin, SpecError), undisturbed():
+                        point.load()
+                except RempartError:
+                    raise
+                except Exception as error:
+                    came, hint = f"{type(error).__name__}: {error}", "mend or uninstall the package it comes from"
+                    raise SpecError(plugin, got=came, hint=hint) from error
 
 
 def suggestion(name: str, known: Any) -> str:

@@ -1,18 +1,24 @@
 """Randomness keyed by sample, digests, and the record of the environment."""
 
 import hashlib
+import io
 import os
 import platform
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 from zlib import crc32
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from rempart.core.errors import ModelError
 from rempart.core.types import Images, Mask
 
 _GOLDEN = -7046029254386353131  # 2**64 / golden ratio as a signed 64-bit integer: the splitmix64 increment
@@ -93,13 +99,97 @@ def digest_arrays(arrays: Iterable[np.ndarray]) -> str:
     return state.hexdigest()[:16]
 
 
-def digest_state(state: Mapping[str, Tensor]) -> str:
-    """Digest of a state dict: names, types, shapes and values, in sorted order."""
-    heads = (f"{name} {state[name].dtype} {tuple(state[name].shape)}" for name in sorted(state))
+def digest_state(state: Mapping[str, Any]) -> str:
+    """Digest of a state dict: names, types, shapes and values, in sorted order.
+
+    Entries that are no dense tensors count by their values: sparse, quantised and nested tensors by their parts,
+    packed weights and the extra state of modules by what they hold.
+
+    Raises:
+        ModelError: If an entry has no value (a lazy parameter, the meta device), or is an object of unknown contents.
+    """
+    try:
+        parts = [part for name in sorted(state) for part in _dense(name, state[name])]
+    except RecursionError:
+        raise ModelError("a state dict of values", got="objects that hold each other", hint=_EXTRA) from None
+    heads = (f"{name} {tensor.dtype} {tuple(tensor.shape)}" for name, tensor in parts)
     names = hashlib.sha256("\n".join(heads).encode()).hexdigest()
-    values = (state[name].detach().cpu().reshape(-1) for name in sorted(state))
+    values = (tensor.detach().cpu().resolve_conj().resolve_neg().reshape(-1) for _, tensor in parts)
     arrays = digest_arrays(value.view(torch.uint8).numpy() for value in values)  # as bytes: numpy has no bfloat16
     return hashlib.sha256((names + arrays).encode()).hexdigest()[:16]
+
+
+def _dense(name: str, value: object) -> Iterator[tuple[str, Tensor]]:
+    """An entry of a state dict as named dense tensors; one that is a dense tensor, as it is."""
+    if isinstance(value, Tensor):
+        yield from _dense_parts(name, value)
+    elif isinstance(value, dict):
+        held = {f"{type(key).__name__} {key}": part for key, part in value.items()}
+        yield from _dense(f"{name} dict of {len(held)}", None)
+        for key in sorted(held):
+            yield from _dense(f"{name}/{key}", held[key])
+    elif isinstance(value, (list, tuple)):
+        yield from _dense(f"{name} {type(value).__name__} of {len(value)}", None)
+        for at, part in enumerate(value):
+            yield from _dense(f"{name}/{at}", part)
+    elif isinstance(value, (set, frozenset)):
+        yield from _dense(name, sorted(map(repr, value)))
+    elif isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        native = np.ascontiguousarray(value, value.dtype.newbyteorder("="))
+        yield f"{name} array {value.dtype.name} {value.shape}", torch.from_numpy(native.reshape(-1).view(np.uint8))
+    elif isinstance(value, (bytes, bytearray, io.BytesIO)):
+        content = value.getvalue() if isinstance(value, io.BytesIO) else bytes(value)
+        yield f"{name} bytes", torch.tensor(list(content), dtype=torch.uint8)
+    elif isinstance(value, _PLAIN):
+        yield from _dense(f"{name} {type(value).__name__}", repr(value).encode())
+    else:
+        yield from _dense(f"{name} {type(value).__qualname__}", _contents(name, value))
+
+
+_PLAIN = (type(None), bool, int, float, complex, str, Enum, np.generic)
+_PLAIN += (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)  # pyright: ignore
+
+
+def _dense_parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
+        hint = "run one batch of images through the network before it is returned, or give its layers their sizes"
+        raise ModelError("weights of known shape", got=f"{name}, which is not initialised yet", hint=hint)
+    if tensor.is_meta and type(tensor) in (Tensor, nn.Parameter, nn.Buffer):
+        hint = "load its weights before it is returned: to_empty(), then load_state_dict(), or assign=True"
+        raise ModelError("weights with values", got=f"{name}, which is on the meta device and has none", hint=hint)
+    tensor = tensor.detach()
+    if tensor.is_nested:
+        yield from _dense(f"{name} nested", list(tensor.unbind()))
+    elif tensor.is_quantized:
+        if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+            steps = tensor.q_scale(), tensor.q_zero_point()
+        else:
+            steps = tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points(), tensor.q_per_channel_axis()
+        yield from _dense(f"{name} {tensor.dtype}", (tensor.int_repr(), steps))
+    elif tensor.layout == torch.sparse_coo:
+        whole = tensor.coalesce()
+        yield from _dense(f"{name} sparse {tuple(tensor.shape)}", (whole.indices(), whole.values()))
+    elif tensor.layout != torch.strided:
+        yield from _dense(name, tensor.to_sparse_coo())
+    elif flatten := getattr(tensor, "__tensor_flatten__", None):  # a subclass made of other tensors, as of torchao
+        inner, about = flatten()
+        held = {key: getattr(tensor, key) for key in inner}
+        yield from _dense(f"{name} {type(tensor).__name__} {tuple(tensor.shape)}", (held, about))
+    else:
+        yield name, tensor
+
+
+def _contents(name: str, value: object) -> object:
+    """What an object holds: packed weights by what they unpack to, others by their attributes."""
+    if isinstance(value, torch.ScriptObject):
+        with suppress(AttributeError, RuntimeError):
+            return value.__getstate__()
+    elif hasattr(value, "__dict__") and not callable(value):
+        return vars(value)
+    raise ModelError("a state dict of values", got=f"{name}, a {type(value).__name__}", hint=_EXTRA)
+
+
+_EXTRA = "let get_extra_state return tensors, numbers, text, or lists and dicts of them"
 
 
 _PACKAGES = ("rempart", "torch", "numpy", "scipy", "scikit-learn", "pillow", "safetensors", "pydantic", "matplotlib")

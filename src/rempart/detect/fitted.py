@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rempart.core import disk
 from rempart.core.errors import DataError, ModelError
+from rempart.core.identity import Identity, identity
 from rempart.core.model import Classifier, frozen, placed
 from rempart.core.repro import Draws, digest_state
 from rempart.core.types import Images, Mask, Scores
@@ -46,12 +47,14 @@ class Card(Strict):
         detector: Its name in the registry.
         options: All its options.
         seed: Of the fit and of its scores.
-        model: Digest of the classifier it was fitted on.
+        model: Digest of the weights of the classifier it was fitted on.
         shape: Shape of one image.
         fitted_on: Number of clean images.
         attacks: Attacks it learnt from.
         state: Digest of what it learnt.
         threshold: None until it is calibrated.
+        code: Digest of the source code of the classifier; empty where an earlier version fitted it.
+        answers: Of the classifier, to fixed images; empty where they cannot be replayed, or were not recorded.
     """
 
     detector: str
@@ -63,6 +66,12 @@ class Card(Strict):
     attacks: tuple[str, ...] = ()
     state: str
     threshold: Threshold | None = None
+    code: str = ""
+    answers: tuple[float, ...] = ()
+
+    def of(self, known: Identity) -> "Card":
+        """The card of a detector fitted on this very classifier."""
+        return self.model_copy(update={"model": known.weights, "code": known.code, "answers": known.answers})
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,13 +147,13 @@ def fit(name: str, options: Mapping[str, Any], model: Classifier, learning: Lear
         detector=name,
         options=given,
         seed=seed,
-        model=digest_state(model.state_dict()),
+        model="",
         shape=model.shape,
         fitted_on=len(learning.x),
         attacks=tuple(name for name, (at, _) in learning.attacked.items() if detector.learns_attacks and len(at)),
         state=digest_state(state),
     )
-    return Fitted(card, state, detector, model)
+    return Fitted(card.of(identity(model)), state, detector, model)
 
 
 def calibrate(fitted: Fitted, scores: Scores, fpr: float = 0.05) -> Fitted:
@@ -224,10 +233,10 @@ def load(folder: Path, model: Classifier) -> Fitted:
     if digest_state(state) != card.state:
         hint = "run `rempart detect evaluate` again"
         raise ModelError(f"the {STATE} that belongs to {CARD}", got=f"another one in {folder}", hint=hint)
-    if (digest := digest_state(model.state_dict())) != card.model:
+    if differs := Identity(card.model, card.code, card.answers).difference(identity(model)):
         expected = f"the classifier {card.model}, which the detector in {folder} was fitted on"
         hint = "give the model and each --defence of the fit, in the same order, or fit a detector on this one"
-        raise ModelError(expected, got=f"one with digest {digest}", hint=hint)
+        raise ModelError(expected, got=f"one with {differs}", hint=hint)
     entry = detectors[card.detector]
     return Fitted(card, _kept(state, model), entry.function(**entry.parse(card.options)), model)
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from rempart.core.errors import ModelError, SpecError
 from rempart.core.features import Neurons, block_of, watched
+from rempart.core.identity import identity
 from rempart.core.model import Classifier, frozen, placed
-from rempart.core.repro import Draws, digest_state
+from rempart.core.repro import Draws
 from rempart.explain.anew import without
 from rempart.explain.sensitivity import Choose, matching, top
 from rempart.models.load import architecture, load
@@ -80,12 +81,13 @@ def prune_model(
         raise SpecError("a folder without a model", got=out, hint="choose another --out")
     name, options, box = architecture(source)
     model = load(source)
-    found = {told.model.digest: told for told in read_explained(run)}
-    told = found.get(digest_state(model.state_dict()))
+    explained, known = read_explained(run), identity(model)
+    differs = [told.model.identity.difference(known) for told in explained]
+    told = next((told for told, other in zip(explained, differs, strict=True) if not other), None)
     if told is None:
         raise ModelError(
             f"one of the models that {run} is about",
-            got=f"{source}, whose weights are others",
+            got=f"{source}, which has {max(differs, key=lambda words: words.startswith('the same'))}",
             hint="run `rempart explain` on it, without defences",
         )
     sigma = {layer.name: torch.tensor(layer.absolute, dtype=torch.float64) for layer in told.layers}

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from rempart.core.errors import ModelError
+from rempart.core.identity import identity
 from rempart.core.model import Classifier, check_layers
-from rempart.core.repro import digest_state
 from rempart.models.formats import FORMS, PYTHON, RECIPE
 from rempart.models.formats.exported import load_exported
 from rempart.models.formats.folder import load_folder, read_config
@@ -90,17 +90,24 @@ def architecture(source: str) -> tuple[str, dict[str, Any], str]:
 
 
 def card(model: Classifier, source: str, defences: Sequence[str] = ()) -> ModelCard:
-    """Describe a model, and the defences that stand in front of its network, for a report."""
+    """Describe a model, and the defences that stand in front of its network, for a report.
+
+    Raises:
+        ModelError: If its state holds something that has no value, such as a lazy parameter.
+    """
     path = Path(source).resolve()
     name = path.stem if path.suffix in FILES else path.name
     if source.startswith(PYTHON):
         name = source.rpartition(":")[2]
     if source.startswith(NAMED):
         name = source.partition("@")[0]
+    known = identity(model)
     return ModelCard(
         source=source,
         name=name,
-        digest=digest_state(model.state_dict()),
+        digest=known.weights,
+        code=known.code,
+        answers=known.answers,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         shape=model.shape,
         classes=model.class_names,

@@ -84,7 +84,7 @@ def save(
         box=box,
         training=dict(training or {}),
     )
-    weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    weights = plain(model)
     if not name.startswith("python:"):
         with torch.device("meta"):
             twin = build(name, shape=config.shape, num_classes=len(config.class_names), options=config.options)
@@ -95,6 +95,23 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     replace(folder / WEIGHTS, to_bytes(weights))
     replace(folder / CONFIG, (config.model_dump_json(indent=2) + "\n").encode())
+
+
+def plain(model: Classifier) -> dict[str, Tensor]:
+    """The state of a model as dense tensors on the CPU, as safetensors holds them.
+
+    Raises:
+        ModelError: If its state holds anything else, such as packed weights of a quantised network.
+    """
+    state: dict[str, object] = model.state_dict()
+    weights = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    odd = [key for key, value in weights.items() if value.layout != torch.strided or value.is_quantized]
+    odd += [key for key in state if key not in weights]
+    if odd:
+        some = ", ".join(odd[:4]) + (" and more" if len(odd) > 4 else "")
+        hint = "train and save the network in floating point, and quantise or pack it afterwards"
+        raise ModelError("a network whose state is dense tensors, to be saved", got=f"others in {some}", hint=hint)
+    return {key: value.detach().cpu().contiguous() for key, value in weights.items()}
 
 
 def differing(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:

@@ -115,6 +115,7 @@ def _model(report: Report) -> Facts:
     yield "Name", model.name
     yield "Loaded from", model.source
     yield "Digest", f"{model.digest} (of weights and defences)"
+    yield "Code", f"{model.code} (digest of the network's own source files)" if model.code else "not recorded"
     yield "Parameters", f"{model.parameters:,}"
     yield "Input", f"{' x '.join(map(str, model.shape))} in [{model.low:g}, {model.high:g}]"
     yield "Preprocessing", ", then ".join(model.defences) or "none but what the model does itself"

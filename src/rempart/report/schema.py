@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rempart.core.data import PLAIN, Data
 from rempart.core.errors import DataError
+from rempart.core.identity import Identity
 from rempart.core.stats import Auroc, Difference, Mean, Rate
 from rempart.core.types import Pixels
 
@@ -547,6 +548,8 @@ class ModelCard(Strict):
 
     Attributes:
         digest: Of weights and defences.
+        code: Digest of the user's own source code that the network runs; empty in reports that do not record it.
+        answers: Its logits on fixed images; empty where they cannot be replayed, or in reports that do not record them.
         defences: What stands in front of it, with all options, the first nearest to the image.
         notes: What was done to it when it was loaded.
     """
@@ -561,6 +564,13 @@ class ModelCard(Strict):
     high: float = 1.0
     defences: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    code: str = ""
+    answers: tuple[float, ...] = ()
+
+    @property
+    def identity(self) -> Identity:
+        """Which network it is."""
+        return Identity(self.digest, self.code, self.answers)
 
 
 class DataCard(Strict):

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -23,6 +24,7 @@ from pydantic import BaseModel
 from rempart.core.disk import replace
 from rempart.core.errors import Cancelled, RempartError
 from rempart.core.events import Event
+from rempart.core.foreign import stop
 from rempart.serve.process import FULL, leave_with_parent
 
 _MEMORY = "ran out of memory"
@@ -70,6 +72,7 @@ def _finite(values: Mapping[str, float]) -> dict[str, float]:
 def main(folder: Path) -> int:
     """Do the request of a folder and write down how it ended, unless another process did; no two are at it at once."""
     leave_with_parent()
+    signal.signal(signal.SIGINT, stop)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a process of a worker that died leaves within a moment
         if ended(folder) is None and (outcome := _done(folder)) is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rempart.core.disk import replace
 from rempart.core.errors import DataError
+from rempart.models.save import plain
 from rempart.report.schema import Epoch
 from rempart.train.setup import Run
 
@@ -20,7 +21,7 @@ State = Mapping[str, Tensor]
 
 def snapshot(run: Run) -> dict[str, Tensor]:
     """Copies of all tensors that the next epoch depends on, on the CPU."""
-    state = {f"model/{name}": tensor for name, tensor in run.classifier.state_dict().items()}
+    state = {f"model/{name}": tensor for name, tensor in plain(run.classifier).items()}
     state |= {f"averaged/{name}": tensor for name, tensor in run.averaged.items()}
     state |= {f"objective/{name}": tensor for name, tensor in run.objective.state.items()}
     for number, slots in run.optimiser.state_dict()["state"].items():

@@ -11,13 +11,14 @@ import torch
 from rempart.core.data import Data, open_data, refuse_shared_patients, with_patients
 from rempart.core.errors import Cancelled, DataError, SpecError, TrainError
 from rempart.core.events import Notify, silent
+from rempart.core.identity import code_of
 from rempart.core.model import Classifier, frozen, placed
 from rempart.core.ranks import ALONE, Ranks
 from rempart.core.repro import Draws, environment
 from rempart.core.stats import Rate, wilson
 from rempart.models import build, card, load, save
 from rempart.models.load import architecture
-from rempart.models.save import CONFIG, UNCHANGED
+from rempart.models.save import CONFIG, UNCHANGED, plain
 from rempart.report.schema import AS_IT_IS, DataCard, Epoch, Report, Training, TrainSpec
 from rempart.report.store import JSON, claim, read, write
 from rempart.train import checkpoint
@@ -25,6 +26,7 @@ from rempart.train.checkpoint import State
 from rempart.train.config import Recipe, load_recipe
 from rempart.train.log import MLFLOW_RUN, open_logs, write_csv
 from rempart.train.loop import best, collapsed, train
+from rempart.train.objectives.catalogue import objectives
 from rempart.train.setup import uses_gpu
 
 LAST = "last"
@@ -59,8 +61,10 @@ def run_training(spec: TrainSpec, notify: Notify = silent, *, ranks: Ranks = ALO
     classifier, name, options, box = _network(spec, learn)
     learn, test_data = (data.seen_by(classifier) for data in (learn, test_data))
     validation = None if validation is None else validation.seen_by(classifier)
-    request = _request(spec, recipe, learn)
-    if (finished := _finished(spec, recipe, test_data)) is not None:
+    plain(classifier)  # what cannot be saved is refused before it is trained
+    code = code_of([classifier, objectives[recipe.objective].function])
+    request = _request(spec, recipe, learn, code)
+    if (finished := _finished(spec, recipe, test_data, code_of([classifier]))) is not None:
         return finished
     resume = _resumed(spec, request)
     if ranks.number == 0:
@@ -227,14 +231,15 @@ def _network(spec: TrainSpec, learn: Data) -> tuple[Classifier, str, dict[str, o
     return classifier, spec.model, dict(spec.model_options), UNCHANGED
 
 
-def _request(spec: TrainSpec, recipe: Recipe, learn: Data) -> str:
-    """All that a training is asked for: the spec, what its recipe says today, and what the images are."""
+def _request(spec: TrainSpec, recipe: Recipe, learn: Data, code: str) -> str:
+    """All that a training depends on: the spec, its recipe and the user's code as they are today, and the images."""
     settings = recipe.model_dump(mode="json")
     own = settings.pop("options")
-    return json.dumps({**settings, **own, **spec.model_dump(mode="json", exclude=_ASIDE), "images": learn.digest})
+    asked = {**settings, **own, **spec.model_dump(mode="json", exclude=_ASIDE)}
+    return json.dumps({**asked, "images": learn.digest, "code": code})
 
 
-def _finished(spec: TrainSpec, recipe: Recipe, test: Data) -> Report | None:
+def _finished(spec: TrainSpec, recipe: Recipe, test: Data, code: str) -> Report | None:
     """The report of this very training, where it is to be resumed and came to its end before."""
     if not spec.resume or not (Path(spec.out) / JSON).exists():
         return None
@@ -245,6 +250,7 @@ def _finished(spec: TrainSpec, recipe: Recipe, test: Data) -> Report | None:
         and report.training is not None
         and report.training.recipe == recipe.model_dump(mode="json")
         and report.data.digest == test.digest
+        and report.model.code in ("", code)  # earlier versions do not record it
     )
     return report if same and report.complete else None
 
@@ -254,7 +260,7 @@ def _resumed(spec: TrainSpec, request: str) -> tuple[list[Epoch], State] | None:
     path = Path(spec.out) / CHECKPOINT
     if spec.resume and path.exists():
         epochs, state, of = checkpoint.read(path)
-        if of != request:
+        if json.loads(request) != json.loads(request) | json.loads(of):  # an earlier version may say less
             raise SpecError(
                 f"the same request as that of the checkpoint in {spec.out}",
                 got=_difference(of, request),
@@ -263,7 +269,8 @@ def _resumed(spec: TrainSpec, request: str) -> tuple[list[Epoch], State] | None:
         return epochs, state
     if not spec.overwrite and spec.resume and (Path(spec.out) / JSON).exists():
         before = read(spec.out).spec.model_dump_json(exclude=_ASIDE)
-        got = _difference(before, spec.model_dump_json(exclude=_ASIDE)) or "another recipe file or other images"
+        differing = _difference(before, spec.model_dump_json(exclude=_ASIDE))
+        got = differing or "another recipe file, other images or other source code"
         hint = f"that training is complete: train its model further with --from {spec.out}, or choose another --out"
         raise SpecError(f"the same request as that of the training in {spec.out}", got=got, hint=hint)
     if not spec.overwrite and (path.exists() or (Path(spec.out) / CONFIG).exists()):
@@ -277,7 +284,10 @@ def _resumed(spec: TrainSpec, request: str) -> tuple[list[Epoch], State] | None:
 def _difference(before: str, now: str) -> str:
     """The keys in which two requests differ, with both values."""
     old, new = json.loads(before), json.loads(now)
-    return ", ".join(f"{key}={new[key]!r} instead of {old.get(key)!r}" for key in new if new[key] != old.get(key))
+    differing = [key for key in new if new[key] != old.get(key)]
+    named = (f"{key}={new[key]!r} instead of {old.get(key)!r}" for key in differing if key != "code")
+    changed = ("other source code of the network or the objective",) if "code" in differing and "code" in old else ()
+    return ", ".join((*named, *changed))
 
 
 def _report(

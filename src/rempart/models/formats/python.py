@@ -4,9 +4,8 @@ import importlib
 import inspect
 import os
 import sys
-import traceback
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ import torch
 from torch import nn
 
 from rempart.core.errors import ModelError
+from rempart.core.foreign import contained, place, undisturbed
+from rempart.core.identity import built_by
 from rempart.core.model import Classifier
 from rempart.models.formats.folder import fill, read_config
 from rempart.models.formats.keras import from_keras, is_keras
@@ -29,13 +30,14 @@ def load_python(source: str) -> Classifier:
         ModelError: If there is no such function, it fails, or it returns nothing that classifies.
     """
     source, at, folder = source.partition("@")
-    _, _, place = source.partition(":")
-    module_name, _, function = place.partition(":")
+    _, _, named = source.partition(":")
+    module_name, _, function = named.partition(":")
     if not module_name or not function:
         raise ModelError("python:package.module:factory", got=repr(source))
-    with _current_directory_importable():
+    with undisturbed(), _current_directory_importable():
         try:
-            module = importlib.import_module(module_name)
+            with contained(f"the module {module_name} to be imported"):
+                module = importlib.import_module(module_name)
         except ImportError as error:
             hint = "run in the directory that holds the module, or install it"
             raise ModelError(f"an importable module {module_name}", got=error, hint=hint) from error
@@ -47,10 +49,12 @@ def load_python(source: str) -> Classifier:
             hint = f"its functions are {', '.join(found)}" if found else "it has no functions"
             raise ModelError(f"a function {function} in {module_name}", got=repr(factory), hint=hint)
         try:
-            model = factory()
+            with contained(f"{named} to build a model"):
+                model = factory()
         except Exception as error:
-            raise _user_error(f"{place} to build a model when called without arguments", error) from error
+            raise _user_error(f"{named} to build a model when called without arguments", error) from error
     classifier = _as_classifier(model, source)
+    built_by(classifier.net, module_name)
     if at:
         config = read_config(Path(folder))
         if config.architecture != source:
@@ -62,9 +66,10 @@ def load_python(source: str) -> Classifier:
 
 def _user_error(expected: str, error: Exception) -> ModelError:
     """What went wrong in code of the user's, with the line of theirs it came from."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    place = f"{Path(frame.filename).name}, line {frame.lineno}"
-    return ModelError(expected, got=f"{type(error).__name__}: {error} ({place})", hint="mend it there")
+    if isinstance(error.__cause__, (SystemExit, KeyboardInterrupt)):  # `contained` has said it
+        assert isinstance(error, ModelError)
+        return error
+    return ModelError(expected, got=f"{type(error).__name__}: {error} ({place(error)})", hint="mend it there")
 
 
 def _as_classifier(model: object, source: str) -> Classifier:
@@ -93,4 +98,5 @@ def _current_directory_importable() -> Generator[None, None, None]:
     try:
         yield
     finally:
-        sys.path.remove(here)
+        with suppress(ValueError):  # the module may have taken it out
+            sys.path.remove(here)
