@@ -91,13 +91,12 @@ def _classes(model: Classifier, data: Data) -> Check:
         status, message = "repaired", f"Model and data spell class names differently; matched: {some(told)}."
     elif len(own) < k:
         message = f"The data are of {len(own)} of the model's {k} classes ({some(own)}), matched by {found.how}."
-        labels = sorted(set((data.labels if data.source_labels is None else data.source_labels).tolist()))
-        if found.how == "number" and len(labels) > 2 and labels == list(range(1, len(own))):
-            status, message = "warned", f"{message} Class 0 does not occur: are the labels counted from 1?"
     elif found.numbers != tuple(range(k)):
         status, message = "repaired", f"The data have their classes in another order ({some(own)}): matched by name."
     elif tuple(model.class_names) != tuple(own) and found.how != "name":
         message += f" The data call them {some(own)}, in the order of the outputs."
+    if found.how == "number" and len(own) > 3 and data.labels.unique().tolist() == list(range(1, len(own))):
+        status, message = "warned", f"{message} Class 0 alone does not occur: are the labels counted from 1?"
     return Check(name="classes", status=status, message=message, evidence={"classes": k})
 
 

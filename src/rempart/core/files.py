@@ -482,7 +482,7 @@ def _opened(name: str, content: bytes) -> Image.Image:
         raise DataError(f"an image ({', '.join(_FORMATS)})", got=f"{name}: {reason}") from None
     within(image.width * image.height, MAX_PIXELS, "MAX_PIXELS", name, "pixels")
     if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):  # of a PGM, "I" is 16 bits
-        came = f"{name} with {'32-bit or signed' if image.mode == 'I' else 'floating-point'} pixels"
+        came = f"{name} with {'32-bit floating-point' if image.mode == 'F' else '32-bit or signed'} pixels"
         raise DataError("8-bit or unsigned 16-bit pixels", got=came, hint="convert the file")
     if image.format in _MANY and _several(image):
         hint = "save each page or frame as a file of its own"

@@ -12,8 +12,8 @@ from rempart.core.data import Data, open_data, refuse_shared_patients, with_pati
 from rempart.core.errors import Cancelled, DataError, SpecError, TrainError
 from rempart.core.events import Notify, silent
 from rempart.core.model import Classifier, frozen, placed
-from rempart.core.ranks import ALONE, Ranks
 from rempart.core.names import Numbers, Undecoded
+from rempart.core.ranks import ALONE, Ranks
 from rempart.core.repro import Draws, environment
 from rempart.core.stats import Rate, wilson
 from rempart.models import build, card, load, save

@@ -104,7 +104,8 @@ def _tree(store: files.Store, names: Iterable[str], place: str) -> _Tree:
     folder_of: dict[str, str] = {}
     others: dict[str, None] = {}
     for name, parts in paths:
-        split, inner = (split_of(parts[0]), parts[1:]) if split_folders else ("all", parts)
+        split = split_of(parts[0]) if split_folders else "all"
+        inner = list(parts[1:] if split_folders else parts)
         if split is None:
             others |= {parts[0]: None} if len(parts) > 1 or name.endswith("/") else {}
             continue
@@ -116,8 +117,9 @@ def _tree(store: files.Store, names: Iterable[str], place: str) -> _Tree:
                 "images as train/CLASS/NAME or CLASS/NAME", got=name, hint=f"splits are {', '.join(SPLITS)}"
             )
         if len(inner) == 2 - name.endswith("/"):
-            folder = spelt.setdefault(normal(inner[0]), inner[0])
-            own = images.setdefault(split, {}).setdefault(normal(folder), [])
+            folder = normal(inner[0])
+            spelt[folder] = min(inner[0], spelt.get(folder, inner[0]))
+            own = images.setdefault(split, {}).setdefault(folder, [])
             if kind is not None:
                 own.append(name)
             elif not name.endswith("/"):
