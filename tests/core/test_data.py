@@ -370,7 +370,6 @@ ZEROS = np.zeros((3, 4, 4))
         (ZEROS, np.array([0, np.nan, 1]), "whole numbers >= 0, got nan"),
         (ZEROS, np.array([0, 1, 10**9]), "2 to 100,000 classes"),
         (ZEROS, np.zeros((3, 2), int), r"one number per image, got shape \(3, 2\)"),
-        (ZEROS, np.array(["a", "b", "c"]), "one number per image"),
         (ZEROS, np.array([0, 1, None]), "plain arrays"),
         (ZEROS + 255, LABELS, r"pixels in \[0, 1\], got \[255, 255\] in test_images; scale"),
         (ZEROS - 0.1, LABELS, r"got \[-0\.1, -0\.1\]"),
@@ -540,7 +539,11 @@ def test_says_which_image_has_another_size(tmp_path: Path) -> None:
         ({**FILES, "test/cow/0.png": FILES["test/ant/0.png"]}, "same classes in train and test, got cow only in test"),
         ({f"x/{name}": content for name, content in FILES.items()}, r"train/CLASS/NAME or CLASS/NAME, got x/t"),
         ({"test/0.png": FILES["test/ant/0.png"]}, r"train/CLASS/NAME or CLASS/NAME, got test/0\.png"),
-        ({"ant/0.png": FILES["test/ant/0.png"]}, "two or more class folders, got ant"),
+        ({"ant/0.heic": b"", "bee/0.png": FILES["test/ant/0.png"]}, r"none in ant of all.*not read: 1 \.heic"),
+        (
+            {f"{split}/ant/0.png": FILES["test/ant/0.png"] for split in ("val", "Valid")},
+            "one folder for the split val",
+        ),
     ],
 )
 @pytest.mark.parametrize("kind", ["folder", "zip"])

@@ -31,6 +31,7 @@ def dicom(pixels: np.ndarray, **tags: Any) -> bytes:
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     made = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
     made.SOPClassUID, made.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+    made.RescaleSlope, made.RescaleIntercept = 1, 0
     made.Modality, made.PatientName, made.PatientID = "CT", "Doe^Jane", "4711"
     colour = pixels.ndim > 2 and pixels.shape[-1] == 3
     made.SamplesPerPixel, made.PhotometricInterpretation = (3, "RGB") if colour else (1, "MONOCHROME2")

@@ -1,16 +1,20 @@
 """Checks before any attack: what would make every figure after it meaningless."""
 
 import copy
+from collections import Counter
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from rempart.attacks.losses import climb_direction, lead, score
 from rempart.attacks.run import PASSES, check_images
+from rempart.core import files
 from rempart.core.data import Data
 from rempart.core.errors import DataError, ModelError, RempartError
 from rempart.core.model import Classifier, Output, blind, check_layers, check_steady, frozen
+from rempart.core.names import respelt, some
 from rempart.core.types import Images, Labels, Logits
 from rempart.report.schema import Check
 
@@ -31,7 +35,7 @@ def preflight(model: Classifier, data: Data) -> tuple[Classifier, tuple[Check, .
             is known to run elsewhere, `core.model.blind`: a warning says so).
     """
     check_layers(model)
-    checks = [_classes(model, data)]
+    checks = [_classes(model, data), *_files(data)]
     batch = next(iter(data.head(_SAMPLES).batches(_SAMPLES)))
     where = next(model.parameters(), batch.x)
     if where.is_floating_point() and where.dtype not in (torch.float32, torch.float64):
@@ -61,42 +65,53 @@ def is_random(checks: Iterable[Check]) -> bool:
 
 
 def _classes(model: Classifier, data: Data) -> Check:
-    if model.num_classes != data.num_classes:
+    """How the classes of the data were matched with those of the model; by a number or a guess, never silently."""
+    own, k = data.source_names or data.class_names, model.num_classes
+    found = data.matched(model.class_names)
+    if data.source_names is None and found.numbers != tuple(range(k)):
         raise DataError(
-            f"data with the model's {model.num_classes} classes ({_some(model.class_names)})",
-            got=f"{data.num_classes} ({_some(data.class_names)})",
-            hint="choose the data the model was trained for",
+            f"classes in the model's order: {some(model.class_names)}",
+            got=some(own),
+            hint="the labels would be read as other classes: give data.seen_by(model)",
         )
-    named = [names != tuple(map(str, range(len(names)))) for names in (model.class_names, data.class_names)]
-    if all(named) and model.class_names != data.class_names:
-        if set(model.class_names) == set(data.class_names):
-            raise DataError(
-                f"classes in the model's order: {', '.join(model.class_names)}",
-                got=", ".join(data.class_names),
-                hint="the labels would be read as other classes: give data.named(model.class_names)",
-            )
-        return Check(
-            name="classes",
-            status="warned",
-            message="Model and data name their classes differently; they were matched by number.",
-            evidence={"classes": model.num_classes},
+    status: Literal["passed", "repaired", "warned"] = "passed"
+    message = f"{k} classes in model and data."
+    if found.how == "different names":
+        status, message = "warned", "Model and data name their classes differently; they were matched by number."
+    elif found.how == "numbers in text order":
+        status = "warned"
+        message = (
+            f"The model brings no class names, and those of the data are numbers: they were matched in text order "
+            f"({some(own)}), as ImageFolder and flow_from_directory number folders. If the outputs stand in the order "
+            "of the numbers, name them in that order with --classes."
         )
-    if data.source_names is not None:
-        message = f"The data have their classes in another order ({_some(data.source_names)}): matched by name."
-        return Check(name="classes", status="repaired", message=message, evidence={"classes": model.num_classes})
-    message = f"{model.num_classes} classes in model and data."
-    if model.class_names != data.class_names:
-        message += f" The data call them {_some(data.class_names)}, in the order of the outputs."
-    return Check(
-        name="classes",
-        status="passed",
-        message=message,
-        evidence={"classes": model.num_classes},
-    )
+    elif found.how == "encoding":
+        names = some(tuple(model.class_names[number] for number in found.numbers))
+        status, message = "repaired", f"The class names of the data are not in UTF-8: read as {names}, by the model's."
+    elif found.how == "spelling":
+        told = [f"{name} is {other}" for name, other in respelt(own, model.class_names, found.numbers).items()]
+        status, message = "repaired", f"Model and data spell class names differently; matched: {some(told)}."
+    elif len(own) < k:
+        message = f"The data are of {len(own)} of the model's {k} classes ({some(own)}), matched by {found.how}."
+    elif found.numbers != tuple(range(k)):
+        status, message = "repaired", f"The data have their classes in another order ({some(own)}): matched by name."
+    elif tuple(model.class_names) != tuple(own) and found.how != "name":
+        message += f" The data call them {some(own)}, in the order of the outputs."
+    if found.how == "number" and len(own) > 3 and data.labels.unique().tolist() == list(range(1, len(own))):
+        status, message = "warned", f"{message} Class 0 alone does not occur: are the labels counted from 1?"
+    return Check(name="classes", status=status, message=message, evidence={"classes": k})
 
 
-def _some(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+def _files(data: Data) -> tuple[Check, ...]:
+    """What the data set holds and was not read, such as images in formats that are not known; several formats."""
+    if data.notes:
+        return tuple(Check(name="files", status="warned", message=note) for note in data.notes)
+    names = data.read.names if isinstance(data.read, files.Files) else ()
+    endings = Counter(files.ending(name) for name in names)
+    if len(endings) < 2:
+        return ()
+    message = f"The images are files of several endings: {files.counted(endings)}."
+    return (Check(name="files", status="passed", message=message),)
 
 
 def _range(model: Classifier, x: Images) -> Check:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from rempart.core.errors import SpecError
+from rempart.core.names import find
 from rempart.core.stats import bootstrap_mean
 from rempart.report.schema import Risk
 
@@ -36,24 +37,28 @@ def read_costs(path: str | Path, classes: Sequence[str]) -> np.ndarray:
     if not lines:
         raise SpecError("a CSV table of costs", got=f"{path.name}, which is empty", hint=_HINT)
     header, *rows = lines
-    _named(header[1:], classes, "columns", path)
-    _named([line[0] for line in rows], classes, "rows", path)
+    columns = _numbers(header[1:], classes, "columns", path)
+    places = _numbers([line[0] for line in rows], classes, "rows", path)
     costs = np.empty((len(classes), len(classes)))
-    for true, *cells in rows:
+    for place, (true, *cells) in zip(places, rows, strict=True):
         if len(cells) != len(classes):
             raise SpecError(f"{len(classes)} costs in the row {true!r} of {path.name}", got=len(cells))
-        for predicted, cell in zip(header[1:], cells, strict=True):
-            costs[classes.index(true), classes.index(predicted)] = _cost(cell, f"{true!r} taken for {predicted!r}")
+        for column, predicted, cell in zip(columns, header[1:], cells, strict=True):
+            costs[place, column] = _cost(cell, f"{true!r} taken for {predicted!r}")
     return costs
 
 
-def _named(found: Sequence[str], classes: Sequence[str], what: str, path: Path) -> None:
-    if sorted(found) != sorted(classes):
-        wrong = [f"{name!r} missing" for name in classes if name not in found]
-        wrong += [f"{name!r} unknown" for name in found if name not in classes]
-        wrong = wrong or [f"{name!r} more than once" for name in dict.fromkeys(found) if list(found).count(name) > 1]
+def _numbers(found: Sequence[str], classes: Sequence[str], what: str, path: Path) -> list[int]:
+    """The classes of the rows or columns: each one once."""
+    numbers = [find(name, classes) for name in found]
+    known = [number for number in numbers if number is not None]
+    if len(known) < len(found) or sorted(known) != list(range(len(classes))):
+        wrong = [f"{name!r} missing" for k, name in enumerate(classes) if k not in numbers]
+        wrong += [f"{name!r} unknown" for name, number in zip(found, numbers, strict=True) if number is None]
+        wrong = wrong or [f"{name!r} more than once" for k, name in enumerate(classes) if numbers.count(k) > 1]
         expected = f"the model's classes, {', '.join(classes)}, as the {what} of {path.name}"
         raise SpecError(expected, got=", ".join(wrong[:8]), hint=_HINT)
+    return known
 
 
 def _cost(text: str, what: str) -> float:

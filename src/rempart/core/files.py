@@ -6,8 +6,9 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -15,10 +16,11 @@ from typing import BinaryIO, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
-from rempart.core.errors import DataError
+from rempart.core.errors import DataError, SpecError
+from rempart.core.names import normal
 from rempart.core.types import Images
 
 MAX_ENTRIES = 200_000
@@ -36,11 +38,28 @@ MAX_PIXELS = 50_000_000
 MAX_VOXELS = 150_000_000
 """Values of one volume, all channels counted."""
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
+SUFFIXES = (
+    *(".apng", ".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm"),
+    *(".ppm", ".tif", ".tiff", ".webp"),
+)
 VOLUMES = (".dcm", ".dicom", ".nii", ".nii.gz")
 DICOM, NIFTI, PICTURE = "DICOM", "NIfTI", "picture"
 _MAGIC = 132  # bytes of a DICOM file up to the letters DICM and with them
-_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+_FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+_MANY = ("GIF", "PNG", "TIFF", "WEBP")  # not MPO: cameras put a preview behind the photograph
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What puts an image upright, by its EXIF orientation."""
+_BITS, _PHOTOMETRIC = 258, 262  # tags of TIFF; photometric 0: white is zero
+_NOISE = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "dicomdir", "__macosx", "$recycle.bin", "@eadir")
+"""Files and folders that systems leave behind."""
 _GREY_MODES = ("1", "L", "LA")
 _BROKEN_IMAGE = (
     *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError),
@@ -82,6 +101,24 @@ class Folder:
     def names(self) -> Iterator[str]:
         """Relative names of everything inside, folders ending in a slash, a little deeper than images belong."""
         return self._walk("", 4)
+
+    def actual(self, name: str) -> str | None:
+        """A relative name as the disk spells it, in whatever Unicode form; None where nothing has it.
+
+        Where a link leads is asked when it is read.
+        """
+        if os.path.lexists(self.root / name):
+            return name
+        found = ""
+        for part in PurePosixPath(name).parts:
+            try:
+                there = [entry for entry in os.listdir(self.root / found) if normal(entry) == normal(part)]
+            except OSError:
+                return None
+            if not there:
+                return None
+            found = f"{found}/{there[0]}".lstrip("/")
+        return found
 
     def contents(self, names: Iterable[str]) -> Iterator[bytes]:
         """The files' bytes."""
@@ -140,12 +177,18 @@ class _Member:
 class Zip:
     """Files in a zip archive, read in place: nothing is written to disk, no handle stays open between calls.
 
+    Attributes:
+        path: The archive.
+        members: What it holds; None for folders and for files that are not read.
+        undecoded: Whether names are not in UTF-8, but in an encoding that is not known.
+
     Members are inflated here, not by `zipfile`, which would parse the directory again on every call (0.5 s for 60,000
     entries) and believes the size an entry claims.
     """
 
     path: Path
     members: Mapping[str, _Member | None]
+    undecoded: bool = False
 
     def names(self) -> Iterable[str]:
         """Names of all entries, folders ending in a slash."""
@@ -220,10 +263,25 @@ def open_zip(path: Path) -> Zip:
     size, packed = sum(info.file_size for info in images), sum(info.compress_size for info in images)
     within(size, MAX_TOTAL_BYTES, "MAX_TOTAL_BYTES", path.name)
     within(size / max(packed, 1), MAX_RATIO, "MAX_RATIO", path.name, "times the compressed size")
-    members = {
-        i.filename: _Member(i.header_offset, i.compress_size, i.file_size, i.CRC, i.compress_type) for i in images
-    }
-    return Zip(path, {**dict.fromkeys(info.filename for info in infos if info.is_dir()), **members})
+    name_of, undecoded = _decoded_names(infos)
+    members: dict[str, _Member | None] = dict.fromkeys(name_of.values())
+    for i in images:
+        members[name_of[i.filename]] = _Member(i.header_offset, i.compress_size, i.file_size, i.CRC, i.compress_type)
+    return Zip(path, members, undecoded)
+
+
+def _decoded_names(infos: Iterable[zipfile.ZipInfo]) -> tuple[dict[str, str], bool]:
+    """The names of entries, and whether their encoding is unknown.
+
+    Names without the flag for UTF-8 come as CP437. Many programs write UTF-8 all the same; the others write what their
+    system has.
+    """
+    name_of = {info.filename: info.filename for info in infos}
+    unflagged = [i.filename for i in infos if not i.flag_bits & 0x800 and not i.filename.isascii()]
+    try:
+        return name_of | {name: name.encode("cp437").decode("utf-8") for name in unflagged}, False
+    except UnicodeError:
+        return name_of, True
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -311,26 +369,20 @@ class Pictures:
     def __call__(self, name: str, content: bytes) -> np.ndarray:
         """The image: uint8, or float32 in [0, 1] with one channel for 16-bit files."""
         channels, height, width = self.shape
-        with _opened(name, content) as image:
+        with _upright(name, content) as image:
             if not self.resize and image.size != (width, height):
                 raise DataError(
                     f"images of one size, {width}x{height} like {self.like}",
                     got=f"{image.width}x{image.height} in {name}",
                     hint=_resizing(self.shape),
                 )
-            try:
-                return _pixels(image, channels, (width, height))
-            except _BROKEN_IMAGE as error:
-                raise DataError("an image that can be read", got=f"{name}: {error}") from None
+            return _pixels(image, channels, (width, height))
 
 
 def nonzero(name: str, content: bytes) -> np.ndarray:
     """1 where a grey picture is not black, else 0: float32, shape (1, height, width)."""
-    with _opened(name, content) as image:
-        try:
-            grey = np.asarray(image if image.mode.startswith("I;16") else image.convert("L"))
-        except _BROKEN_IMAGE as error:
-            raise DataError("an image that can be read", got=f"{name}: {error}") from None
+    with _upright(name, content) as image:
+        grey = np.asarray(image if image.mode.startswith("I") else image.convert("L"))
     return (grey > 0).astype(np.float32)[None]
 
 
@@ -376,10 +428,11 @@ def image_shape(
     """
     if channels is None:
         with _opened(first, *store.contents([first])) as image:
-            channels = 1 if image.mode in _GREY_MODES or image.mode.startswith("I;16") else 3
+            channels = 1 if image.mode in _GREY_MODES or image.mode.startswith("I") else 3
     if size is None:
         with _opened(own, *store.contents([own])) as image:
-            size = image.size
+            turned = _turn(image) in (5, 6, 7, 8)
+            size = (image.height, image.width) if turned else image.size
     return channels, size[1], size[0]
 
 
@@ -410,7 +463,7 @@ def decoded(name: str, content: bytes, shape: tuple[int, ...]) -> tuple[Tensor, 
     if len(shape) != 3 or shape[0] not in (1, 3):
         raise DataError("an image file for a model of flat grey or colour images", got=f"one of shape {shape}")
     within(len(content), MAX_IMAGE_BYTES, "MAX_IMAGE_BYTES", name)
-    with _opened(name, content) as image:
+    with _upright(name, content) as image:
         size = image.size
     pixels = Pictures((shape[0], shape[1], shape[2]), True, name)(name, content)
     return unit(torch.from_numpy(np.ascontiguousarray(channels(pixels, shape[0])))), size
@@ -428,15 +481,51 @@ def _opened(name: str, content: bytes) -> Image.Image:
         reason = "in none of the formats" if isinstance(error, Image.UnidentifiedImageError) else error
         raise DataError(f"an image ({', '.join(_FORMATS)})", got=f"{name}: {reason}") from None
     within(image.width * image.height, MAX_PIXELS, "MAX_PIXELS", name, "pixels")
-    if image.mode in ("I", "F"):
-        raise DataError("8-bit or 16-bit pixels", got=f"{name} with 32-bit pixels", hint="convert the file")
+    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):  # of a PGM, "I" is 16 bits
+        came = f"{name} with {'32-bit floating-point' if image.mode == 'F' else '32-bit or signed'} pixels"
+        raise DataError("8-bit or unsigned 16-bit pixels", got=came, hint="convert the file")
+    if image.format in _MANY and _several(image):
+        hint = "save each page or frame as a file of its own"
+        raise DataError("one image in a file", got=f"several pages or frames in {name}", hint=hint)
     return image
+
+
+def _several(image: Image.Image) -> bool:
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except _BROKEN_IMAGE:
+        return False  # what is wrong is found when the pixels are decoded
+
+
+def _turn(image: Image.Image) -> int:
+    """The EXIF orientation, which says how to turn pixels; TIFF files are turned where they are decoded."""
+    try:
+        return 1 if image.format == "TIFF" else int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except _BROKEN_IMAGE:
+        return 1  # notes that cannot be read do not make the image one
+
+
+@contextmanager
+def _upright(name: str, content: bytes) -> Generator[Image.Image]:
+    """A decoded image, turned as its EXIF orientation says; what breaks from then on is told with its name."""
+    with _opened(name, content) as image:
+        try:
+            image.load()
+            turn = _TURNS.get(_turn(image))
+            yield image if turn is None else image.transpose(turn)
+        except SpecError:
+            raise
+        except _BROKEN_IMAGE as error:
+            raise DataError("an image that can be read", got=f"{name}: {error}") from None
 
 
 def _pixels(image: Image.Image, channels: int, size: tuple[int, int]) -> np.ndarray:
     """Decode to (channels, height, width): uint8, or float32 in [0, 1] with one channel for 16-bit images."""
-    if image.mode.startswith("I;16"):  # scaled by hand: convert("L") cuts everything above 255
-        image = Image.fromarray(np.asarray(image).astype(np.float32) / np.float32(65535))
+    if image.mode.startswith("I"):  # scaled by hand: convert("L") cuts everything above 255
+        tags: Mapping[int, object] = getattr(image, "tag_v2", {})
+        top = np.float32(4095 if tags.get(_BITS) in (12, (12,)) else 65535)
+        values = np.asarray(image).astype(np.float32)
+        image = Image.fromarray((top - values if tags.get(_PHOTOMETRIC) == 0 else values) / top)
     else:
         if image.mode == "P" and "transparency" in image.info:  # Pillow goes to RGB by way of RGBA only
             image = image.convert("RGBA")
@@ -445,6 +534,23 @@ def _pixels(image: Image.Image, channels: int, size: tuple[int, int]) -> np.ndar
         image = image.resize(size, Image.Resampling.BILINEAR)
     array = np.array(image)
     return array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
+
+
+def is_noise(name: str) -> bool:
+    """Whether systems leave such a file or folder behind: `.DS_Store`, `Thumbs.db`, `__MACOSX`."""
+    return any(part.startswith(".") or part.lower() in _NOISE for part in PurePosixPath(name).parts)
+
+
+def ending(name: str) -> str:
+    """The ending of a file name as people say it: `.nii.gz`, `.heic`; `without an ending`."""
+    suffixes = PurePosixPath(name).suffixes[-2:]
+    compressed = len(suffixes) == 2 and suffixes[-1].lower() == ".gz"
+    return "".join(suffixes if compressed else suffixes[-1:]) or "without an ending"
+
+
+def counted(endings: Counter[str]) -> str:
+    """How many files have which ending, the commonest first."""
+    return ", ".join(f"{number:,} {name}" for name, number in endings.most_common(6))
 
 
 def is_image(name: str) -> bool:
@@ -466,9 +572,9 @@ def kind(store: Store, name: str) -> str | None:
 
 
 def _may_be(name: str) -> bool:
-    """Whether a file might be DICOM, as far as its name goes: without an ending, or with a number for one."""
-    ending = PurePosixPath(name).suffix[1:]
-    return not ending or ending.isdigit()
+    """Whether a file might be DICOM, as far as its name goes: without an ending, with a number for one, or .IMA."""
+    last = PurePosixPath(name).suffix[1:].lower()
+    return not last or last.isdigit() or last in ("ima", "img", "dic")
 
 
 def _limit(name: str) -> tuple[str, int]:
@@ -486,7 +592,7 @@ def leads_out(name: str) -> bool:
 
 def _key(name: str) -> bytes:
     """CLASS/NAME, wherever the class folder lies."""
-    return "/".join(PurePosixPath(name).parts[-2:]).encode("utf-8", "surrogateescape")
+    return normal("/".join(PurePosixPath(name).parts[-2:])).encode("utf-8", "surrogateescape")
 
 
 def order(name: str) -> bytes:

@@ -19,6 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from rempart.core.errors import ModelError, RempartError
 from rempart.core.foreign import contained
+from rempart.core.names import Numbers, find
 from rempart.core.types import Images, Logits
 
 Output = Literal["logits", "probabilities", "sigmoids"]
@@ -80,7 +81,8 @@ class Classifier(nn.Module):
         super().__init__()
         if num_classes < 2:
             raise ModelError("num_classes >= 2 (one logit counts as two classes)", got=num_classes)
-        names = tuple(class_names or (str(k) for k in range(num_classes)))
+        names = class_names if isinstance(class_names, tuple) and class_names else tuple(class_names or ())
+        names = names or Numbers.of(num_classes)
         if len(names) != num_classes:
             raise ModelError(f"{num_classes} class names", got=len(names))
         self.net = net
@@ -181,8 +183,8 @@ class Classifier(nn.Module):
 
 def class_number(text: str, class_names: Sequence[str]) -> int | None:
     """The class that a name or a number means, the name first; None where there is no such class."""
-    known = [*class_names, *map(str, range(len(class_names)))]
-    return known.index(text) % len(class_names) if text in known else None
+    number = find(text, class_names)
+    return int(text) if number is None and text in map(str, range(len(class_names))) else number
 
 
 class Untraced(nn.Module):

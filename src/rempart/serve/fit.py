@@ -60,12 +60,7 @@ def _choices(told: dict[str, Any]) -> Sequence[tuple[Any, Sequence[Any]]]:
 
 
 def _fit(model: Takes, data: Data) -> None:
-    if len(model.classes) != data.num_classes:
-        raise DataError(
-            f"data with the {len(model.classes)} classes of {model.name} ({_some(model.classes)})",
-            got=f"{data.num_classes} ({_some(data.class_names)})",
-            hint="choose the data the model was trained for",
-        )
+    data.matched(model.classes)
     if tuple(model.shape) != tuple(data.shape):
         hint = (
             f"folders and zips can be converted: @{model.shape[-1]}x{model.shape[-2]} resizes, @grey and @rgb convert"
@@ -87,7 +82,3 @@ def _budget(spec: AnySpec, model: Takes, data: Data) -> None:
 
 def _sides(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join([*names[:6], *(["..."] if len(names) > 6 else [])])

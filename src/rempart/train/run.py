@@ -13,6 +13,7 @@ from rempart.core.errors import Cancelled, DataError, SpecError, TrainError
 from rempart.core.events import Notify, silent
 from rempart.core.identity import code_of
 from rempart.core.model import Classifier, frozen, placed
+from rempart.core.names import Numbers, Undecoded
 from rempart.core.ranks import ALONE, Ranks
 from rempart.core.repro import Draws, environment
 from rempart.core.stats import Rate, wilson
@@ -213,10 +214,16 @@ def _network(spec: TrainSpec, learn: Data) -> tuple[Classifier, str, dict[str, o
         if spec.reading.box != UNCHANGED != box:
             hint = "leave out --box: the folder says it"
             raise SpecError(f"images in [0, 1] for --from {spec.start}", got=f"{box} in the folder", hint=hint)
-        return load(spec.start, spec.reading), name, options, spec.reading.box if box == UNCHANGED else box
+        classifier = load(spec.start, spec.reading)
+        if isinstance(classifier.class_names, Numbers) and learn.num_classes == classifier.num_classes:
+            classifier.class_names = learn.class_names  # of those it learns now
+        return classifier, name, options, spec.reading.box if box == UNCHANGED else box
     assert spec.model is not None
     if spec.reading != AS_IT_IS:
         raise SpecError("--box and --classes beside --from", got=f"--model {spec.model}")
+    if isinstance(learn.class_names, Undecoded):
+        hint = "zip the folder again with names in UTF-8, or use the folder itself"
+        raise DataError("class names in UTF-8", got=f"another encoding, such as {learn.class_names[0]}", hint=hint)
     mean, std = channel_moments(learn)
     classifier = build(
         spec.model,

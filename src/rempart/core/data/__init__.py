@@ -87,24 +87,25 @@ def open_data(spec: str, *, split: str = "test") -> Data:
     path = Path(os.path.expanduser(rest if alias else place))
     if place != "digits" and not os.path.exists(path):
         raise _unknown(str(path))
-    if modifiers and (place == "digits" or (alias and kind == "mnist") or path.suffix == ".npz"):
+    suffix = path.suffix.lower()
+    if modifiers and (place == "digits" or (alias and kind == "mnist") or suffix == ".npz"):
         raise DataError("@ modifiers on folders and zips of images only", got=spec)
     if place == "digits":
         data = digits(wanted)
     elif alias and kind == "mnist":
         data = idx(path, wanted)
-    elif path.suffix == ".npz":
+    elif suffix == ".npz":
         data = npz(path, wanted)
-    elif path.suffix == ".csv" and path.is_file():
+    elif suffix == ".csv" and path.is_file():
         data = table(path, wanted, read_modifiers(modifiers))
     elif is_table(path):
         data = image_table(path, wanted, read_modifiers(modifiers))
-    elif path.is_dir() or path.suffix == ".zip":
+    elif path.is_dir() or suffix == ".zip":
         data = class_folders(path, wanted, read_modifiers(modifiers))
     else:
         raise DataError(f"data out of {FORMS}", got=repr(place))
     name = kind if alias else Path(os.path.abspath(path)).name
-    label = f":{data.split}" if data.split in SPLITS else "" if path.suffix == ".npz" else " (no split folders)"
+    label = f":{data.split}" if data.split in SPLITS else "" if suffix == ".npz" else " (no split folders)"
     positions = range(len(data))[_slice(part or "[:]")]
     if not positions:
         raise DataError("at least one sample", got=f"{part or 'none'} of {len(data)} in {name}{label}")

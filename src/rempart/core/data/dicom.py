@@ -28,10 +28,14 @@ _GREY, _COLOUR = (
     ("MONOCHROME1", "MONOCHROME2"),
     ("RGB", "PALETTE COLOR", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"),
 )
-_RESCALE = "PixelValueTransformationSequence"
+_PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 _BROKEN = (
     *(AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError, OSError, EOFError, SyntaxError),
     *(NotImplementedError, RuntimeError, AssertionError, ArithmeticError, struct.error, zlib.error, MemoryError),
+)
+_TAGS = (
+    *("PhotometricInterpretation", "BitsStored", "BitsAllocated", "HighBit", "PixelRepresentation", "SamplesPerPixel"),
+    *("PlanarConfiguration", "TransferSyntaxUID", "RescaleSlope", "RescaleIntercept"),
 )
 _KEY = secrets.token_bytes(32)
 
@@ -44,11 +48,13 @@ class Dicom:
         unit: Of the intensities: HU, `raw` where it has no name we know, 1 where pixels are in [0, 1] already.
         span: Lowest and highest intensity of the window, which become 0 and 1.
         own: Each file has a window of its own.
+        sigmoid: The window bends: a sigmoid of four times the distance from its centre, over its width.
     """
 
     unit: str
     span: tuple[float, float]
     own: bool
+    sigmoid: bool = False
 
     def __call__(self, name: str, content: bytes) -> np.ndarray:
         """The image or volume (c, *s) in [0, 1], float32; MONOCHROME1 is turned so that larger is lighter."""
@@ -60,10 +66,12 @@ class Dicom:
                     raise DataError("grey images like the first file", got=f"{name}, which is in colour")
                 return pixels
             unit = _unit(header)
-            if not self.own and unit != self.unit:
+            if not self.own and not self.sigmoid and unit != self.unit:
                 raise DataError(f"intensities in {self.unit} like those of the first file", got=f"{unit} in {name}")
             low, high = _window(header, name) or _extremes(pixels) if self.own else self.span
-            image = ((pixels - low) / (high - low)).clip(0, 1).astype(np.float32)
+            place = (pixels - low) / (high - low)
+            bent = _is_sigmoid(header) and _window(header, name) is not None if self.own else self.sigmoid
+            image = (1 / (1 + np.exp(-4 * (place - 0.5))) if bent else place.clip(0, 1)).astype(np.float32)
             return 1 - image if header.PhotometricInterpretation == "MONOCHROME1" else image
 
 
@@ -82,8 +90,10 @@ def decoder(name: str, content: bytes, modifiers: Modifiers) -> Dicom:
             return Dicom(PLAIN, (0.0, 1.0), own=True)
         if isinstance(modifiers.window, tuple):
             span = modifiers.window
-        else:
-            span = _stored(header) if modifiers.window == FULL else _window(header, name)
+        elif modifiers.window == FULL:
+            span = _stored(header)
+        elif (span := _window(header, name)) is not None and _is_sigmoid(header):
+            return Dicom(PLAIN, span, own=False, sigmoid=True)  # no step of pixels is one number of units
     if span is None:
         hint = "add @window=CENTRE:WIDTH, for example @window=40:400 for soft tissue in CT, or @window=full"
         raise DataError("a window in the first file, or one in the data spec", got=f"none in {name}", hint=hint)
@@ -127,8 +137,11 @@ def _parsing(name: str) -> Generator[None]:
     except SpecError:
         raise
     except _BROKEN as error:
-        hint = "if it opens elsewhere: convert it to an uncompressed transfer syntax"
-        raise DataError("a DICOM file that can be read", got=f"{name} ({type(error).__name__})", hint=hint) from None
+        tag = getattr(error, "name", None)
+        lacks = (
+            f"it lacks the tag {tag}" if isinstance(error, AttributeError) and tag in _TAGS else type(error).__name__
+        )
+        raise DataError("a DICOM file that can be read", got=f"{name} ({lacks})") from None
 
 
 def _header(content: bytes, name: str, *, pixels: bool = False) -> Any:
@@ -143,6 +156,8 @@ def _header(content: bytes, name: str, *, pixels: bool = False) -> Any:
         came = "one that is deflated" if content[128:132] == b"DICM" else "no such file"
         raise DataError("a DICOM file with the letters DICM at byte 128, not deflated", got=f"{name}: {came}")
     header = dcmread(BytesIO(content), stop_before_pixels=not pixels)
+    if "Rows" not in header or "Columns" not in header or (pixels and not any(key in header for key in _PIXELS)):
+        raise _no_image(header, name)
     rows, columns = int(header.Rows), int(header.Columns)
     frames, layers = int(header.get("NumberOfFrames") or 1), int(header.get("SamplesPerPixel") or 1)
     if min(rows, columns, frames, layers) < 1:
@@ -156,6 +171,17 @@ def _header(content: bytes, name: str, *, pixels: bool = False) -> Any:
     return header
 
 
+def _no_image(header: Any, name: str) -> DataError:
+    """What a file without pixels is, as the standard names it; nothing that only the file says."""
+    from pydicom.uid import UID
+
+    uid = UID(str(header.get("SOPClassUID") or getattr(header, "file_meta", {}).get("MediaStorageSOPClassUID") or ""))
+    if uid.name == str(uid):
+        return DataError("a DICOM file that can be read", got=f"{name} (no pixels, and no kind that DICOM knows)")
+    hint = "leave it out: not every file of a DICOM export is an image"
+    return DataError("a DICOM file that holds an image", got=f"{name}, {uid.name} without pixels", hint=hint)
+
+
 def _colour(header: Any) -> bool:
     return header.PhotometricInterpretation in _COLOUR
 
@@ -167,7 +193,7 @@ def _pixels(header: Any, name: str) -> np.ndarray:
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        stored: np.ndarray = header.pixel_array
+        stored = _decoded(header, name)
     frames = int(header.get("NumberOfFrames") or 1)
     if header.PhotometricInterpretation == "PALETTE COLOR":
         stored = apply_color_lut(stored, header)
@@ -189,6 +215,17 @@ def _pixels(header: Any, name: str) -> np.ndarray:
     return values
 
 
+def _decoded(header: Any, name: str) -> np.ndarray:
+    try:
+        return header.pixel_array
+    except _BROKEN as error:
+        if not header.file_meta.TransferSyntaxUID.is_compressed:
+            raise
+        hint = "if it opens elsewhere: convert it to an uncompressed transfer syntax"
+        came = f"{name} ({header.file_meta.TransferSyntaxUID.name}: {type(error).__name__})"
+        raise DataError("a DICOM file that can be read", got=came, hint=hint) from None
+
+
 def _rescale(header: Any, key: str, default: float) -> Any:
     """A value of the rescale, or one for each frame where frames have their own."""
     for sequence in ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"):
@@ -203,14 +240,37 @@ def _rescale(header: Any, key: str, default: float) -> Any:
 
 
 def _unit(header: Any) -> str:
-    kind = str(header.get("RescaleType") or "")
-    return "HU" if kind == "HU" or (not kind and header.get("Modality") == "CT") else RAW
+    """Hounsfield units where the file says so, or is a CT with a rescale; screenshots of a scanner have none."""
+    kind = str(_rescaled(header, "RescaleType") or "")
+    computed = header.get("Modality") == "CT" and _rescaled(header, "RescaleSlope") is not None
+    return "HU" if kind == "HU" or (not kind and computed) else RAW
+
+
+def _is_sigmoid(header: Any) -> bool:
+    return str(_in_frames(header, "FrameVOILUTSequence", "VOILUTFunction") or "") == "SIGMOID"
+
+
+def _rescaled(header: Any, key: str) -> Any:
+    return _in_frames(header, "PixelValueTransformationSequence", key)
+
+
+def _in_frames(header: Any, sequence: str, key: str) -> Any:
+    """A tag of the file, or of the functional groups of its first frame; None where neither has it."""
+    for groups in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
+        for group in list(header.get(groups) or [])[:1]:
+            for item in list(group.get(sequence) or [])[:1]:
+                if key in item:
+                    return item.get(key)
+    return header.get(key)
 
 
 def _window(header: Any, name: str) -> tuple[float, float] | None:
     """The first window that the file names."""
-    centre, width = (header.get(key) for key in ("WindowCenter", "WindowWidth"))
+    centre, width = (_in_frames(header, "FrameVOILUTSequence", key) for key in ("WindowCenter", "WindowWidth"))
     if centre is None or width is None:
+        if "VOILUTSequence" in header:
+            came, hint = f"a lookup table (VOI LUT) in {name}", "add @window=CENTRE:WIDTH or @window=full"
+            raise DataError("a window by centre and width", got=came, hint=hint)
         return None
     middle, wide = (float(value[0] if hasattr(value, "__len__") else value) for value in (centre, width))
     if not wide > 0:

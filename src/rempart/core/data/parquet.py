@@ -19,13 +19,13 @@ import numpy as np
 import torch
 
 from rempart.core import files
-from rempart.core.data.arrays import MAX_CLASSES, numbered
+from rempart.core.data.arrays import MAX_CLASSES, numbered, whole_numbers
 from rempart.core.data.modifiers import Modifiers
 from rempart.core.data.reading import pictures
-from rempart.core.data.samples import SPLITS, Data, choose
+from rempart.core.data.samples import SPLITS, Data, choose, split_of
 from rempart.core.errors import DataError
+from rempart.core.names import normal
 
-_SPLIT_OF = {"train": "train", "validation": "val", "val": "val", "valid": "val", "dev": "val", "test": "test"}
 _BROKEN = (
     OSError,
     ValueError,
@@ -37,6 +37,7 @@ _BROKEN = (
     MemoryError,
     struct.error,
 )
+_ENDINGS = (".parquet", ".arrow")
 _LONGEST = 500  # letters of a label
 _INFO, _DICT, _STATE = "dataset_info.json", "dataset_dict.json", "state.json"
 
@@ -98,7 +99,7 @@ def is_table(path: Path) -> bool:
     """Whether a path is a Parquet file or a folder of tables."""
     if path.is_dir():
         return any((path / name).is_file() for name in (_INFO, _DICT)) or bool(_parquet_files(path))
-    return path.suffix == ".parquet"
+    return path.suffix.lower() in _ENDINGS
 
 
 def image_table(path: Path, split: str, modifiers: Modifiers) -> Data:
@@ -126,20 +127,16 @@ def image_table(path: Path, split: str, modifiers: Modifiers) -> Data:
 
 def _named(labels: Mapping[str, np.ndarray], split: str, names: Any) -> tuple[torch.Tensor, tuple[str, ...]]:
     """The numbers of the labels of a split, and the class names."""
-    if labels[split].dtype.kind in "UO":
-        words = sorted({str(word) for column in labels.values() for word in column})
-        number = {word: k for k, word in enumerate(words)}
-        labels = {name: np.array([number[str(word)] for word in column]) for name, column in labels.items()}
-        names = words
-    if not names:
-        return numbered(dict(labels), split)
+    if not names or labels[split].dtype.kind in "UO":
+        return numbered(labels, split)
     if not isinstance(names, list) or len(names) > MAX_CLASSES:
         raise DataError(f"a list of at most {MAX_CLASSES:,} class names", got=type(names).__name__)
-    own = labels[split]
+    own = whole_numbers(labels[split], f"{split} labels", lowest=-1)
     if len(names) < 2 or own.min(initial=0) < 0 or own.max(initial=0) >= len(names):
         came = f"{own.min(initial=0)} to {own.max(initial=0)} for {len(names)} names"
-        raise DataError("labels that number two or more class names", got=came, hint="choose another split")
-    return torch.from_numpy(own.astype(np.int64)), tuple(map(str, names))
+        hint = "choose another split" + ("; -1 stands for images without a label" if own.min(initial=0) < 0 else "")
+        raise DataError("labels that number two or more class names", got=came, hint=hint)
+    return torch.from_numpy(own.astype(np.int64)), tuple(normal(str(name)) for name in names)
 
 
 class _parsing:
@@ -163,16 +160,27 @@ class _parsing:
 
 
 def _parquet_files(path: Path) -> list[Path]:
-    return sorted(file for depth in ("*", "*/*") for file in path.glob(f"{depth}.parquet") if file.is_file())
+    """The Parquet files of a folder, in folders of configurations and splits too, as `config/train/0000.parquet`."""
+    depths = ("*", "*/*", "*/*/*")
+    found = [file for depth in depths for file in path.glob(depth) if file.suffix.lower() == ".parquet"]
+    return sorted(file for file in found if file.is_file() and not files.is_noise(str(file.relative_to(path))))
 
 
 def _by_split(tables: list[Path], path: Path) -> dict[str, list[Path]]:
-    """Files by the split that their name begins with, or that their folder is named like; else `all`."""
+    """Files by the split that their name or their folder names; else `all`."""
     found: dict[str, list[Path]] = {}
+    configurations: dict[str, None] = {}
     for file in tables:
-        words = [re.split(r"[-_.]", file.name)[0], *([file.parent.name] if file != path else [])]
-        split = next((_SPLIT_OF[word] for word in words if word in _SPLIT_OF), "all")
-        found.setdefault(split, []).append(file)
+        folders = () if file == path else file.relative_to(path).parts[:-1]
+        named = [split for word in re.split(r"[-_.\s]", file.name) if (split := split_of(word))]
+        of_folder = [split for folder in folders if (split := split_of(folder.removeprefix("partial-")))]
+        splits = dict.fromkeys(of_folder[-1:] or named)
+        found.setdefault(next(iter(splits)) if len(splits) == 1 else "all", []).append(file)
+        own = [folder for folder in folders if folder != "data" and not split_of(folder.removeprefix("partial-"))]
+        configurations |= {"/".join(own): None}
+    if len(configurations) > 1:
+        came = ", ".join(name or "files beside it" for name in configurations)
+        raise DataError(f"one configuration in {path.name}", got=came, hint="give the folder of one of them")
     if "all" in found and len(found) > 1:
         came = f"{found['all'][0].name} beside others"
         raise DataError("files named like their splits, train-00000-of-00001.parquet", got=came)
@@ -184,9 +192,15 @@ def _saved(path: Path) -> dict[str, list[Path]]:
     if not (path / _DICT).is_file():
         return {"all": _arrow_files(path)}
     names = _json(path / _DICT).get("splits") or []
-    if odd := [name for name in names if name not in _SPLIT_OF]:
-        raise DataError(f"splits out of {', '.join(_SPLIT_OF)}", got=repr(odd[0]))
-    return {_SPLIT_OF[name]: _arrow_files(path / name) for name in names}
+    found: dict[str, list[Path]] = {}
+    for name in names:
+        split = split_of(str(name))
+        if split is None or split in found:
+            raise DataError(
+                f"one split each of {', '.join(SPLITS)}", got=f"{', '.join(map(str, names))} in {path.name}"
+            )
+        found[split] = _arrow_files(path / name)
+    return found
 
 
 def _arrow_files(path: Path) -> list[Path]:
@@ -226,10 +240,16 @@ def _schema(file: Path) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if file.suffix == ".parquet":
+    if file.suffix.lower() == ".parquet":
         return pq.read_schema(file)
     with pa.memory_map(str(file)) as source:
-        return pa.ipc.open_stream(source).schema
+        return pa.ipc.open_stream(_stream(source)).schema
+
+
+def _stream(source: Any) -> Any:
+    """Where the stream begins: the file format puts eight bytes before it, and what stands behind it is not needed."""
+    source.seek(8 if source.read(6) == b"ARROW1" else 0)
+    return source
 
 
 def _columns(file: Path, features: Mapping[str, Any], modifiers: Modifiers) -> tuple[str, str]:
@@ -254,27 +274,32 @@ def _labels(tables: Iterable[Path], column: str) -> np.ndarray:
 
     parts: list[np.ndarray] = []
     for file in tables:
-        if file.suffix == ".parquet":
+        if file.suffix.lower() == ".parquet":
             _within(pq.read_metadata(file), file)
-            values = _words(pq.read_table(file, columns=[column], read_dictionary=[column])[column])
+            values = pq.read_table(file, columns=[column], read_dictionary=[column])[column]
         else:
             values = _arrow(file, file.stat().st_mtime_ns, file.stat().st_size)[column]
-        if values.null_count or not (pa.types.is_integer(values.type) or pa.types.is_string(values.type)):
+        values = _words(values)
+        if values.null_count:
+            came = f"{values.null_count:,} of {len(values):,} rows without one in {file.name}"
+            raise DataError(f"a label in {column} for every image", got=came, hint="leave these rows out")
+        text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+        if not any(k(values.type) for k in (*text, pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)):
             raise DataError(f"whole numbers or words in {column}", got=f"{values.type} in {file.name}")
         parts.append(values.to_numpy())
     return np.concatenate(parts)
 
 
 def _words(values: Any) -> Any:
-    """Labels that are words: decoded once it is known that none is long, for a dictionary may repeat it at will."""
+    """Labels in full: decoded once it is known that none is long, for a dictionary may repeat it at will."""
     import pyarrow as pa
 
     if not pa.types.is_dictionary(values.type):
         return values
     for chunk in values.chunks:
-        longest = max((len(word) for word in chunk.dictionary.to_pylist() if word is not None), default=0)
+        longest = max((len(str(word)) for word in chunk.dictionary.to_pylist() if word is not None), default=0)
         files.within(longest, _LONGEST, "of a label", "the column of labels", "letters")
-    return values.cast(pa.string())
+    return values.cast(values.type.value_type)
 
 
 def _within(metadata: Any, file: Path) -> None:
@@ -294,7 +319,7 @@ def _within(metadata: Any, file: Path) -> None:
 def _parts(file: Path, column: str) -> Iterator[Part]:
     import pyarrow.parquet as pq
 
-    if file.suffix == ".parquet":
+    if file.suffix.lower() == ".parquet":
         metadata = pq.read_metadata(file)
         for group in range(metadata.num_row_groups):
             yield Part(file, group, metadata.row_group(group).num_rows)
@@ -327,7 +352,7 @@ def _bytes_of(values: Any) -> Any:
 
     if pa.types.is_struct(values.type):
         values = values.field("bytes")
-    if not (pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type)):
+    if not any(kind(values.type) for kind in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)):
         raise DataError("bytes of image files", got=str(values.type))
     return values
 
@@ -339,10 +364,10 @@ def _arrow(file: Path, *_: int) -> Any:
 
     files.within(file.stat().st_size, files.MAX_TOTAL_BYTES, "MAX_TOTAL_BYTES", file.name)
     with pa.memory_map(str(file)) as source:
-        for message in pa.ipc.MessageReader.open_stream(source):
+        for message in pa.ipc.MessageReader.open_stream(_stream(source)):
             if message.type == "record batch" and _compressed(message.metadata.to_pybytes()):
                 raise DataError("Arrow data as datasets saves them, not compressed", got=file.name)
-    found = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
+    found = pa.ipc.open_stream(_stream(pa.memory_map(str(file)))).read_all()
     found.validate(full=True)
     files.within(len(found), files.MAX_ENTRIES * 10, "ten times MAX_ENTRIES", file.name, "rows")
     return found

@@ -11,11 +11,17 @@ from torch import Tensor
 from rempart.core import files
 from rempart.core.errors import DataError, ThreatError
 from rempart.core.model import Classifier
+from rempart.core.names import Match, match
 from rempart.core.repro import digest_arrays
 from rempart.core.threat import Threat
 from rempart.core.types import Images, Labels
 
 SPLITS = ("train", "val", "test")
+_SPLIT_OF = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 PLAIN, RAW = "1", "raw"
 """Units of pixels in [0, 1] that stand for nothing else, and of intensities without a name."""
 _CHUNK = 256
@@ -57,6 +63,8 @@ class Data:
         volumes: Which volume each sample is a slice of, where several are.
         mask: From sample numbers to where an adversary may change the images; None: everywhere.
         source_names: The class names in the order of the data set, where classes were numbered anew.
+        source_labels: The labels by that order.
+        notes: What to know of the files, in sentences for reports: those that were left out.
     """
 
     source: str
@@ -73,6 +81,8 @@ class Data:
     volumes: tuple[str, ...] | None = None
     mask: Callable[[Tensor], Tensor] | None = None
     source_names: tuple[str, ...] | None = None
+    source_labels: Tensor | None = None
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.index)
@@ -93,8 +103,8 @@ class Data:
         else:
             images = (np.frombuffer(stamp, dtype=np.uint8) for stamp in self.stamps(self.index))
         parts = [] if self.mask is None else [self.mask(part).numpy() for part in self.index.split(_CHUNK)]
-        labels = self.named(self.source_names or self.class_names).labels.numpy()
-        return digest_arrays([self.index.numpy(), labels, np.array(self.shape), *images, *parts])
+        labels = self.labels if self.source_labels is None else self.source_labels
+        return digest_arrays([self.index.numpy(), labels.numpy(), np.array(self.shape), *images, *parts])
 
     def batch(self, positions: Tensor) -> Batch:
         """The samples at these positions, counted in `index`."""
@@ -113,7 +123,10 @@ class Data:
         chosen = positions.tolist()
         patients, volumes = (None if g is None else tuple(g[k] for k in chosen) for g in (self.patients, self.volumes))
         index, labels = self.index[positions], self.labels[positions]
-        return replace(self, index=index, labels=labels, patients=patients, volumes=volumes)
+        source_labels = None if self.source_labels is None else self.source_labels[positions]
+        return replace(
+            self, index=index, labels=labels, source_labels=source_labels, patients=patients, volumes=volumes
+        )
 
     def head(self, limit: int | None) -> "Data":
         """The first `limit` samples, or all of them."""
@@ -128,19 +141,42 @@ class Data:
         read, stamp = self.read, f"{self.digest} in [{low}, {high}]".encode()
         return replace(self, read=lambda numbers: read(numbers) * (high - low) + low, stamps=lambda _: [stamp])
 
-    def named(self, class_names: tuple[str, ...]) -> "Data":
-        """The same images with classes numbered as in `class_names`, where those are their names in another order.
+    def matched(self, class_names: tuple[str, ...]) -> Match:
+        """Which of these classes each class of the data set is, and how that is known.
 
-        The digest stays the same.
+        Raises:
+            DataError: If it cannot be known.
         """
-        if class_names == self.class_names or sorted(class_names) != sorted(self.class_names):
-            return self
-        numbers = torch.tensor([class_names.index(name) for name in self.class_names])
-        source_names = self.source_names or self.class_names
-        return replace(self, labels=numbers[self.labels], class_names=class_names, source_names=source_names)
+        labels = self.labels if self.source_labels is None else self.source_labels
+        return match(self.source_names or self.class_names, class_names, labels.unique().tolist())
+
+    def named(self, class_names: tuple[str, ...]) -> "Data":
+        """The same images with classes numbered as in `class_names`, of which the data may hold some only.
+
+        Classes are matched by name: in any order, Unicode form, case, with spaces, hyphens or underscores. Where one
+        side has numbers instead of names, they are matched by number. The digest stays the same.
+
+        Raises:
+            DataError: If it cannot be known which class is which.
+        """
+        found = self.matched(class_names)
+        if self.source_names is None and found.numbers == tuple(range(len(class_names))) and found.how != "encoding":
+            return self  # also where only the spelling differs: a report shows the names of the data
+        own = self.labels if self.source_labels is None else self.source_labels
+        return replace(
+            self,
+            labels=torch.tensor(found.numbers)[own],
+            class_names=class_names,
+            source_names=self.source_names or self.class_names,
+            source_labels=own,
+        )
 
     def seen_by(self, model: Classifier) -> "Data":
-        """The same images in the box of a model, their classes numbered as its outputs where the names are the same."""
+        """The same images in the box of a model, their classes numbered as its outputs.
+
+        Raises:
+            DataError: If it cannot be known which class is which.
+        """
         return self.named(model.class_names).scaled(model.low, model.high)
 
     def threat(self, text: str, low: float, high: float) -> Threat:
@@ -188,6 +224,11 @@ def in_memory(split: str, images: Tensor, labels: Tensor, class_names: tuple[str
         raise DataError("as many labels as images", got=f"{len(labels)} labels for {len(images)} images in {split}")
     index = torch.arange(len(images))
     return Data("", split, index, labels, tuple(images.shape[1:]), class_names, Memory(images, index))
+
+
+def split_of(word: str) -> str | None:
+    """The split that a folder, a file or a table calls so: `Training`, `valid`, `dev`; None where it is none."""
+    return _SPLIT_OF.get(word.strip().casefold())
 
 
 def choose(split: str, have: Sequence[str], where: str) -> None:

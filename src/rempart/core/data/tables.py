@@ -2,9 +2,7 @@
 
 import csv
 import io
-import os
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path, PurePosixPath
@@ -12,11 +10,12 @@ from pathlib import Path, PurePosixPath
 import torch
 
 from rempart.core import files
-from rempart.core.data.arrays import MAX_CLASSES
+from rempart.core.data.arrays import read_labels
 from rempart.core.data.modifiers import Modifiers
 from rempart.core.data.reading import of_files
-from rempart.core.data.samples import SPLITS, Data, choose
+from rempart.core.data.samples import SPLITS, Data, choose, split_of
 from rempart.core.errors import DataError
+from rempart.core.names import normal
 
 MAX_TABLE_BYTES = 64 * 2**20
 """Size of a CSV file."""
@@ -36,26 +35,26 @@ def table(path: Path, split: str, modifiers: Modifiers) -> Data:
             raise DataError("paths inside the folder of the table", got=came, hint="lay the images beside the table")
     if modifiers.mask is not None:
         raise DataError("masks in the column mask of a table", got=f"@mask={modifiers.mask}")
-    _once([str(PurePosixPath(row["path"])) for row in rows], path)
+    _once([normal(str(PurePosixPath(row["path"]))) for row in rows], path)
     split, own = _split(rows, split, path)
     _apart(rows, path)
-    for row in own:
-        _there(path, row["path"], row["line"])
+    store = files.Folder(path.parent, closed=True)
+    names = [_there(store, path, row["path"], row["line"]) for row in own]
     masks = [row["mask"] for row in own] if "mask" in rows[0] else None
     if masks is not None and (odd := [name for name in masks if not name or files.leads_out(name)]):
         raise DataError("a mask inside the folder of the table in every line", got=repr(odd[0]))
-    for row in own if masks is not None else ():
-        _there(path, row["mask"], row["line"])
-    store = files.Folder(path.parent, closed=True)
-    class_names, number_of = _classes([row["label"] for row in rows])
+    if masks is not None:
+        masks = [_there(store, path, row["mask"], row["line"]) for row in own]
+    first = store.actual(rows[0]["path"]) or rows[0]["path"]
+    number_of, class_names = read_labels([row["label"] for row in rows], path.name)
     return of_files(
         store,
-        [row["path"] for row in own],
-        torch.tensor([number_of(row["label"]) for row in own]),
+        names,
+        torch.tensor([number_of[row["label"]] for row in own]),
         split,
         class_names,
         modifiers,
-        first=rows[0]["path"],
+        first=first,
         patients=[row["patient"] for row in own] if all(row.get("patient") for row in own) else None,
         masks=None if masks is None else (store, masks),
     )
@@ -78,9 +77,9 @@ def with_patients(data: Data, path: Path) -> Data:
     names = data.read.names if isinstance(data.read, files.Files) else None
     if key == "path" and names is None:
         raise DataError("a column number, for data that are no files", got=f"path in {path.name}")
-    _once([row[key] for row in rows], path)
-    known = {row[key]: row["patient"] for row in rows}
-    keys = [str(k) if names is None or key == "number" else names[k] for k in data.index.tolist()]
+    _once([normal(row[key]) for row in rows], path)
+    known = {normal(row[key]): row["patient"] for row in rows}
+    keys = [str(k) if names is None or key == "number" else normal(names[k]) for k in data.index.tolist()]
     if missing := [key for key in keys if not known.get(key)]:
         raise DataError("a patient for every sample", got=f"none for {len(missing)}, such as {missing[0]}")
     return replace(data, patients=tuple(known[key] for key in keys))
@@ -100,29 +99,39 @@ def read_table(path: Path, needed: Sequence[str], optional: Sequence[str]) -> li
         files.within(len(content), MAX_TABLE_BYTES, "MAX_TABLE_BYTES", path.name)
         lines = list(csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError("a CSV file in UTF-8", got=f"{path.name}: {type(error).__name__}") from None
+        hint = "save it as UTF-8 (in Excel: CSV UTF-8)" if isinstance(error, UnicodeDecodeError) else ""
+        raise DataError("a CSV file in UTF-8", got=f"{path.name}: {type(error).__name__}", hint=hint) from None
     files.within(len(lines), files.MAX_ENTRIES, "MAX_ENTRIES", path.name, "lines")
     header = [name.strip().lower() for name in lines[0]] if lines else []
     wanted = [name for name in (*needed, *optional) if name in header]
     if lacking := [name for name in needed if header.count(name) != 1]:
         raise DataError(f"one column named {lacking[0]}", got=f"{', '.join(header) or 'nothing'} in {path.name}")
     rows: list[Row] = []
+    short: list[int] = []
     for number, line in enumerate(lines[1:], 2):
         if not line:
             continue
         row = {name: line[header.index(name)].strip() for name in wanted} if len(line) == len(header) else {}
-        if not all(row.get(name) for name in needed):
-            raise DataError(f"{', '.join(needed)} in every line", got=f"line {number} of {path.name}")
-        rows.append({**row, "line": str(number)})
+        if all(row.get(name) for name in needed):
+            rows.append({**row, "line": str(number)})
+        else:
+            short.append(number)
+    if short:
+        more = f" and {len(short) - 1:,} more" if len(short) > 1 else ""
+        hint = "fill in or leave out the lines that lack one"
+        raise DataError(f"{', '.join(needed)} in every line", got=f"line {short[0]} of {path.name}{more}", hint=hint)
     if not rows:
         raise DataError("lines below the header", got=f"none in {path.name}")
     return rows
 
 
-def _there(table: Path, name: str, line: str) -> None:
-    if not os.path.lexists(table.parent / name):  # where a link leads is asked when it is read
+def _there(store: files.Folder, table: Path, name: str, line: str) -> str:
+    """The name of a file of the table as the disk spells it."""
+    found = store.actual(name)
+    if found is None:
         hint = "paths are relative to the folder of the table"
         raise DataError("files that are there", got=f"none at {name!r}, line {line} of {table.name}", hint=hint)
+    return found
 
 
 def _once(values: Sequence[str], path: Path) -> None:
@@ -136,31 +145,16 @@ def _split(rows: Sequence[Row], split: str, path: Path) -> tuple[str, Sequence[R
     """The split, and its rows; one split `all` where no column says."""
     if "split" not in rows[0]:
         return "all", rows
-    if odd := {row["split"] for row in rows} - set(SPLITS):
+    if odd := {row["split"] for row in rows if split_of(row["split"]) is None}:
         raise DataError(f"splits out of {', '.join(SPLITS)}", got=f"{sorted(odd)[0]!r} in {path.name}")
-    choose(split, [name for name in SPLITS if any(row["split"] == name for row in rows)], f"{path.name}")
-    return split, [row for row in rows if row["split"] == split]
+    choose(split, [name for name in SPLITS if any(split_of(row["split"]) == name for row in rows)], f"{path.name}")
+    return split, [row for row in rows if split_of(row["split"]) == split]
 
 
 def _apart(rows: Sequence[Row], path: Path) -> None:
     """Refuse a patient in two splits: a model tested on patients it learnt from looks better than it is."""
-    people = {name: {row.get("patient") for row in rows if row.get("split") == name} for name in SPLITS}
+    people = {name: {row.get("patient") for row in rows if split_of(row.get("split", "")) == name} for name in SPLITS}
     for first, second in combinations(SPLITS, 2):
         if both := (people[first] & people[second]) - {"", None}:
             came = f"{len(both)} in {first} and {second} of {path.name}"
             raise DataError("each patient in one split", got=came, hint="split the table by patient")
-
-
-def _classes(labels: Sequence[str]) -> tuple[tuple[str, ...], Callable[[str], int]]:
-    """The class names, and from a label to its number: whole numbers stand for themselves, words are sorted."""
-    words = sorted(set(labels))
-    if all(re.fullmatch("[0-9]{1,6}", word) for word in words):
-        number = max(map(int, words)) + 1
-        words = [str(k) for k in range(number)]
-        position = {label: int(label) for label in set(labels)}
-    else:
-        position = {word: k for k, word in enumerate(words)}
-    if not 2 <= len(words) <= MAX_CLASSES:
-        hint = "write numbers, counted from 0, where not every class occurs"
-        raise DataError(f"labels of 2 to {MAX_CLASSES:,} classes", got=f"{len(words)}: {words[0]}", hint=hint)
-    return tuple(words), position.__getitem__
