@@ -2,8 +2,7 @@
 
 import io
 import json
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from hashlib import sha256
 from pathlib import Path
@@ -19,6 +18,7 @@ from rempart.core.data import Data
 from rempart.core.disk import replace
 from rempart.core.events import Event, Notify
 from rempart.core.model import Classifier, frozen, placed
+from rempart.core.repro import seeded
 from rempart.core.threat import Threat
 from rempart.core.types import Images, Mask
 from rempart.report.schema import AuditSpec
@@ -85,8 +85,13 @@ def attack_chunk(
     done: Pieces,
     folder: Path | None,
     notify: Notify,
+    *,
+    random: bool = False,
 ) -> None:
-    """Run what is not done yet of the planned attacks on one chunk; each piece joins `done` and the folder at once."""
+    """Run what is not done yet of the planned attacks on one chunk; each piece joins `done` and the folder at once.
+
+    Where the model is `random`, images are judged by mean logits.
+    """
     standing = torch.ones(len(part), dtype=torch.bool)
     note = f"{threat}, samples {int(part.index[0])} to {int(part.index[-1])}"
     for at, attack in enumerate(planned):
@@ -96,7 +101,7 @@ def attack_chunk(
         if (number, attack.label) not in done:
             told = _annotated(attack.label, note, notify)
             right = attack.survivors and at > 0  # what an attack left standing was right at first
-            piece = _attack(model, part.take(given), attack, threat, spec, right, told)
+            piece = _attack(model, part.take(given), attack, threat, spec, right, random, told)
             if folder is not None:
                 replace(folder / f"{number}-{attack.label}.npz".replace(" ", "_"), pack(number, attack.label, piece))
             done[number, attack.label] = piece
@@ -127,7 +132,7 @@ def key(
 ) -> str:
     """16 hexadecimal digits over everything a piece depends on: the name of the folder of an audit's pieces.
 
-    Two models may have the same weights and different code: what the model answers to the first images counts too.
+    Two models may have the same weights and different code: what the model answers to some images counts too.
     """
     depends = {
         "planned": [[a.label, a.name, a.options, a.survivors, a.target, a.sources] for a in planned],
@@ -141,20 +146,13 @@ def key(
 
 
 def _answers(model: Classifier, data: Data) -> list[int]:
-    """Logits of the first images, coarsely: rounding may depend on the number of threads."""
-    x = data.head(_PROBED).batch(torch.arange(min(len(data), _PROBED))).x
+    """Logits of some images, coarsely: rounding may depend on the number of threads."""
+    some = data.spread(_PROBED)
+    x = some.batch(torch.arange(len(some))).x
     x = placed(model, x)
     with frozen(model), torch.no_grad(), seeded(0, x.device):
         z = model(x).double().cpu()
     return (z / z.abs().amax().clamp_min(1e-300) * 1000).round().flatten().int().tolist()
-
-
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Generator[None]:
-    """Torch's own random numbers from this seed, for models that draw some; as before afterwards."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 def _annotated(stage: str, note: str, notify: Notify) -> Notify:
@@ -162,7 +160,14 @@ def _annotated(stage: str, note: str, notify: Notify) -> Notify:
 
 
 def _attack(
-    model: Classifier, data: Data, attack: Planned, threat: Threat, spec: AuditSpec, right: bool, notify: Notify
+    model: Classifier,
+    data: Data,
+    attack: Planned,
+    threat: Threat,
+    spec: AuditSpec,
+    right: bool,
+    random: bool,
+    notify: Notify,
 ) -> Piece:
     nothing = torch.empty(0, dtype=torch.int64), torch.empty(0, *data.shape)
     if len(data) == 0:
@@ -180,6 +185,7 @@ def _attack(
             eight_bit=spec.eight_bit,
             right=right,
             similarity=True,
+            random=random,
             notify=notify,
         )
     return Piece(outcome.verdict, *_pictures(outcome, data.labels))
