@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rempart.attacks.run import attack_data, check_images
 from rempart.core.data import Batch, Data
+from rempart.core.data.samples import spread
 from rempart.core.errors import DataError, ModelError, SpecError
 from rempart.core.events import Event, Notify, silent
 from rempart.core.model import Classifier, accelerated, frozen
@@ -30,6 +31,7 @@ ABSTAIN = -1
 """The answer where the votes are too close."""
 
 _GROUP = 16  # images certified together; an interruption keeps what was finished before
+_SHOWN = 6  # images on which a faster copy of the model is checked
 _STRIDE = 2**32  # the noise of sample i and draw j has the number i * 2**32 + j
 _JUDGED = 1_000  # draws that judge an adversarial image
 
@@ -329,7 +331,7 @@ def attack_smoothed(
         return Attacked(predicted=predicted, broken=broken, votes=votes, queries=0, gradients=0, seconds=0.0)
     left = data.take(at)
     with frozen(model):
-        fast = accelerated(model, left.batch(torch.arange(min(len(left), 6))).x)
+        fast = accelerated(model, left.batch(spread(len(left))[:_SHOWN]).x)
         outcome = attack_data(
             smoothed(fast, sampling.sigma, draws, seed=sampling.seed),
             left,

@@ -72,6 +72,10 @@ Box = Annotated[
 Classes = Annotated[
     str | None, typer.Option("--classes", help="Names of the model's outputs in their order: cat,dog,hare")
 ]
+Outputs = Annotated[
+    Literal["logits", "probabilities"] | None,
+    typer.Option("--outputs", help="What the network returns, where its last operations do not show it"),
+]
 EightBit = Annotated[bool, typer.Option("--eight-bit", help="Also judge each adversarial image rounded to 8 bit")]
 
 
@@ -85,6 +89,7 @@ def train(
     start: Annotated[str | None, typer.Option("--from", help="A trained model to train further")] = None,
     box: Box = "0:1",
     classes: Classes = None,
+    outputs: Outputs = None,
     recipe: Annotated[
         str, typer.Option("--recipe", help="Recipe name or TOML file; see `rempart list recipes`")
     ] = "plain",
@@ -116,7 +121,7 @@ def train(
             patients=patients,
             model=model if model or start else "lenet",
             start=start,
-            reading=_reading(box, classes),
+            reading=_reading(box, classes, outputs),
             device=device,
             devices=devices,
             log=tuple(log or ()),  # pyright: ignore[reportArgumentType]  (checked above)
@@ -146,6 +151,7 @@ def audit(
     option: Options = None,
     box: Box = "0:1",
     classes: Classes = None,
+    outputs: Outputs = None,
     defence: Defence = None,
     limit: Limit = None,
     batch_size: BatchSize = 64,
@@ -182,7 +188,7 @@ def audit(
     _run(
         AuditSpec(
             model=model,
-            reading=_reading(box, classes),
+            reading=_reading(box, classes, outputs),
             data=data,
             patients=patients,
             threat=threat,
@@ -220,6 +226,7 @@ def attack(
     option: Options = None,
     box: Box = "0:1",
     classes: Classes = None,
+    outputs: Outputs = None,
     defence: Defence = None,
     limit: Limit = None,
     batch_size: BatchSize = 64,
@@ -234,7 +241,7 @@ def attack(
     _run(
         AttackSpec(
             model=model,
-            reading=_reading(box, classes),
+            reading=_reading(box, classes, outputs),
             data=data,
             patients=patients,
             threat=threat,
@@ -270,6 +277,7 @@ def certify(
     attack_draws: Annotated[int, typer.Option("--attack-draws", min=1, help="Draws of noise the attack averages")] = 16,
     box: Box = "0:1",
     classes: Classes = None,
+    outputs: Outputs = None,
     defence: Defence = None,
     limit: Limit = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Noisy images per forward pass")] = 256,
@@ -282,7 +290,7 @@ def certify(
     _run(
         CertifySpec(
             model=model,
-            reading=_reading(box, classes),
+            reading=_reading(box, classes, outputs),
             data=data,
             sigma=sigma,
             samples=samples,
@@ -371,6 +379,7 @@ def explain(
     ] = None,
     box: Box = "0:1",
     classes: Classes = None,
+    outputs: Outputs = None,
     defence: Defence = None,
     batch_size: BatchSize = 64,
     seed: Seed = 0,
@@ -383,7 +392,7 @@ def explain(
     _run(
         ExplainSpec(
             models=tuple(model),
-            reading=_reading(box, classes),
+            reading=_reading(box, classes, outputs),
             data=data,
             image=image,
             label=label,
@@ -409,12 +418,13 @@ def inspect(
     data: Annotated[str | None, typer.Option("--data", help="Images to check it on; noise without")] = None,
     box: Box = "0:1",
     classes: Classes = None,
+    outputs: Outputs = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
 ) -> None:
     """Look at a model before an audit: input, classes, layers, normalisation, outputs, gradients, one prediction."""
     from rempart.inspection import described, inspect_model
 
-    found = inspect_model(model, _reading(box, classes), data)
+    found = inspect_model(model, _reading(box, classes, outputs), data)
     _say(found.model_dump_json(indent=1) if as_json else described(found))
 
 
@@ -476,6 +486,7 @@ def evaluate(
     limit: Limit = None,
     box: Box = "0:1",
     classes: Classes = None,
+    outputs: Outputs = None,
     defence: Defence = None,
     adaptive: Annotated[bool, typer.Option(help="Also attack by an attacker who knows the detector")] = True,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of that attacker, for each class aimed at")] = 100,
@@ -490,7 +501,7 @@ def evaluate(
     _run(
         DetectSpec(
             model=model,
-            reading=_reading(box, classes),
+            reading=_reading(box, classes, outputs),
             data=data,
             defences=_defences(defence),
             detectors=_detectors(detector),
@@ -517,6 +528,7 @@ def score(
     out: Annotated[Path, typer.Option("--out", help="CSV file: number, score, threshold and verdict of each image")],
     box: Box = "0:1",
     classes: Classes = None,
+    outputs: Outputs = None,
     defence: Defence = None,
     limit: Limit = None,
     batch_size: BatchSize = 64,
@@ -524,7 +536,7 @@ def score(
     """Score images with a fitted detector; larger = more suspicious, and flagged above its threshold."""
     from rempart.detect.run import score_data
 
-    read: Any = {"reading": _reading(box, classes), "defences": _defences(defence)}
+    read: Any = {"reading": _reading(box, classes, outputs), "defences": _defences(defence)}
     scored, flagged = score_data(detector, model, data, out, **read, limit=limit, batch_size=batch_size)
     print(f"{flagged} of {scored} images flagged\n\n{out}")
 
@@ -549,13 +561,14 @@ def make(
     ] = None,
     box: Box = "0:1",
     classes: Classes = None,
+    outputs: Outputs = None,
     defence: Defence = None,
 ) -> None:
     """Put a model behind defences and under a detector, and keep all of it in one folder."""
     from rempart.guard import guard as make_guard
     from rempart.guard import save_guard
 
-    guarded = make_guard(model, _defences(defence), detector, namer, _reading(box, classes))
+    guarded = make_guard(model, _defences(defence), detector, namer, _reading(box, classes, outputs))
     save_guard(guarded, out)
     card = guarded.detector.card
     assert card.threshold is not None  # `guard` refuses a detector without one
@@ -704,10 +717,11 @@ def _extra_serve() -> "Generator[None]":
         raise SpecError(f"the package {error.name}", got="none", hint="pip install 'rempart[serve]'") from None
 
 
-def _reading(box: str, classes: str | None) -> "Reading":
+def _reading(box: str, classes: str | None, outputs: Literal["logits", "probabilities"] | None) -> "Reading":
     from rempart.report.schema import Reading
 
-    return Reading(box=box, classes=tuple(name.strip() for name in classes.split(",")) if classes else ())
+    names = tuple(name.strip() for name in classes.split(",")) if classes else ()
+    return Reading(box=box, classes=names, outputs=outputs)
 
 
 def _defences(texts: list[str] | None) -> "tuple[DefenceChoice, ...]":

@@ -22,9 +22,12 @@ from torch import Tensor
 from rempart import detect
 from rempart.core import files
 from rempart.core.data import Data, open_data
+from rempart.core.data.samples import in_memory
 from rempart.core.disk import refuse_folder, replace, unread
 from rempart.core.errors import DataError, ModelError, SpecError
 from rempart.core.model import Classifier, frozen, placed
+from rempart.core.recognition import look, recognised
+from rempart.core.repro import seeded
 from rempart.core.types import Images, Labels, Logits, Mask, Scores
 from rempart.detect import Fitted
 from rempart.detect.fitted import CARD
@@ -399,13 +402,17 @@ def _read(guarded: Guarded, images: Sequence[Path]) -> Iterator[_Keyed]:
 
 def _refuse_undeclared(classifier: Classifier) -> None:
     """An audit finds out what a network returns that does not say so; what says so is needed here."""
+    if classifier.output is not None:
+        return
     x = torch.rand((8, *classifier.shape), generator=torch.Generator().manual_seed(0))
-    x = placed(classifier, x * (classifier.high - classifier.low) + classifier.low)
-    with frozen(classifier), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        z = classifier(x)
-    if classifier.output == "logits" and bool(((z >= 0) & (z <= 1)).all()):
-        hint = "return rempart.Classifier(..., output='probabilities') or 'sigmoids' from a python: function"
-        raise ModelError("logits, or a model that says what it returns", got="numbers in [0, 1]", hint=hint)
+    x = x * (classifier.high - classifier.low) + classifier.low
+    noise = in_memory("noise", x, torch.zeros(8, dtype=torch.int64), classifier.class_names)
+    with frozen(classifier), seeded(0, torch.device("cpu")):
+        read, _ = recognised(classifier, placed(classifier, x), look(classifier, noise))
+    if read is not classifier:
+        hint = "state it: --outputs probabilities, or output='probabilities' or 'sigmoids' where a python: function "
+        hint += "returns a Classifier"
+        raise ModelError("logits, or a model that says what it returns", got=read.output, hint=hint)
 
 
 @contextmanager

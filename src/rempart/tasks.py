@@ -30,7 +30,6 @@ from rempart.audit import (
     numbers,
     preflight,
 )
-from rempart.audit.pieces import seeded
 from rempart.certify import (
     Attacked,
     Certificates,
@@ -50,7 +49,7 @@ from rempart.core.events import Notify, silent
 from rempart.core.foreign import contained
 from rempart.core.model import Classifier, class_number, frozen, placed
 from rempart.core.ranks import ALONE, Ranks, launched, ranks
-from rempart.core.repro import environment
+from rempart.core.repro import environment, seeded
 from rempart.core.stats import Rate, wilson
 from rempart.core.threat import Norm
 from rempart.detect import detectors

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from rempart.attacks.catalogue import Attack, Traits, attacks
 from rempart.attacks.losses import lead, mean_logits, reached
 from rempart.core.data import Batch, Data
+from rempart.core.data.samples import spread
 from rempart.core.errors import AttackError, DataError, ModelError, ThreatError
 from rempart.core.events import Event, Notify, silent
 from rempart.core.model import Classifier, Meter, accelerated, blind, class_number, frozen, metered, placed
+from rempart.core.randomness import repeated
 from rempart.core.registry import Entry
 from rempart.core.repro import Draws
 from rempart.core.similarity import psnr, ssim
@@ -27,6 +29,7 @@ TargetRule = Callable[[Tensor, Labels], Labels]
 V = TypeVar("V", bound="Verdict")
 PASSES = 16
 """Passes whose mean logits judge an image, where the model is random."""
+_SHOWN = 6  # images by which it is decided how a model is asked
 _JUDGED = 512  # images judged in one forward pass: joint attacks bring all of them at once
 
 
@@ -116,23 +119,20 @@ class Prepared:
 
 
 @contextmanager
-def prepared(model: Classifier, images: Images, search: Classifier | None = None) -> Generator[Prepared]:
+def prepared(
+    model: Classifier, images: Images, search: Classifier | None = None, random: bool | None = None
+) -> Generator[Prepared]:
     """Freeze a classifier for attacks on such images, or on `search` in its place, and put it back as it was."""
     with frozen(model), frozen(search or model):
         fast = accelerated(model, images) if search is None else search
-        passes = PASSES if varies(model, images[:6]) else 1
+        passes = PASSES if (varies(model, images) if random is None else random) else 1
         with metered(fast) as meter:
             yield Prepared(fast, model, meter, passes)
 
 
 def varies(model: Classifier, images: Images) -> bool:
-    """Whether two passes over the same images differ by more than rounding."""
-    if len(images) == 0:
-        return False
-    x = placed(model, images)
-    with torch.no_grad():
-        first, second = model(x), model(x)
-    return bool(((first - second).abs() > 1e-4 * first.abs().amax().clamp_min(1)).any())
+    """Whether repeated passes over the same images differ by more than rounding."""
+    return len(images) > 0 and repeated(model, placed(model, images), few=2).random
 
 
 def attack_batch(
@@ -150,6 +150,7 @@ def attack_batch(
     seed: int = 0,
     eight_bit: bool = False,
     similarity: bool = False,
+    random: bool | None = None,
     notify: Notify = silent,
 ) -> Outcome:
     """Attack one batch of images and judge what comes back.
@@ -168,6 +169,7 @@ def attack_batch(
         seed: Seed of every random draw.
         eight_bit: Also judge the images rounded to 8 bit.
         similarity: Also measure how much the adversarial images look like the originals.
+        random: Whether passes over the same images differ; None: repeated passes over some of them show it.
         notify: Receives the attack's events.
 
     Raises:
@@ -181,7 +183,7 @@ def attack_batch(
     allowed(job.entry, search or model)
     index = torch.arange(len(x)) if index is None else index
     check_images(model, x, y)
-    with prepared(model, x, search) as ready:
+    with prepared(model, x[spread(len(x))[:_SHOWN]], search, random) as ready:
         return _attack(ready, job, Batch(index, x, y, mask), notify)
 
 
@@ -199,6 +201,7 @@ def attack_data(
     eight_bit: bool = False,
     right: bool = False,
     similarity: bool = False,
+    random: bool | None = None,
     notify: Notify = silent,
 ) -> Outcome:
     """Attack a whole data set in batches; the result is keyed by sample and independent of the batch size.
@@ -222,7 +225,8 @@ def attack_data(
         note = f"{job.entry.name} {threat}"
         notify(Event(stage=job.entry.name, done=done, total=len(data), values=values, note=note))
 
-    with prepared(model, data.batch(torch.arange(min(len(data), 6))).x, search) as ready:
+    shown = data.batch(spread(len(data))[:_SHOWN]).x
+    with prepared(model, shown, search, random) as ready:
         for batch in data.batches(max(1, len(data)) if job.entry.traits.joint else batch_size):
             part = _attack(ready, job, batch, report)
             parts.append(part)

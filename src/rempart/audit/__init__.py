@@ -20,7 +20,7 @@ from rempart.audit.classes import PAIRS, aimed, aiming_attack, by_class, reached
 from rempart.audit.curves import from_distances, sweep
 from rempart.audit.examples import examples
 from rempart.audit.groups import by_group, numbers
-from rempart.audit.pieces import Pieces, Planned, attack_chunk, chunks, kept_in, seeded, stored
+from rempart.audit.pieces import Pieces, Planned, attack_chunk, chunks, kept_in, stored
 from rempart.audit.preflight import is_random, preflight
 from rempart.audit.risk import read_costs, risk
 from rempart.core.data import Data
@@ -28,7 +28,7 @@ from rempart.core.errors import Cancelled, SpecError
 from rempart.core.events import Notify, named, silent
 from rempart.core.model import Classifier, blind
 from rempart.core.ranks import ALONE, Ranks
-from rempart.core.repro import environment
+from rempart.core.repro import environment, seeded
 from rempart.core.stats import Rate, median_interval, wilson
 from rempart.core.threat import Threat
 from rempart.core.types import Mask
@@ -117,7 +117,8 @@ def audit(
     device = next(model.parameters(), torch.zeros(())).device
     with seeded(spec.seed, device):
         model, checks = preflight(model, data)
-    if is_random(checks):
+    random = is_random(checks)
+    if random:
         planned, notes = plan(spec, threat, model.num_classes, random=True, **known)
     swept = bool(spec.sweep and threat.eps and sighted)
     described, record = DataCard.of(data), environment()
@@ -131,7 +132,7 @@ def audit(
     complete = False
     try:
         for number in range(ranks.number, len(parts), ranks.world):
-            attack_chunk(model, parts[number], number, planned, threat, spec, done, folder, notify)
+            attack_chunk(model, parts[number], number, planned, threat, spec, done, folder, notify, random=random)
         mine = [pieces.pack(*place, piece) for place, piece in done.items()] if ranks.world > 1 else []
         everything = ranks.gather(mine)
         if everything is None:
@@ -141,7 +142,7 @@ def audit(
         with seeded(spec.seed, device):
             if swept:
                 told = named("eps sweep", notify)
-                eot = EOT if is_random(checks) else 1
+                eot = EOT if random else 1
                 curves.append(
                     sweep(model, data, threat, eot=eot, batch_size=spec.batch_size, seed=spec.seed, notify=told)
                 )
@@ -153,6 +154,7 @@ def audit(
                     threat,
                     {label: verdict for label, verdict in joined.items() if verdict is not None},
                     thorough=spec.suite in _THOROUGH,
+                    random=random,
                     batch_size=spec.batch_size,
                     seed=spec.seed,
                     notify=notify,

@@ -16,6 +16,7 @@ from rempart.attacks.losses import LossName, climb_direction, lead, reached, sco
 from rempart.attacks.run import join
 from rempart.audit import remedies
 from rempart.core.data import Data
+from rempart.core.data.samples import spread
 from rempart.core.errors import Cancelled
 from rempart.core.events import Event, Notify, named, silent
 from rempart.core.model import Classifier, blind, frozen, placed
@@ -53,15 +54,16 @@ def diagnose(
     verdicts: Mapping[str, Verdict],
     *,
     thorough: bool,
+    random: bool = False,
     batch_size: int = 64,
     seed: int = 0,
     notify: Notify = silent,
 ) -> Diagnosis:
     """Look for signs that the attacks of an audit failed, and where there are any, try what should help.
 
-    Works on the first 64 samples (thorough: 200) that the model gets right. A check is `warned` when it finds its
-    sign, and `failed` when a probe or a remedy breaks 3 % of them more than the attacks of the audit did (at least
-    two), or when there are no gradients at all.
+    Works on 64 samples (thorough: 200) that the model gets right and that lie evenly over the data. A check is `warned`
+    when it finds its sign, and `failed` when a probe or a remedy breaks 3 % of them more than the attacks of the audit
+    did (at least two), or when there are no gradients at all.
 
     Args:
         model: The classifier as it was attacked, preflight behind it; it is left as it was.
@@ -69,6 +71,7 @@ def diagnose(
         threat: The threat of the audit. Without a budget, checks that need one are skipped.
         verdicts: What the attacks of the audit did, each to all samples or to some. Without any, pgd stands for them.
         thorough: Also run the probes that cost as much as an attack.
+        random: Whether `preflight` found the model to be random.
         batch_size: Images per pass.
         seed: Seed of every random draw.
         notify: Receives progress.
@@ -81,7 +84,7 @@ def diagnose(
     rules = [rule for rule in RULES if thorough or not rule.thorough]
     checks: list[Check] = []
     with frozen(model):
-        bench = _bench(model, data, threat, verdicts, _THOROUGH if thorough else _CHEAP, batch_size, seed)
+        bench = _bench(model, data, threat, verdicts, _THOROUGH if thorough else _CHEAP, batch_size, seed, random)
         for done, rule in enumerate(rules):
             notify(Event(stage="checks", done=done, total=len(rules), note=rule.name))
             if bench is None:
@@ -210,12 +213,13 @@ def _bench(
     limit: int,
     batch_size: int,
     seed: int,
+    random: bool,
 ) -> _Bench | None:
     kept: list[Tensor] = []
     images: list[Images] = []
     logits: list[Logits] = []
-    start = 0
-    for batch in data.batches(batch_size):
+    start, order = 0, spread(len(data))  # so that the first few of them, too, are images of all kinds
+    for batch in data.take(order).batches(batch_size):
         x = placed(model, batch.x)
         with torch.no_grad():
             z = model(x)
@@ -226,12 +230,12 @@ def _bench(
         start += len(batch.y)
         if sum(map(len, kept)) == limit:
             break
-    some = data.take(torch.cat(kept)) if kept else data
+    some = data.take(order[torch.cat(kept)]) if kept else data
     if not kept or len(some) == 0:
         return None
     x, y, z = torch.cat(images), some.labels.to(logits[0].device), torch.cat(logits)
     evidence = _repeats(model, x, y, z, batch_size)
-    random = evidence["largest difference"] > 1e-4
+    random = random or evidence["largest difference"] > 1e-4
     bench = _Bench(
         model, some, x, y, z, threat, verdicts, torch.ones(len(some), dtype=torch.bool), random, evidence,
         batch_size, seed,
@@ -299,6 +303,7 @@ def _attack(
         batch_size=bench.batch_size,
         search=search,
         seed=bench.seed if seed is None else seed,
+        random=bench.random,
         notify=bench.notify,
     )
 

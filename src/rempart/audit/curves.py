@@ -42,12 +42,12 @@ def sweep(
 ) -> Curve:
     """Attack with pgd (20 steps on each of two losses) at growing budgets, on up to 200 samples.
 
-    Each gradient is the mean over `eot` passes, for random models.
+    They lie evenly over the data. Each gradient is the mean over `eot` passes, for random models.
 
     A sample broken at one budget stays broken at the larger ones, where its image is feasible too; only the others are
     attacked again.
     """
-    data = data.head(_SWEEP_SAMPLES)
+    data = data.spread(_SWEEP_SAMPLES)
     limit = threat.high - threat.low if threat.norm == "linf" else np.inf
     grid = sorted({min(multiple * threat.budget, limit) for multiple in _MULTIPLES})
     standing = torch.ones(len(data), dtype=torch.bool)
@@ -65,6 +65,7 @@ def sweep(
                 {"steps": 20, "loss": loss, "eot": eot, "early_stop": True},
                 batch_size=batch_size,
                 seed=seed,
+                random=eot > 1,
                 notify=notify,
             )
             if len(at) == len(data):

@@ -4,8 +4,7 @@ import io
 import itertools
 import json
 import math
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from hashlib import sha256
 from pathlib import Path
@@ -23,7 +22,7 @@ from rempart.core.disk import replace
 from rempart.core.events import Event, Notify
 from rempart.core.identity import agree, answers, code_of
 from rempart.core.model import Classifier
-from rempart.core.repro import digest_state
+from rempart.core.repro import digest_state, seeded
 from rempart.core.threat import Threat
 from rempart.core.types import Images, Mask
 from rempart.report.schema import AuditSpec
@@ -90,8 +89,13 @@ def attack_chunk(
     done: Pieces,
     folder: Path | None,
     notify: Notify,
+    *,
+    random: bool = False,
 ) -> None:
-    """Run what is not done yet of the planned attacks on one chunk; each piece joins `done` and the folder at once."""
+    """Run what is not done yet of the planned attacks on one chunk; each piece joins `done` and the folder at once.
+
+    Where the model is `random`, images are judged by mean logits.
+    """
     standing = torch.ones(len(part), dtype=torch.bool)
     note = f"{threat}, samples {int(part.index[0])} to {int(part.index[-1])}"
     for at, attack in enumerate(planned):
@@ -101,7 +105,7 @@ def attack_chunk(
         if (number, attack.label) not in done:
             told = _annotated(attack.label, note, notify)
             right = attack.survivors and at > 0  # what an attack left standing was right at first
-            piece = _attack(model, part.take(given), attack, threat, spec, right, told)
+            piece = _attack(model, part.take(given), attack, threat, spec, right, random, told)
             if folder is not None:
                 replace(folder / f"{number}-{attack.label}.npz".replace(" ", "_"), pack(number, attack.label, piece))
             done[number, attack.label] = piece
@@ -132,7 +136,7 @@ def kept_in(
 ) -> Path:
     """The folder for the pieces of an audit: the one whose pieces depend on the very same things, or a new one.
 
-    Its name is a digest of them. What the model answers to the first images is kept in the folder and compared within
+    Its name is a digest of them. What the model answers to some images is kept in the folder and compared within
     rounding, which differs between machines and may depend on the number of threads.
     """
     depends = {
@@ -145,7 +149,8 @@ def kept_in(
         "data": [data.digest, data.class_names, data.labels.tolist()],
     }
     name = sha256(json.dumps(depends, sort_keys=True, default=repr).encode()).hexdigest()[:16]
-    said = list(answers(model, data.head(_PROBED).batch(torch.arange(min(len(data), _PROBED))).x))
+    some = data.spread(_PROBED)
+    said = list(answers(model, some.batch(torch.arange(len(some))).x))
     for number in itertools.count(1):
         place = folder / (name if number == 1 else f"{name}-{number}")
         known = _known(place / _ANSWERS)
@@ -171,20 +176,19 @@ def _known(path: Path) -> list[float] | None:
         return [math.nan]
 
 
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Generator[None]:
-    """Torch's own random numbers from this seed, for models that draw some; as before afterwards."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
 def _annotated(stage: str, note: str, notify: Notify) -> Notify:
     return lambda event: notify(Event(stage=stage, done=event.done, total=event.total, values=event.values, note=note))
 
 
 def _attack(
-    model: Classifier, data: Data, attack: Planned, threat: Threat, spec: AuditSpec, right: bool, notify: Notify
+    model: Classifier,
+    data: Data,
+    attack: Planned,
+    threat: Threat,
+    spec: AuditSpec,
+    right: bool,
+    random: bool,
+    notify: Notify,
 ) -> Piece:
     nothing = torch.empty(0, dtype=torch.int64), torch.empty(0, *data.shape)
     if len(data) == 0:
@@ -202,6 +206,7 @@ def _attack(
             eight_bit=spec.eight_bit,
             right=right,
             similarity=True,
+            random=random,
             notify=notify,
         )
     return Piece(outcome.verdict, *_pictures(outcome, data.labels))

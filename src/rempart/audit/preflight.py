@@ -1,59 +1,65 @@
 """Checks before any attack: what would make every figure after it meaningless."""
 
-import copy
 from collections import Counter
 from collections.abc import Iterable
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rempart.attacks.losses import climb_direction, lead, score
 from rempart.attacks.run import PASSES, check_images
 from rempart.core import files
 from rempart.core.data import Data
 from rempart.core.errors import DataError, ModelError, RempartError
-from rempart.core.model import Classifier, Output, blind, check_layers, check_steady, frozen
+from rempart.core.model import Classifier, blind, check_layers, check_steady, frozen
 from rempart.core.names import respelt, some
+from rempart.core.randomness import Repeats, alike, repeated
+from rempart.core.recognition import Seen, look, recognised
+from rempart.core.repro import seeded
 from rempart.core.types import Images, Labels, Logits
 from rempart.report.schema import Check
 
 _SAMPLES = 64
+_FEW = 8  # images that are shown to the network again and again
+_REPEATS = 64  # passes over images alone and in batches, where the draws of a network depend on the batch
+_STRANGE = 8.0  # standard errors between their means that chance does not explain
 _DETERMINISM = "determinism"
 _SATURATED = 16.6
 """From this margin on 1 - softmax is 0 in float32, and with it half of the gradient of cross-entropy."""
 
 
 def preflight(model: Classifier, data: Data) -> tuple[Classifier, tuple[Check, ...]]:
-    """Check model and data on up to 64 samples; return the model to audit, mended where that is possible.
+    """Check model and data; return the model to audit, mended where that is possible.
 
-    Each check passes, is repaired with a visible note, warns, or stops the audit.
+    All images are shown to the network once: their pixels, and what it returns for them. What costs more is checked on
+    up to 64 that lie evenly over the data. Each check passes, is repaired with a visible note, warns, or stops the
+    audit.
 
     Raises:
         DataError: If the data do not fit the model.
-        ModelError: If outputs are not finite, depend on batch mates, or give no input gradient (but for a network that
-            is known to run elsewhere, `core.model.blind`: a warning says so).
+        ModelError: If outputs are not finite, could be logits as well as probabilities, depend on batch mates, or give
+            no input gradient (but for a network that is known to run elsewhere, `core.model.blind`: a warning says so).
     """
     check_layers(model)
     checks = [_classes(model, data), *_files(data)]
-    batch = next(iter(data.head(_SAMPLES).batches(_SAMPLES)))
+    part = data.spread(_SAMPLES)
+    batch = part.batch(torch.arange(len(part)))
     where = next(model.parameters(), batch.x)
     if where.is_floating_point() and where.dtype not in (torch.float32, torch.float64):
         hint = "call model.float() first: budgets of a few levels drown in the rounding of half precision"
         raise ModelError("weights in float32 or float64", got=str(where.dtype), hint=hint)
-    x, y = batch.x.to(where.device, where.dtype if where.is_floating_point() else None), batch.y.to(where.device)
-    check_images(model, x, y)
-    checks += [_range(model, x), _mode(model)]
     with frozen(model):
-        with torch.no_grad():
-            raw = model.raw(x)
-        _finite(raw)
-        mended, check = _outputs(model, raw, x)
-        checks.append(check)
+        seen = look(model, data, lambda batch: check_images(model, batch.x, batch.y))
+    checks += [_range(model, batch.x, seen), _mode(model)]
+    x, y = batch.x.to(where.device, where.dtype if where.is_floating_point() else None), batch.y.to(where.device)
+    with frozen(model):
+        mended, message = recognised(model, x, seen)
+    checks.append(Check(name="logits", status="passed" if mended is model else "repaired", message=message))
     check_steady(mended, x[:2])
     with frozen(mended), torch.no_grad():
-        z = mended(x)
-        checks += [_determinism(mended, x, z), _independence(mended, x, z), _scale(z)]
+        repeats = repeated(mended, x, few=_FEW)
+        checks += [_determinism(mended, x, repeats), _independence(mended, x, random=repeats.random), _scale(mended(x))]
     with frozen(mended):
         checks.append(_gradients(mended, x, y))
     return mended, tuple(checks)
@@ -114,13 +120,13 @@ def _files(data: Data) -> tuple[Check, ...]:
     return (Check(name="files", status="passed", message=message),)
 
 
-def _range(model: Classifier, x: Images) -> Check:
-    low, high = float(x.min()), float(x.max())
-    evidence = {"lowest": low, "highest": high}
-    if high - low < (model.high - model.low) / 50:
+def _range(model: Classifier, x: Images, seen: Seen) -> Check:
+    evidence = {"lowest": seen.darkest, "highest": seen.brightest}
+    if seen.brightest - seen.darkest < (model.high - model.low) / 50:
         message = "The pixels use less than 2 % of the box: were they divided by 255 twice?"
         return Check(name="pixel range", status="warned", message=message, evidence=evidence)
-    message = f"{str(x.dtype).removeprefix('torch.')} pixels in [{low:.3g}, {high:.3g}], inside the box."
+    kind, span = str(x.dtype).removeprefix("torch."), f"[{seen.darkest:.3g}, {seen.brightest:.3g}]"
+    message = f"{kind} pixels in {span}, inside the box."
     return Check(name="pixel range", status="passed", message=message, evidence=evidence)
 
 
@@ -132,83 +138,58 @@ def _mode(model: Classifier) -> Check:
     return Check(name="inference mode", status="passed", message="The model is in inference mode.")
 
 
-def _finite(raw: Tensor) -> None:
-    if not bool(torch.isfinite(raw).all()):
-        share = float((~torch.isfinite(raw)).double().mean())
-        raise ModelError(
-            "finite outputs", got=f"{share:.1%} NaN or infinite", hint="check the weights and the input range"
-        )
+# ---- randomness and batch mates
 
 
-def _outputs(model: Classifier, flat: Tensor, x: Images) -> tuple[Classifier, Check]:
-    """Find probabilities where logits should be, and turn them back into logits."""
-    kind: Output = _kind(flat)
-    if model.output != "logits" and kind not in (model.output, "probabilities"):
-        raise ModelError(
-            f"{model.output}, as the model was declared to return",
-            got=f"outputs in [{float(flat.min()):.3g}, {float(flat.max()):.3g}]",
-            hint="declare output='logits', or nothing",
-        )
-    if kind == "logits":
-        return model, Check(name="logits", status="passed", message="The outputs are logits, not probabilities.")
-    kind = kind if model.output == "logits" else model.output
-    stripped = _without_last_activation(model, x, flat, kind)
-    if stripped is not None:
-        message = f"The network returned {kind}; its last activation was taken off, so that attacks see logits."
-        return stripped, Check(name="logits", status="repaired", message=message)
-    mended = copy.copy(model)
-    mended.output = kind
-    message = f"The network returned {kind}; their logarithms are used. Where they saturate, gradients are lost."
-    return mended, Check(name="logits", status="repaired", message=message)
-
-
-def _kind(flat: Tensor) -> Output:
-    """What outputs between 0 and 1 must be: probabilities if they sum to 1 or stand alone, else sigmoids."""
-    if bool(((flat < 0) | (flat > 1)).any()) or bool((flat == flat[:1]).all()):
-        return "logits"
-    alone = flat.shape[1] == 1
-    return "probabilities" if alone or bool(((flat.sum(1) - 1).abs() < 1e-3).all()) else "sigmoids"
-
-
-def _without_last_activation(model: Classifier, x: Images, flat: Tensor, kind: Output) -> Classifier | None:
-    """The model with its last softmax or sigmoid taken off, if that reproduces the outputs."""
-    single = flat.shape[1] == 1 or kind == "sigmoids"
-    names = [n for n, module in model.net.named_modules() if isinstance(module, nn.Sigmoid if single else nn.Softmax)]
-    if not names:
-        return None
-    mended = copy.deepcopy(model)
-    mended.output = "logits"
-    if names[-1]:
-        mended.net.set_submodule(names[-1], nn.Identity())
-    else:
-        mended.net = nn.Identity()
-    with torch.no_grad():
-        z = mended.raw(x)
-    again = z.sigmoid() if single else z.softmax(1)
-    return mended if torch.allclose(again, flat, atol=1e-5) else None
-
-
-def _determinism(model: Classifier, x: Images, z: Logits) -> Check:
-    gap = float((model(x) - z).abs().max())
-    evidence = {"largest difference": gap}
-    if gap > 1e-4 * max(1.0, float(z.abs().max())):
+def _determinism(model: Classifier, x: Images, repeats: Repeats) -> Check:
+    evidence = {"largest difference": repeats.gap, "passes": float(repeats.passes)}
+    if repeats.random:
+        replayed = _replays(model, x[:_FEW])
         message = (
-            "Two passes over the same images differ: the model is randomised. "
+            "Passes over the same images differ: the model is randomised. "
             f"One gradient is one draw, and images are judged by their mean logits over {PASSES} passes; "
             "attacks need mean gradients (option eot)."
         )
+        if not replayed:
+            message += (
+                " Passes differ also where the random numbers of torch, numpy and Python start alike: the model draws "
+                "from somewhere else, and this run cannot be repeated exactly."
+            )
+        evidence["replayed"] = float(replayed)
         return Check(name=_DETERMINISM, status="warned", message=message, evidence=evidence)
-    message = "Two passes over the same images agree."
+    message = f"{repeats.passes} passes over the same images agree."
+    if repeats.draws:
+        message += (
+            " The model draws random numbers all the same: a difference that comes in one pass of a hundred would go "
+            f"unseen here with a chance of {0.99 ** (repeats.passes - 1):.0%}."
+        )
     return Check(name=_DETERMINISM, status="passed", message=message, evidence=evidence)
 
 
-def _independence(model: Classifier, x: Images, z: Logits) -> Check:
-    """Compare samples alone and in another order with the same in a batch, beyond what randomness explains."""
-    noise = float((model(x) - z).abs().max())
-    alone = torch.cat([model(x[:1]), model(x[-1:])])
-    turned = (model(x.flip(0)).flip(0) - z).abs().max()
-    gap = float(torch.maximum((alone - z[[0, -1]]).abs().max(), turned))
-    if gap > 1e-3 * max(1.0, float(z.abs().max())) + 3 * noise:
+def _replays(model: Classifier, x: Images) -> bool:
+    """Whether passes that start from the same random state agree."""
+    first = _from_same_state(model, x)
+    return all(alike(first, _from_same_state(model, x)) for _ in range(31))
+
+
+def _from_same_state(model: Classifier, x: Images) -> Logits:
+    with seeded(0, x.device):
+        return model(x)
+
+
+def _independence(model: Classifier, x: Images, *, random: bool) -> Check:
+    """Compare samples alone and in another order with the same in a batch, all from the same random state.
+
+    Draws may depend on the size of a batch: of a model that is random, means are then compared, beyond what chance
+    explains.
+    """
+    at = sorted({0, len(x) // 3, 2 * len(x) // 3, len(x) - 1})
+    whole = _from_same_state(model, x)
+    alone = torch.cat([_from_same_state(model, x[k : k + 1]) for k in at])
+    turned = (_from_same_state(model, x.flip(0)).flip(0) - whole).abs().max()
+    gap = float(torch.maximum((alone - whole[at]).abs().max(), turned))
+    slack = 1e-3 * max(1.0, float(whole.abs().max()))
+    if gap > slack and not (random and _by_chance(model, x[:_FEW], slack)):
         raise ModelError(
             "logits that do not depend on the other images of the batch",
             got=f"a difference of {gap:.3g}",
@@ -216,7 +197,24 @@ def _independence(model: Classifier, x: Images, z: Logits) -> Check:
             "does so too (it scales a batch by its largest value): audit the network in floating point",
         )
     message = "A sample alone and in a batch gets the same logits."
+    if gap > slack:
+        message = f"A sample alone and in a batch gets the same logits on average, over {_REPEATS} passes each."
     return Check(name="batch independence", status="passed", message=message, evidence={"largest difference": gap})
+
+
+def _by_chance(model: Classifier, x: Images, slack: float) -> bool:
+    """Whether images alone, in a batch and in another order have the same mean logits, as far as chance allows."""
+    ways = (lambda: model(x), lambda: model(x.flip(0)).flip(0), lambda: torch.cat([model(one) for one in x.split(1)]))
+    means, variances = zip(*(_moments(torch.stack([way() for _ in range(_REPEATS)])) for way in ways), strict=True)
+    for mean, variance in zip(means[1:], variances[1:], strict=True):
+        error = ((variances[0] + variance) / _REPEATS).sqrt()
+        if bool(((mean - means[0]).abs() > slack + _STRANGE * error).any()):
+            return False
+    return True
+
+
+def _moments(z: Tensor) -> tuple[Tensor, Tensor]:
+    return z.double().mean(0), z.double().var(0)
 
 
 def _scale(z: Logits) -> Check:

@@ -20,6 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from rempart.core.errors import ModelError, RempartError
 from rempart.core.foreign import contained
 from rempart.core.names import Numbers, find
+from rempart.core.outputs import tracked
 from rempart.core.types import Images, Logits
 
 Output = Literal["logits", "probabilities", "sigmoids"]
@@ -51,7 +52,8 @@ class Classifier(nn.Module):
     """Images in the box in, logits out, whatever the network inside returns.
 
     One logit s (or one probability) becomes the two logits (0, s), whose softmax is the sigmoid of s.
-    Probabilities become their logarithms; sigmoids of each class on its own, the logits they were made of.
+    Probabilities, and sigmoids of each class on its own, become the logits they were made of where a softmax or sigmoid
+    is the last thing that happens to them; otherwise their logarithms, or log-odds, which saturate.
 
     Attributes:
         net: The network, normalisation and preprocessing included.
@@ -60,11 +62,11 @@ class Classifier(nn.Module):
         class_names: One name per class.
         low: Smallest pixel value.
         high: Largest pixel value.
-        output: What `net` returns.
+        output: What `net` returns; None where nobody said, which counts as logits until `audit.preflight` decides.
         notes: What was done to the network where it was loaded, in sentences for reports.
     """
 
-    output: Output
+    output: Output | None
 
     def __init__(
         self,
@@ -75,7 +77,7 @@ class Classifier(nn.Module):
         class_names: Sequence[str] | None = None,
         low: float = 0.0,
         high: float = 1.0,
-        output: Output = "logits",
+        output: Output | None = None,
         notes: Sequence[str] = (),
     ) -> None:
         super().__init__()
@@ -97,12 +99,17 @@ class Classifier(nn.Module):
         Raises:
             ModelError: If the network fails, or does not return one tensor with a row of outputs for each image.
         """
-        z = self.raw(x)
-        if self.output != "logits":
-            tiny = torch.finfo(z.dtype).tiny
-            odds = z.clamp_min(tiny).log()
-            alone = self.output == "sigmoids" or z.shape[1] == 1
-            z = odds - (1 - z).clamp_min(tiny).log() if alone else odds
+        if self.output in (None, "logits"):
+            z = self.raw(x)
+        else:
+            with tracked(len(x)) as found:
+                shares = self.raw(x)
+            z = found.logits(shares, len(x))
+            if z is None:
+                tiny = torch.finfo(shares.dtype).tiny
+                odds = shares.clamp_min(tiny).log()
+                alone = self.output == "sigmoids" or shares.shape[1] == 1
+                z = odds - (1 - shares).clamp_min(tiny).log() if alone else odds
         if z.shape[1] == 1:
             z = torch.cat([torch.zeros_like(z), z], 1)
         if z.shape[1] != self.num_classes:
@@ -404,7 +411,7 @@ def accelerated(model: Classifier, images: Images | None = None) -> Classifier:
 
     Batch norms are folded into the convolution before them, ReLU comes after max pooling, image weights are stored
     channels-last, and convolutions over grey or colour images take their gradient by blocks of pixels; what that brings
-    is measured by benchmarks/attack_loop.py. Logits and gradients of the copy are checked on noise and on the first of
+    is measured by benchmarks/attack_loop.py. Logits and gradients of the copy are checked on noise and on
     `images`, because a model may treat noise otherwise than images. Where the copy cannot be made or differs,
     or where the model has a backward pass of its own, which no copy would keep, the model itself is returned.
     """
@@ -431,10 +438,10 @@ def _agree(model: Classifier, fast: Classifier, images: Images | None) -> bool:
     probe = torch.rand((1, *model.shape), generator=generator) * (model.high - model.low) + model.low
     probe = probe.to(device=weight.device, dtype=weight.dtype)
     if images is not None:
-        middle, some = (model.high + model.low) / 2, images[:2].to(probe)
-        noise = torch.rand(some.shape, generator=generator).to(probe)
-        # moved a little into the box: in flat regions max pooling may send a gradient to any pixel
-        probe = torch.cat([probe, some + 2e-3 * noise * (middle - some)])
+        some = images.to(probe)
+        noise = torch.rand(some.shape, generator=generator).to(probe) * (model.high - model.low) + model.low
+        # moved a little inside the box: in flat regions max pooling may send a gradient to any pixel
+        probe = torch.cat([probe, some + 2e-3 * (noise - some)])
     mix = torch.randn((len(probe), model.num_classes), generator=generator).to(probe)
     with frozen(model):
         expected, slope, own_backward = _pull_back(model, probe, mix)

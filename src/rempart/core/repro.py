@@ -4,9 +4,10 @@ import hashlib
 import io
 import os
 import platform
+import random
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
@@ -88,6 +89,45 @@ def _mix(value: Tensor) -> Tensor:
     for places, factor in _MIX:
         value = (value ^ _shift(value, places)) * factor
     return value ^ _shift(value, 31)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Generator[None]:
+    """The global random numbers of torch, numpy and Python from this seed, for models that draw some.
+
+    All three are as before afterwards. What a model draws from elsewhere (a generator of its own, the operating system,
+    the clock, another process) is not replayed.
+    """
+    with own_random_state([device] if device.type == "cuda" else []):
+        reseed(seed)
+        yield
+
+
+@contextmanager
+def own_random_state(gpus: Sequence[torch.device] = ()) -> Generator[None]:
+    """Put the global random states of torch, numpy and Python back afterwards."""
+    python, arrays = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=gpus):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
+
+
+def reseed(seed: int) -> None:
+    """Start the global random numbers of torch, numpy and Python from this seed."""
+    torch.manual_seed(seed % 2**63)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def random_state(device: torch.device) -> bytes:
+    """The global random states of torch, numpy and Python: what is drawn from one of them changes them."""
+    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+    _, keys, *rest = np.random.get_state()
+    told = [state.numpy().tobytes() for state in states] + [np.asarray(keys).tobytes(), repr(rest).encode()]
+    return hashlib.sha256(b"".join([*told, repr(random.getstate()).encode()])).digest()
 
 
 def digest_arrays(arrays: Iterable[np.ndarray]) -> str:

@@ -1,4 +1,4 @@
-"""What a network takes for images in [0, 1], and what its outputs are called, where the model does not say so."""
+"""What a network takes for images in [0, 1], and what its outputs are, where the model does not say so."""
 
 import math
 import re
@@ -49,14 +49,18 @@ def read_as(model: Classifier, reading: Reading) -> Classifier:
     """The classifier of images in [0, 1] whose network gets them as `reading` says; the network is shared.
 
     Raises:
-        ModelError: If the box is none, does not fit the channels, or the model has a box of its own; or if there are
-            not as many different names as outputs.
+        ModelError: If the box is none, does not fit the channels, or the model has a box of its own; if there are not
+            as many different names as outputs; or if the model says that it returns something else.
     """
     if reading == AS_IT_IS:
         return model
     names = reading.classes or model.class_names
     if len(set(names)) != model.num_classes:
         raise ModelError(f"{model.num_classes} different class names", got=", ".join(names))
+    told = reading.outputs
+    if told and not model.notes and model.output not in (None, told) and "logits" in (told, model.output):
+        hint = "leave it out, or correct output= in the code of the model"
+        raise ModelError(f"--outputs {model.output}, as the model itself says", got=told, hint=hint)
     net, notes = model.net, model.notes
     if reading.box != AS_IT_IS.box:
         if (model.low, model.high) != (0, 1):
@@ -73,7 +77,7 @@ def read_as(model: Classifier, reading: Reading) -> Classifier:
         class_names=names,
         low=model.low,
         high=model.high,
-        output=model.output,
+        output=model.output or told,
         notes=notes,
     )
     read.training = model.training

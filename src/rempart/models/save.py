@@ -31,7 +31,7 @@ class Config(BaseModel):
         class_names: One name per class.
         low: Smallest pixel value.
         high: Largest pixel value.
-        output: What the network returns.
+        output: What the network returns; null where nobody said.
         box: What the network takes for images in the box, as `Reading` has it.
         training: How the weights came about; for people, not needed to load.
     """
@@ -44,7 +44,7 @@ class Config(BaseModel):
     class_names: tuple[str, ...] = Field(min_length=2)
     low: float
     high: float
-    output: Output = "logits"
+    output: Output | None = "logits"
     box: str = UNCHANGED
     training: dict[str, Any] = Field(default_factory=dict)
 

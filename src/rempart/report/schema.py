@@ -52,10 +52,12 @@ class Reading(Strict):
             there are channels, separated by commas; in units of [0, 1]), or `per-image` for (x - mean) / std of each
             image. Budgets stay in units of [0, 1].
         classes: Names of its outputs, in their order.
+        outputs: Whether they are logits or probabilities; None: the network and its outputs show which.
     """
 
     box: str = "0:1"
     classes: tuple[str, ...] = ()
+    outputs: Literal["logits", "probabilities"] | None = None
 
 
 AS_IT_IS = Reading()

@@ -54,6 +54,7 @@ class Upload(Asked):
     name: Annotated[str, Field(max_length=400, description="Name of the file; its ending says what form it has")]
     box: Text = "0:1"
     classes: Annotated[str, Field(max_length=10_000)] = ""
+    outputs: Literal["logits", "probabilities"] | None = None
 
 
 class Page(Asked):
@@ -296,7 +297,8 @@ def models_get(id: str) -> Model:
 def models_add(query_data: Upload) -> Model:
     """Keep a model: its bytes are the body, as application/octet-stream. It is looked at before it is kept."""
     classes = tuple(name.strip() for name in query_data.classes.split(",") if name.strip())
-    return known_model(_received("model", query_data.name, Reading(box=query_data.box, classes=classes)).id)
+    reading = Reading(box=query_data.box, classes=classes, outputs=query_data.outputs)
+    return known_model(_received("model", query_data.name, reading).id)
 
 
 @api.delete("/models/<id>")

@@ -12,9 +12,10 @@ from rempart.attacks.gradient import pgd
 from rempart.core.data import Data
 from rempart.core.errors import DataError, TrainError
 from rempart.core.events import Notify, silent
-from rempart.core.model import Classifier, frozen, metered
+from rempart.core.model import Classifier, frozen, metered, placed
 from rempart.core.ranks import ALONE, Ranks
-from rempart.core.repro import Draws
+from rempart.core.recognition import look, recognised
+from rempart.core.repro import Draws, own_random_state, reseed, seeded
 from rempart.core.threat import Threat
 from rempart.report.schema import Epoch
 from rempart.train.augment import augment
@@ -27,6 +28,8 @@ from rempart.train.setup import Run, setup
 Keep = Callable[[tuple[Epoch, ...], State], None]
 """Called with all epochs finished so far, while the classifier holds the weights measured after the last of them."""
 
+_LOOKED_AT = 512  # images from which it is decided what a network returns, beside its last operations
+_SHOWN = 8
 _PAUSE = 0.4  # seconds between two events
 _RISE = 0.2  # share of a onecycle schedule in which the learning rate grows
 _STEPS = 10  # of the PGD that measures progress
@@ -87,10 +90,12 @@ def train(
                 hint="the data must be of the kind that the model takes",
             )
     learn, validation = learn.load(), None if validation is None else validation.load()
+    if classifier.output is None:
+        settle_outputs(classifier, learn, seed=seed)
     epochs = list(resume[0]) if resume else []
     with ExitStack() as stack:
         stack.enter_context(_handed_back(classifier))
-        stack.enter_context(_own_random_state())
+        stack.enter_context(own_random_state([torch.device("cuda", k) for k in range(torch.cuda.device_count())]))
         stack.enter_context(connected(ranks, device))
         run = setup(classifier, recipe, seed=seed, samples=len(learn), device=device, ranks=ranks, notify=notify)
         if resume:
@@ -116,11 +121,27 @@ def train(
     return tuple(epochs)
 
 
+def settle_outputs(classifier: Classifier, learn: Data, *, seed: int) -> str | None:
+    """Decide whether a network returns logits before a loss is taken of them; return a note where it does not.
+
+    What was decided stays in the classifier, and is saved with it.
+
+    Raises:
+        ModelError: If nobody said what it returns and it cannot be told.
+    """
+    some = learn.spread(_LOOKED_AT)
+    x = placed(classifier, some.batch(torch.arange(min(len(some), _SHOWN))).x)
+    with frozen(classifier), seeded(seed, torch.device("cpu")):
+        read, message = recognised(classifier, x, look(classifier, some))
+    classifier.output = read.output or "logits"
+    return None if read is classifier else message.replace("attacks see logits", "the loss is taken of logits")
+
+
 def fit(run: Run, data: Data, epoch: int, last: Epoch | None = None) -> Epoch:
     """Train for one epoch; `last` is the one before it, as far as progress is told."""
     recipe, objective = run.recipe, run.objective
     draws = Draws(run.seed, data.index, ("train", str(epoch)))
-    torch.manual_seed(((run.seed * 1_000_003 + epoch) * 1009 + run.ranks.number) % 2**63)
+    reseed((run.seed * 1_000_003 + epoch) * 1009 + run.ranks.number)
     order = draws.at("order").uniform(torch.empty(run.samples, 1, dtype=torch.float64)).flatten().argsort(stable=True)
     batches = order.tensor_split(math.ceil(run.samples / recipe.batch_size))
     before, seen, heard = (epoch - 1) * run.samples, 0, time.monotonic()
@@ -331,10 +352,3 @@ def _handed_back(classifier: Classifier) -> Generator[None, None, None]:
     finally:
         classifier.to("cpu").to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
         classifier.eval()
-
-
-@contextmanager
-def _own_random_state() -> Generator[None, None, None]:
-    """Put the global random state, which dropout draws from, back as it was."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        yield

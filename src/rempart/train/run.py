@@ -26,7 +26,7 @@ from rempart.train import checkpoint
 from rempart.train.checkpoint import State
 from rempart.train.config import Recipe, load_recipe
 from rempart.train.log import MLFLOW_RUN, open_logs, write_csv
-from rempart.train.loop import best, collapsed, train
+from rempart.train.loop import best, collapsed, settle_outputs, train
 from rempart.train.objectives.catalogue import objectives
 from rempart.train.setup import uses_gpu
 
@@ -67,6 +67,7 @@ def run_training(spec: TrainSpec, notify: Notify = silent, *, ranks: Ranks = ALO
     request = _request(spec, recipe, learn, code)
     if (finished := _finished(spec, recipe, test_data, code_of([classifier]))) is not None:
         return finished
+    read_as_logits = settle_outputs(classifier, learn, seed=spec.seed)
     resume = _resumed(spec, request)
     if ranks.number == 0:
         claim(out, spec.kind)
@@ -124,7 +125,8 @@ def run_training(spec: TrainSpec, notify: Notify = silent, *, ranks: Ranks = ALO
     if not epochs:
         assert error is not None
         raise error
-    report = _report(spec, recipe, learn, validation, test_data, epochs, error, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    report = _report(spec, recipe, learn, validation, test_data, epochs, error, seconds, read_as_logits)
     try:
         write(report, out)
     except OSError:
@@ -220,7 +222,7 @@ def _network(spec: TrainSpec, learn: Data) -> tuple[Classifier, str, dict[str, o
         return classifier, name, options, spec.reading.box if box == UNCHANGED else box
     assert spec.model is not None
     if spec.reading != AS_IT_IS:
-        raise SpecError("--box and --classes beside --from", got=f"--model {spec.model}")
+        raise SpecError("--box, --classes and --outputs beside --from", got=f"--model {spec.model}")
     if isinstance(learn.class_names, Undecoded):
         hint = "zip the folder again with names in UTF-8, or use the folder itself"
         raise DataError("class names in UTF-8", got=f"another encoding, such as {learn.class_names[0]}", hint=hint)
@@ -306,6 +308,7 @@ def _report(
     epochs: list[Epoch],
     error: Exception | None,
     seconds: float,
+    read_as_logits: str | None,
 ) -> Report:
     model = load(_source(spec))
     if uses_gpu(spec.device):
@@ -313,7 +316,7 @@ def _report(
     stopped = collapsed(recipe, epochs)
     left = recipe.epochs - len(epochs)
     kept = best(epochs)
-    notes: list[str] = []
+    notes: list[str] = [] if read_as_logits is None else [read_as_logits]
     if stopped and kept.robust_accuracy is not None and epochs[-1].robust_accuracy is not None:
         notes.append(
             f"Stopped after epoch {len(epochs)}: the accuracy under attack on the validation images fell from "

@@ -134,6 +134,10 @@ class Data:
             raise DataError("a limit >= 1", got=limit)
         return self if limit is None or limit >= len(self) else self.take(torch.arange(limit))
 
+    def spread(self, limit: int) -> "Data":
+        """Up to `limit` samples that lie evenly over all of them, in order."""
+        return self if limit >= len(self) else self.take(spread(len(self))[:limit].sort().values)
+
     def scaled(self, low: float, high: float) -> "Data":
         """The same images in the box [low, high] of a model, instead of [0, 1]."""
         if (low, high) == (0, 1):
@@ -204,6 +208,15 @@ class Data:
         rows = torch.zeros(int(self.index.max()) + 1, dtype=torch.int64)
         rows[self.index] = torch.arange(len(self))
         return replace(self, read=Memory(images, rows))
+
+
+def spread(count: int) -> Tensor:
+    """All positions of `count` samples in an order of which every beginning lies evenly over them.
+
+    They follow multiples of the golden ratio, so that neither sorted nor periodic data hide a class from the first few.
+    """
+    turn = (torch.arange(count, dtype=torch.float64) * 0.6180339887498949) % 1
+    return turn.argsort().argsort()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -261,14 +261,15 @@ def _units(model: Any) -> int:
     return math.prod(shape)
 
 
-def _without_activation(model: Any, units: int) -> tuple[Output, tuple[str, ...]]:
+def _without_activation(model: Any, units: int) -> tuple[Output | None, tuple[str, ...]]:
     """Take a softmax or sigmoid off the last layer, where that gives the same probabilities; tell what was done."""
     activations = sys.modules[KERAS].activations
     layer = _head(model)
     activation = getattr(layer, "activation", None)
     soft = activation is activations.softmax or type(layer).__name__ == "Softmax"
     if not soft and activation is not activations.sigmoid and type(layer).__name__ != "Sigmoid":
-        return "logits", ()
+        weighted = activation is activations.linear and hasattr(layer, "kernel")
+        return "logits" if weighted else None, ()  # an average of softmaxes may come last, for example
     name = "softmax" if soft else "sigmoid"
     if activation is not None:
         x = torch.rand((4, *model.inputs[0].shape[1:]), generator=torch.Generator().manual_seed(0))

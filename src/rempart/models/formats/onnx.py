@@ -70,6 +70,7 @@ def load_onnx(path: Path) -> Classifier:
         shape=(shape[-1], *shape[:-1]) if last else shape,
         num_classes=classes,
         class_names=_class_names(proto, classes),
+        output=None if activation is None else "logits",
         notes=() if activation is None else (f"The {name} at its end was taken off, so that attacks see logits.",),
     )
 

@@ -59,6 +59,7 @@ def load_python(source: str) -> Classifier:
         config = read_config(Path(folder))
         if config.architecture != source:
             raise ModelError(f"weights of {source}", got=f"{folder} with those of {config.architecture}")
+        classifier.output = config.output or classifier.output
         classifier = read_as(classifier, Reading(box=config.box, classes=config.class_names))
         fill(classifier, Path(folder) / WEIGHTS)
     return classifier

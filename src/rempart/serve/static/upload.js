@@ -37,7 +37,7 @@ for (const form of document.querySelectorAll("form[data-upload]")) {
       return;
     }
     const query = new URLSearchParams({ name: file.name });
-    for (const field of form.querySelectorAll("input[name]")) if (field.value.trim()) query.set(field.name, field.value.trim());
+    for (const field of form.querySelectorAll("input[name], select[name]")) if (field.value.trim()) query.set(field.name, field.value.trim());
     const bar = h("progress", { max: 1, value: 0, "aria-label": t("Upload") });
     const text = h("p", { class: "soft" }, t("Sending {name}", { name: file.name }));
     place.replaceChildren(bar, text);
