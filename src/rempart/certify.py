@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from scipy.stats import binom
 from torch import Tensor, nn
 
 from rempart.attacks.run import attack_data, check_images
-from rempart.core.data import Batch, Data
+from rempart.core import given
+from rempart.core.data import Data
 from rempart.core.data.samples import spread
 from rempart.core.errors import DataError, ModelError, SpecError
 from rempart.core.events import Event, Notify, silent
@@ -199,8 +201,8 @@ def certify_groups(
             at = done + int(part * count)
             notify(Event(stage="certify", done=at, total=len(data), values={**values, "batch": part}))
 
-        check_images(model, batch.x, batch.y)
-        x, y = _placed(model, batch)
+        x, y = check_images(model, batch.x, batch.y)
+        x, y = _placed(model, x, y)
         with frozen(model):
             correct = _finite(_logits(model, x)).argmax(1) == y
             chosen = _votes(model, x, batch.index, sigma, sampling.selection, "select", size, seed).argmax(1)
@@ -227,12 +229,12 @@ def certify_groups(
 
 def predict(
     model: Classifier,
-    x: Images,
+    x: Images | ArrayLike,
     *,
     sigma: float,
     samples: int = _JUDGED,
     alpha: float = 1e-3,
-    index: Tensor | None = None,
+    index: Tensor | ArrayLike | None = None,
     batch_size: int = 256,
     seed: int = 0,
     notify: Notify = silent,
@@ -255,12 +257,14 @@ def predict(
 
     Raises:
         SpecError: If a number is out of its range.
+        DataError: If the images do not fit the model.
 
     Source:
         Cohen, Rosenfeld, Kolter 2019, arXiv:1902.02918, section 3.2.1, PREDICT; the test as in Hung & Fithian 2019.
     """
     _check_noise(sigma, samples, alpha, batch_size)
-    index = torch.arange(len(x)) if index is None else index
+    x = given.images(model, x)
+    index = given.numbers(index, len(x))
     where = next(model.parameters(), x)
     with frozen(model):
         counts = _votes(model, x.to(where), index, sigma, samples, "predict", batch_size, seed, notify)
@@ -499,9 +503,9 @@ def _finite(z: Logits) -> Logits:
     return z
 
 
-def _placed(model: Classifier, batch: Batch) -> tuple[Images, Labels]:
-    where = next(model.parameters(), batch.x)
-    return batch.x.to(where), batch.y.to(where.device)
+def _placed(model: Classifier, x: Images, y: Labels) -> tuple[Images, Labels]:
+    where = next(model.parameters(), x)
+    return x.to(where), y.to(where.device)
 
 
 class _Smoothed(nn.Module):

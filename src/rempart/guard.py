@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from rempart import detect
-from rempart.core import files
+from rempart.core import files, given
 from rempart.core.data import Data, open_data
 from rempart.core.data.samples import in_memory
 from rempart.core.disk import refuse_folder, replace, unread
@@ -28,6 +28,7 @@ from rempart.core.errors import DataError, ModelError, SpecError
 from rempart.core.model import Classifier, frozen, placed
 from rempart.core.recognition import look, recognised
 from rempart.core.repro import seeded
+from rempart.core.threat import rounding
 from rempart.core.types import Images, Labels, Logits, Mask, Scores
 from rempart.detect import Fitted
 from rempart.detect.fitted import CARD
@@ -190,42 +191,30 @@ class Guarded:
 
     def _checked(self, images: "Tensor | np.ndarray[Any, Any]") -> Images:
         """A batch of float32 images in the box."""
-        try:
-            x = torch.as_tensor(np.ascontiguousarray(images) if isinstance(images, np.ndarray) else images)
-        except (TypeError, ValueError, RuntimeError):
-            came = f"an array of {images.dtype}" if isinstance(images, np.ndarray) else type(images).__name__
-            raise DataError("images as a tensor or an array of numbers", got=came) from None
+        x = given.tensor(images, "images")
         shape, low, high = self.classifier.shape, self.classifier.low, self.classifier.high
         came, x = tuple(x.shape), x[None] if x.ndim == len(shape) else x
         if tuple(x.shape[1:]) != shape:
-            raise DataError(f"an image of shape {shape}, or a batch of them", got=came, hint=_mend(came, shape))
+            raise DataError(
+                f"an image of shape {shape}, or a batch of them",
+                got=came,
+                hint=given.channels_first(came, shape) or "resize images as those of the training were",
+            )
         if not len(x):
             raise DataError("one image or more", got=f"an empty batch, {came}")
         if x.dtype == torch.uint8:
             return files.unit(x) * (high - low) + low
         if not x.is_floating_point():
             raise DataError("uint8, or floating-point pixels", got=x.dtype)
-        x = x.detach().float()
+        x = x.float()
         if not bool(x.isfinite().all()):
             raise DataError("finite pixels", got="NaN or infinity")
         least, most = x.aminmax()
-        slack = 1e-6 * (high - low)  # a box that float32 does not hold exactly
+        slack = rounding(low, high)
         if least < low - slack or most > high + slack:
             hint = "give bytes as uint8" if most > 1.5 else ""
             raise DataError(f"pixels in [{low:g}, {high:g}]", got=f"[{least:g}, {most:g}]", hint=hint)
         return x
-
-
-def _mend(came: tuple[int, ...], shape: tuple[int, ...]) -> str:
-    """What to do to an array of another shape."""
-    channels, *space = shape
-    if space and channels == 1 and came[-len(space) :] == tuple(space) and len(came) <= len(shape):
-        return f"add the axis of channels: {'images[None]' if len(came) == len(space) else 'images[:, None]'}"
-    if space and came[-len(shape) :] == (*space, channels):
-        return f"put the axis of channels first: np.moveaxis(images, -1, {-len(shape)})"
-    if len(came) not in (len(shape), len(shape) + 1):
-        return f"{len(shape)} axes an image, channels first"
-    return "resize images as those of the training were"
 
 
 def guard(

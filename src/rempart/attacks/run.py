@@ -7,11 +7,13 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
+from numpy.typing import ArrayLike
 from pydantic import BaseModel
 from torch import Tensor, nn
 
 from rempart.attacks.catalogue import Attack, Traits, attacks
 from rempart.attacks.losses import lead, mean_logits, reached
+from rempart.core import given
 from rempart.core.data import Batch, Data
 from rempart.core.data.samples import spread
 from rempart.core.errors import AttackError, DataError, ModelError, ThreatError
@@ -21,7 +23,7 @@ from rempart.core.randomness import repeated
 from rempart.core.registry import Entry
 from rempart.core.repro import Draws
 from rempart.core.similarity import psnr, ssim
-from rempart.core.threat import NORMS, TOLERANCE, Norm, Threat, vector_norm
+from rempart.core.threat import NORMS, Norm, Threat, rounding, vector_norm, wider
 from rempart.core.types import Images, Labels, Mask, Scores
 
 TargetRule = Callable[[Tensor, Labels], Labels]
@@ -123,6 +125,9 @@ def prepared(
     model: Classifier, images: Images, search: Classifier | None = None, random: bool | None = None
 ) -> Generator[Prepared]:
     """Freeze a classifier for attacks on such images, or on `search` in its place, and put it back as it was."""
+    if any(kept.is_inference() for net in (model, search or model) for kept in (*net.parameters(), *net.buffers())):
+        hint = "move load(...) out of `with torch.inference_mode()`; torch.no_grad() is fine"
+        raise ModelError("a model with gradients", got="weights made in torch.inference_mode()", hint=hint)
     with frozen(model), frozen(search or model):
         fast = accelerated(model, images) if search is None else search
         passes = PASSES if (varies(model, images) if random is None else random) else 1
@@ -135,17 +140,18 @@ def varies(model: Classifier, images: Images) -> bool:
     return len(images) > 0 and repeated(model, placed(model, images), few=2).random
 
 
+@torch.inference_mode(mode=False)  # attacks follow gradients wherever they are called from
 def attack_batch(
     model: Classifier,
-    x: Images,
-    y: Labels,
-    threat: Threat,
+    x: Images | ArrayLike,
+    y: Labels | ArrayLike,
+    threat: Threat | str,
     attack: str | Attack,
     options: Mapping[str, Any] | None = None,
     *,
-    index: Tensor | None = None,
-    mask: Tensor | None = None,
-    target: TargetRule | None = None,
+    index: Tensor | ArrayLike | None = None,
+    mask: Tensor | ArrayLike | None = None,
+    target: TargetRule | str | int | None = None,
     search: Classifier | None = None,
     seed: int = 0,
     eight_bit: bool = False,
@@ -157,14 +163,14 @@ def attack_batch(
 
     Args:
         model: The classifier, in any mode; it is left as it was.
-        x: Images in the model's box.
-        y: True classes.
-        threat: What the adversary may do.
+        x: Images in the model's box, floating point; whole bytes where the box is [0, 255]. A tensor or an array.
+        y: True classes: whole numbers of any type, as a row, a column or one-hot rows; booleans for two classes.
+        threat: What the adversary may do; text is read in the model's box.
         attack: A registered name, or a function with the same contract (it is taken to support every norm).
         options: Options of the attack.
         index: Sample numbers: the key of every random draw. Default 0 to n - 1.
         mask: Where pixels may change, boolean, broadcast over channels; the images are attacked one by one then.
-        target: Makes the attack targeted; see `targets`.
+        target: Makes the attack targeted: a rule, or what `targets` reads.
         search: The model attacked in place of `model`, which still judges: one with better gradients, or a surrogate.
         seed: Seed of every random draw.
         eight_bit: Also judge the images rounded to 8 bit.
@@ -181,21 +187,21 @@ def attack_batch(
     job = _job(model, threat, attack, options or {}, target, seed, eight_bit)
     job = replace(job, similarity=similarity)
     allowed(job.entry, search or model)
-    index = torch.arange(len(x)) if index is None else index
-    check_images(model, x, y)
+    x, y = check_images(model, x, y)
     with prepared(model, x[spread(len(x))[:_SHOWN]], search, random) as ready:
-        return _attack(ready, job, Batch(index, x, y, mask), notify)
+        return _attack(ready, job, Batch(given.numbers(index, len(x)), x, y, given.mask(mask, x)), notify)
 
 
+@torch.inference_mode(mode=False)
 def attack_data(
     model: Classifier,
     data: Data,
-    threat: Threat,
+    threat: Threat | str,
     attack: str | Attack,
     options: Mapping[str, Any] | None = None,
     *,
     batch_size: int = 64,
-    target: TargetRule | None = None,
+    target: TargetRule | str | int | None = None,
     search: Classifier | None = None,
     seed: int = 0,
     eight_bit: bool = False,
@@ -225,8 +231,8 @@ def attack_data(
         note = f"{job.entry.name} {threat}"
         notify(Event(stage=job.entry.name, done=done, total=len(data), values=values, note=note))
 
-    shown = data.batch(spread(len(data))[:_SHOWN]).x
-    with prepared(model, shown, search, random) as ready:
+    shown = data.batch(spread(len(data))[:_SHOWN])
+    with prepared(model, check_images(model, shown.x, shown.y)[0], search, random) as ready:
         for batch in data.batches(max(1, len(data)) if job.entry.traits.joint else batch_size):
             part = _attack(ready, job, batch, report)
             parts.append(part)
@@ -250,8 +256,9 @@ def join(parts: Iterable[V]) -> V:
     return replace(parts[0], **values)
 
 
-def targets(rule: str, model: Classifier) -> TargetRule:
+def targets(rule: str | int, model: Classifier) -> TargetRule:
     """Read a target: `nearest` (the second most likely class), `least-likely`, or a class by name or number."""
+    rule = str(rule)
     if rule == "nearest":
         return lambda z, y: z.scatter(1, y[:, None], -torch.inf).argmax(1)
     if rule == "least-likely":
@@ -264,36 +271,14 @@ def targets(rule: str, model: Classifier) -> TargetRule:
     return lambda z, y: torch.full_like(y, k)
 
 
-def check_images(model: Classifier, x: Images, y: Labels) -> None:
-    """Refuse images and labels that do not fit the model.
+def check_images(model: Classifier, x: Images | ArrayLike, y: Labels | ArrayLike) -> tuple[Images, Labels]:
+    """Images and labels as the package works on them: floating point in the model's box, and int64.
 
     Raises:
-        DataError: On a wrong shape, pixels that are not finite or outside the box, or labels out of range.
+        DataError: On a wrong shape, pixels that are not finite or outside the box, or labels that are not classes.
     """
-    if tuple(x.shape[1:]) != model.shape:
-        raise DataError(
-            f"images of shape {model.shape}",
-            got=tuple(x.shape[1:]),
-            hint=f"folders and zips can be resized: DATA@{model.shape[-1]}x{model.shape[-2]}, DATA@grey or DATA@rgb",
-        )
-    if not x.is_floating_point():
-        raise DataError("floating-point pixels", got=str(x.dtype), hint="divide 8-bit images by 255")
-    if not bool(torch.isfinite(x).all()):
-        raise DataError("finite pixels", got="NaN or infinity", hint="repair or leave out these images")
-    if x.numel() and (x.min() < model.low - TOLERANCE or x.max() > model.high + TOLERANCE):
-        raise DataError(
-            f"pixels in the model's box [{model.low:g}, {model.high:g}]",
-            got=f"[{float(x.min()):g}, {float(x.max()):g}]",
-            hint="do not normalise the images: mean and std belong inside the model",
-        )
-    if len(y) != len(x):
-        raise DataError("one label per image", got=f"{len(y)} labels for {len(x)} images")
-    if len(y) and (int(y.min()) < 0 or int(y.max()) >= model.num_classes):
-        raise DataError(
-            f"labels in 0..{model.num_classes - 1}, the model's classes",
-            got=f"{int(y.min())}..{int(y.max())}",
-            hint="check that model and data belong together",
-        )
+    x = given.images(model, x)
+    return x, given.labels(y, len(x), model.num_classes).to(x.device)
 
 
 def native(entry: Entry[Attack, Traits], threat: Threat, options: Mapping[str, Any] | None = None) -> Threat:
@@ -311,7 +296,7 @@ def native(entry: Entry[Attack, Traits], threat: Threat, options: Mapping[str, A
     if threat.eps is None:
         raise ThreatError(f"a budget for {entry.name}", got=str(threat), hint=f"write {threat.norm}:8/255")
     step = (options or {}).get("step")
-    if step is not None and step > 2 * threat.eps:
+    if step is not None and wider(step, 2 * threat.eps):
         hint = f"steps are in pixel units: write step={threat.eps / 4:.3g}, or leave it out for the usual length"
         raise ThreatError(
             f"a step of {entry.name} of at most twice the budget, {2 * threat.eps:.3g}", got=step, hint=hint
@@ -347,10 +332,10 @@ class _Job:
 
 def _job(
     model: Classifier,
-    threat: Threat,
+    threat: Threat | str,
     attack: str | Attack,
     options: Mapping[str, Any],
-    target: TargetRule | None,
+    target: TargetRule | str | int | None,
     seed: int,
     eight_bit: bool,
 ) -> _Job:
@@ -362,28 +347,38 @@ def _job(
         entry = Entry(getattr(attack, "__name__", "attack"), attack, traits, BaseModel)
     if target is not None and not entry.traits.targeted:
         raise ThreatError(f"an untargeted run of {entry.name}", got="a target", hint="use pgd or cw, which can aim")
-    if (threat.low, threat.high) != (model.low, model.high):
+    if isinstance(threat, str):
+        threat = Threat.parse(threat, low=model.low, high=model.high)
+    elif not isinstance(threat, Threat):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ThreatError("a Threat, or text such as linf:8/255", got=repr(threat))
+    if max(abs(threat.low - model.low), abs(threat.high - model.high)) > rounding(model.low, model.high):
         raise ThreatError(
             f"the box of the model, [{model.low:g}, {model.high:g}]",
             got=f"[{threat.low:g}, {threat.high:g}]",
             hint="write Threat.parse(text, low=model.low, high=model.high)",
         )
-    return _Job(entry, options, threat, native(entry, threat), target, seed, eight_bit)
+    threat = replace(threat, low=model.low, high=model.high)
+    rule = target if target is None or callable(target) else targets(target, model)
+    return _Job(entry, options, threat, native(entry, threat), rule, seed, eight_bit)
+
+
+def _goal(rule: TargetRule, clean: Tensor, y: Labels) -> Labels:
+    """The classes a rule aims at, held to the model's."""
+    return given.labels(rule(clean, y), len(y), clean.shape[1], "target classes").to(y.device)
 
 
 def _attack(ready: Prepared, job: _Job, batch: Batch, notify: Notify) -> Outcome:
     index, x, y = batch.index, batch.x, batch.y
     threat, own, targeted = job.threat, job.own, job.target is not None
-    check_images(ready.judge, x, y)
+    x, y = check_images(ready.judge, x, y)
     x = placed(ready.judge, x)
     y = y.to(x.device)
-    if x.ndim == 4:
-        x = x.contiguous(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.contiguous_format)
     correct, goal = torch.ones_like(y, dtype=torch.bool), y
     if not job.right or job.target is not None:
         clean = _logits(ready, x, index)
         correct = clean.argmax(1) == y
-        goal = y if job.target is None else job.target(clean, y)
+        goal = y if job.target is None else _goal(job.target, clean, y)
     attacked = correct & (goal != y) if targeted else correct
     found = x.clone()
     queries, gradients, started = ready.meter.queries, ready.meter.gradients, time.perf_counter()
@@ -522,7 +517,7 @@ def _holds_rounded(threat: Threat, x: Images, stored: Images) -> Mask:
     level = (threat.high - threat.low) / 255
     nearest = threat.quantise(x, x)
     slack = threat.distance(x, nearest) if threat.norm != "linf" else torch.full((len(x),), level / 2, device=x.device)
-    return threat.distance(x, stored) <= threat.eps + slack + TOLERANCE
+    return threat.distance(x, stored) <= threat.eps + slack + threat.slack(x.flatten(1).shape[1])
 
 
 def _logits(ready: Prepared, x: Images, index: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from rempart.core.data import Data
 from rempart.core.events import Notify, silent
 from rempart.core.model import Classifier
 from rempart.core.stats import wilson
-from rempart.core.threat import Threat
+from rempart.core.threat import TOLERANCE, Threat, wider
 from rempart.report.schema import Curve
 
 _POINTS = 25
@@ -25,7 +25,7 @@ def from_distances(label: str, verdict: Verdict, threat: Threat) -> Curve:
     reach = float(np.quantile(finite, 0.99)) if len(finite) else 0.0
     top = max(1.1 * reach, 2 * (threat.eps or 0.0)) or 1.0
     grid: list[float] = np.union1d(np.linspace(0, top, _POINTS), [threat.eps or 0.0]).tolist()
-    standing = [int((verdict.correct.numpy() & (distance > eps)).sum()) for eps in grid]
+    standing = [int((verdict.correct.numpy() & (distance > eps * (1 + TOLERANCE))).sum()) for eps in grid]
     rates = tuple(wilson(k, len(distance)) for k in standing)
     return Curve(label=f"{label}, smallest perturbations", norm=verdict.norm, eps=tuple(grid), accuracy=rates)
 
@@ -49,7 +49,9 @@ def sweep(
     """
     data = data.spread(_SWEEP_SAMPLES)
     limit = threat.high - threat.low if threat.norm == "linf" else np.inf
-    grid = sorted({min(multiple * threat.budget, limit) for multiple in _MULTIPLES})
+    grid = [eps for multiple in _MULTIPLES if not wider(eps := multiple * threat.budget, limit)]
+    if len(grid) < len(_MULTIPLES) and wider(limit, grid[-1]):
+        grid.append(limit)
     standing = torch.ones(len(data), dtype=torch.bool)
     counts = [0]
     for eps in grid:

@@ -59,7 +59,7 @@ class Seen:
             self.unequal = max(self.unequal, float((outputs.sum(1) - 1).abs().max()))
 
 
-def look(model: Classifier, data: Data, check: Callable[[Batch], None] = lambda batch: None) -> Seen:
+def look(model: Classifier, data: Data, check: Callable[[Batch], object] = lambda batch: None) -> Seen:
     """Show all images to the network of a frozen classifier once, each batch after it was checked.
 
     Raises:

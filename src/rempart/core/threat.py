@@ -20,6 +20,16 @@ TOLERANCE = 1e-6
 """Slack of `holds`, relative to the budget and, per pixel, to the box: the rounding of float32 images."""
 
 
+def rounding(low: float, high: float) -> float:
+    """Slack of a pixel in the box [low, high]: float32 rounds in proportion to the largest value."""
+    return TOLERANCE * max(abs(low), abs(high))
+
+
+def wider(length: float, limit: float) -> bool:
+    """Whether a length is above its limit by more than rounding: 0.2 is not wider than 0.7 - 0.5."""
+    return length > limit * (1 + TOLERANCE)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Threat:
     """All images within `eps` of the original, in `norm`, that stay inside the box.
@@ -53,7 +63,7 @@ class Threat:
         if not (math.isfinite(self.eps) and self.eps >= 0):
             raise ThreatError(f"{self.norm} eps >= 0 in pixel units", got=self.eps)
         span = self.high - self.low
-        if self.norm == "linf" and self.eps > span:
+        if self.norm == "linf" and wider(self.eps, span):
             raise ThreatError(
                 f"linf eps in [0, {span:g}] in pixel units",
                 got=self.eps,
@@ -95,12 +105,12 @@ class Threat:
                 hint = f"write {norm}:{levels if plain else amount + unit}"
                 raise ThreatError("a budget in the units of the data", got=f"{text!r}, and the data {told}", hint=hint)
             eps = eps if isinstance(eps, str) else eps / (span[1] - span[0]) * width
-        elif isinstance(eps, float) and norm == "linf" and not plain and width < eps < math.inf:
+        elif isinstance(eps, float) and norm == "linf" and not plain and wider(eps, width) and eps < math.inf:
             hint = f"did you mean linf:{amount}{unit}{f', or linf:{amount}/255' * (eps <= 255)}?"
             raise ThreatError(f"linf eps in [0, {width:g}] in pixel units, or in {unit}", got=repr(text), hint=hint)
         if isinstance(eps, str):
             raise ThreatError("a threat such as linf:8/255, l2:0.5 or l1:12", got=repr(text))
-        if not plain and norm == "linf" and eps is not None and eps > width:
+        if not plain and norm == "linf" and eps is not None and wider(eps, width):
             came = f"{text!r}, and the pixels stand for {span[0]:g} to {span[1]:g} {unit}"
             raise ThreatError(f"linf eps in [0, {span[1] - span[0]:g}] {unit}", got=came)
         return cls(norm=norm, eps=eps, low=low, high=high)  # pyright: ignore[reportArgumentType]  (checked above)
@@ -129,8 +139,11 @@ class Threat:
         inside = ((flat >= self.low - self._rounding) & (flat <= self.high + self._rounding)).all(1)
         if self.eps is None:
             return inside
-        slack = (self._rounding + TOLERANCE * self.eps) * (1 if self.norm == "linf" else math.sqrt(flat.shape[1]))
-        return inside & (self.distance(x, z) <= self.eps + slack)
+        return inside & (self.distance(x, z) <= self.eps + self.slack(flat.shape[1]))
+
+    def slack(self, dims: int) -> float:
+        """How far rounding may carry an image of so many numbers beyond the budget."""
+        return (self._rounding + TOLERANCE * self.budget) * (1 if self.norm == "linf" else math.sqrt(dims))
 
     def project(self, x: Images, z: Images) -> Images:
         """The point of ball and box nearest to `z`, exactly, in the Euclidean sense.
@@ -199,7 +212,7 @@ class Threat:
 
     @property
     def _rounding(self) -> float:
-        return TOLERANCE * max(abs(self.low), abs(self.high))
+        return rounding(self.low, self.high)
 
     def _fill(self, x: Tensor, gradient: Tensor, length: float | Tensor, share: float) -> Tensor:
         room = torch.where(gradient > 0, self.high - x, x - self.low)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rempart.core import files
+from rempart.core import files, given
 from rempart.core.errors import DataError, ThreatError
 from rempart.core.model import Classifier
 from rempart.core.names import Match, match
@@ -84,6 +84,11 @@ class Data:
     source_labels: Tensor | None = None
     notes: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "index", given.numbers(self.index, len(self.index)))
+        labels = given.labels(self.labels, len(self.index), self.num_classes)
+        object.__setattr__(self, "labels", labels.cpu())
+
     def __len__(self) -> int:
         return len(self.index)
 
@@ -110,7 +115,7 @@ class Data:
         """The samples at these positions, counted in `index`."""
         index = self.index[positions]
         mask = None if self.mask is None else self.mask(index)
-        return Batch(index, self.read(index), self.labels[positions], mask)
+        return Batch(index, given.pixels(self.read(index)), self.labels[positions], mask)
 
     def batches(self, size: int) -> Iterator[Batch]:
         """All samples in order, `size` at a time; the last batch may be smaller."""
@@ -232,7 +237,8 @@ class Memory:
 
 
 def in_memory(split: str, images: Tensor, labels: Tensor, class_names: tuple[str, ...]) -> Data:
-    """A split that lies in one tensor."""
+    """A split that lies in one tensor: bytes, or floating-point pixels in [0, 1]."""
+    images = given.pixels(images)
     if len(images) != len(labels):
         raise DataError("as many labels as images", got=f"{len(labels)} labels for {len(images)} images in {split}")
     index = torch.arange(len(images))

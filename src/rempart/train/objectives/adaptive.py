@@ -15,7 +15,7 @@ from rempart.core.features import features, penultimate
 from rempart.core.model import frozen
 from rempart.core.registry import suggestion
 from rempart.core.repro import Draws
-from rempart.core.threat import Threat
+from rempart.core.threat import Threat, wider
 from rempart.core.types import Images, Labels, Pixels
 from rempart.train.objectives.catalogue import Loss, Objective, boxed, budgeted, hits, objectives
 
@@ -88,7 +88,7 @@ def adaptive(
     within = budgeted(threat)
     least = within.budget / 8 if eps_min is None else eps_min
     first = within.budget / 4 if eps_0 is None else eps_0
-    if not least <= first <= within.budget:
+    if wider(least, first) or wider(first, within.budget):
         raise SpecError("eps_min <= eps_0 <= eps of the threat", got=f"{least:g}, {first:g}, {within.budget:g}")
     members = [_member(name.strip()) for name in attacks.split(",")]
     state = {"eps": torch.tensor(first, dtype=torch.float64)}
