@@ -810,6 +810,12 @@ def test_hidden_layers_are_frozen_where_nothing_is_lost():
     model = Members([nn.Linear(2, 2).eval()])
     with frozen(model):
         assert not model.members[0].training
+    model = Members([nn.BatchNorm1d(2)])  # hidden, but its weights are registered elsewhere
+    model.weights = nn.ParameterList(model.members[0].parameters())
+    for name, buffer in model.members[0].named_buffers():
+        model.register_buffer(name, buffer)
+    with frozen(model):
+        assert not model.members[0].training
 
 
 @pytest.mark.filterwarnings("ignore:(Sparse CSR|torch.quantize_per_tensor)")

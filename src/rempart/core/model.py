@@ -275,15 +275,17 @@ def check_layers(model: nn.Module) -> list[nn.Module]:
         ModelError: If weights are lazy or on the meta device, or layers in training mode are kept in a plain list,
             tuple or dict, where torch finds neither them nor their weights.
     """
+    known = set[Tensor]()
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        known.add(tensor)
         if is_lazy(tensor) or tensor.is_meta:
             kind = "lazy, and never ran" if is_lazy(tensor) else "on the meta device"
             hint = "load the trained weights into the network first"
             raise ModelError("weights that hold numbers", got=f"{name}, which is {kind}", hint=hint)
     hidden = _hidden(model)
     for name, module in hidden.items():
-        tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-        if module.training and tensors:
+        own = {*module.parameters(recurse=False), *module.buffers(recurse=False)}
+        if module.training and own - known:
             raise ModelError(
                 "layers in inference mode",
                 got=f"{name} ({type(module).__name__}) in training mode, out of reach of eval() and state_dict()",
@@ -316,7 +318,8 @@ def _hidden(model: nn.Module) -> dict[str, nn.Module]:
                 look(f"{name}.{key}" if name else key, value)
 
     for name, module in model.named_modules():
-        search(name, module)
+        if not isinstance(module, Untraced):  # those of ours know what they hide
+            search(name, module)
     return found
 
 
