@@ -157,7 +157,7 @@ def _gap(z: Logits, aims: Aims) -> Scores:
 def _dlr(z: Logits, aims: Aims) -> Scores:
     """Equation 7; with the own class, not the best other, in the numerator, unlike `losses.score`."""
     first, _, third, fourth = z.topk(4, dim=1).values.unbind(1)
-    return _gap(z, aims) / (first - 0.5 * (third + fourth) + 1e-12)
+    return _gap(z, aims) / (first - 0.5 * (third + fourth)).clamp_min(torch.finfo(z.dtype).tiny)
 
 
 @dataclass(frozen=True, slots=True)
@@ -405,7 +405,8 @@ def _look(model: nn.Module, x: Images, aims: Aims, plan: _Plan) -> tuple[Logits,
     """Logits and scores alone, averaged as in `climb_direction`."""
     with torch.no_grad():
         seen = [model(x) for _ in range(plan.passes)]
-        return torch.stack(seen).mean(0), torch.stack([plan.goal(z, aims) for z in seen]).mean(0)
+        value = torch.stack([plan.goal(z, aims) for z in seen]).mean(0)
+        return torch.stack(seen).mean(0), value.nan_to_num(-torch.inf, torch.inf, -torch.inf)
 
 
 def _moved(x: Images, z: Images) -> Tensor:
