@@ -535,5 +535,5 @@ class _Smoothed(nn.Module):
             noisy.register_hook(lambda slope: slope.nan_to_num(0.0, 0.0, 0.0))  # of one draw: the others go on
         odds = self.model(noisy).log_softmax(1)
         odds = odds.masked_fill(odds.isnan(), -torch.inf)  # a draw that falls to no class votes for none
-        odds = odds.unflatten(0, (len(x), self.draws))
-        return odds.logsumexp(1) - math.log(self.draws)
+        z = odds.unflatten(0, (len(x), self.draws)).logsumexp(1) - math.log(self.draws)
+        return z.masked_fill(z.isneginf().all(1, keepdim=True), 0.0)  # all draws fall to none: no class is preferred

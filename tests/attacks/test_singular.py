@@ -235,7 +235,8 @@ class Scaled(nn.Module):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        *((name, {}) for name in ("deepfool", "fab", "fab-t", "cascade", "apgd-t", "square")),
+        *((name, {}) for name in ("deepfool", "fab", "fab-t", "cascade", "square")),
+        ("apgd-t", {"steps": 10, "targets": 2}),
         *((name, {"loss": "margin", "steps": 20}) for name in ("ddn", "fmn", "mim")),
         *((name, {"loss": "dlr", "steps": 20}) for name in ("pgd", "apgd")),
     ],
