@@ -405,8 +405,7 @@ def _look(model: nn.Module, x: Images, aims: Aims, plan: _Plan) -> tuple[Logits,
     """Logits and scores alone, averaged as in `climb_direction`."""
     with torch.no_grad():
         seen = [model(x) for _ in range(plan.passes)]
-        value = torch.stack([plan.goal(z, aims) for z in seen]).mean(0)
-        return torch.stack(seen).mean(0), value.nan_to_num(-torch.inf, torch.inf, -torch.inf)
+        return torch.stack(seen).mean(0), torch.stack([plan.goal(z, aims) for z in seen]).mean(0)
 
 
 def _moved(x: Images, z: Images) -> Tensor:

@@ -51,7 +51,8 @@ def lead(z: Logits, y: Labels) -> Scores:
 
     Logits that are NaN, or infinite for two classes at once, name no class, and so not y.
     """
-    return _known(_gap(z, y))
+    gap = _gap(z, y)
+    return gap.masked_fill(gap.isnan(), -torch.inf)
 
 
 def undefined(z: Logits) -> Mask:
@@ -65,7 +66,7 @@ def reached(z: Logits, y: Labels, *, targeted: bool) -> Mask:
 
     No class at all (`undefined`) is anything but the label, and no target.
     """
-    hit = (z.argmax(1) == y) & (lead(z, y) >= 0)
+    hit = (z.argmax(1) == y) & (_gap(z, y) >= 0)
     return hit if targeted else ~hit
 
 
@@ -91,7 +92,7 @@ def climb_direction(
 
     The scores are summed, not averaged, so a sample's gradient does not depend on its batch mates. For a randomised
     model the three are means over several `passes` (expectation over transformation, Athalye et al. 2018,
-    arXiv:1802.00420, section 4.2). The gradient is finite (`finite`), and a score that is NaN counts as the lowest.
+    arXiv:1802.00420, section 4.2). The gradient is finite (`finite`); a score that is NaN wins no comparison.
     """
     gradient, z, value = _climb_once(model, x, y, goal)
     for _ in range(passes - 1):
@@ -113,24 +114,26 @@ def _climb_once(model: nn.Module, x: Images, y: Labels, goal: Score) -> tuple[Im
         value = goal(z, y)
         (gradient,) = torch.autograd.grad(value.sum(), x)
     box = getattr(model, "low", -torch.inf), getattr(model, "high", torch.inf)
-    value = value.detach()
-    lost = torch.where(value.isnan(), value, 0.0)  # has no gradient, whatever autograd makes of it
-    gradient = gradient + per_image(lost, x)
-    return finite(gradient, x.detach(), *box), z.detach(), _known(value)
+    return finite(gradient, x.detach(), *box, value.detach()), z.detach(), value.detach()
 
 
-def finite(slope: Images, x: Images, low: float = -torch.inf, high: float = torch.inf) -> Images:
+def finite(
+    slope: Images, x: Images, low: float = -torch.inf, high: float = torch.inf, value: Scores | None = None
+) -> Images:
     """A gradient at `x` as a direction of finite numbers, pixel by pixel; one that is finite is returned as it is.
 
     A pixel of infinite slope, such as one under a root at 0, moves as much as the one of largest finite slope in its
     image: more, and nothing else would move in l2. It stays where that would leave the box, which is where an attack
     drove it. A NaN says nothing about its pixel, which stays. An image of which no pixel would move (the standard
     deviation of a constant image has such a gradient) moves at random, and away from the walls of the box, to a point
-    that has a gradient.
+    that has a gradient. So does an image whose score, the `value`, is NaN, whatever autograd makes of that.
     """
     axes = tuple(range(1, slope.ndim))
-    if slope.device.type == "cpu" and bool(slope.sum(axes).isfinite().all()):  # a GPU would have to wait for this
+    total = slope.sum(axes) if value is None else slope.sum(axes) + value
+    if slope.device.type == "cpu" and bool(total.isfinite().all()):  # a GPU would have to wait for this
         return slope
+    if value is not None:
+        slope = slope + per_image(torch.where(value.isnan(), value, 0.0), slope)
     odd = ~slope.isfinite()
     kept = slope.masked_fill(odd, 0.0)
     largest = kept.abs().amax(axes, keepdim=True)
@@ -141,11 +144,6 @@ def finite(slope: Images, x: Images, low: float = -torch.inf, high: float = torc
     anywhere = 2 * torch.rand(x.shape[1:], generator=torch.Generator().manual_seed(0)).to(x) - 1
     anywhere = torch.where(x <= low, anywhere.abs(), torch.where(x >= high, -anywhere.abs(), anywhere))
     return torch.where(lost, anywhere, kept)
-
-
-def _known(scores: Scores) -> Scores:
-    """The scores with NaN as the lowest, so that it wins no comparison."""
-    return scores.masked_fill(scores.isnan(), -torch.inf)
 
 
 def _gap(z: Logits, y: Labels) -> Scores:
