@@ -217,11 +217,14 @@ def test_requests_nothing_can_come_of_are_refused(wrong: dict[str, Any], says: s
 
 
 def test_data_and_logits_that_cannot_be_used_are_refused() -> None:
-    class Logarithm(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x.flatten(1)[:, :2].log()
+    class Narrow(nn.Module):
+        """No answer but for one image."""
 
-    model = Classifier(Logarithm(), shape=(1, 2, 2), num_classes=2)
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.flatten(1)
+            return torch.where((x == 0.5).all(1, keepdim=True), x[:, :2], torch.nan)
+
+    model = Classifier(Narrow(), shape=(1, 2, 2), num_classes=2)
     x = torch.full((2, 1, 2, 2), 0.5)
     with pytest.raises(ModelError, match="outside"):
         certify(model, data_of(model, x, torch.zeros(2).long()), sigma=1.0, samples=50)

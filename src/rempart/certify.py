@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 from scipy.stats import binom
 from torch import Tensor, nn
 
+from rempart.attacks.losses import undefined
 from rempart.attacks.run import attack_data, check_images
 from rempart.core import given
 from rempart.core.data import Data
@@ -205,7 +206,8 @@ def certify_groups(
         x, y = _placed(model, x, y)
         with frozen(model):
             correct = _finite(_logits(model, x)).argmax(1) == y
-            chosen = _votes(model, x, batch.index, sigma, sampling.selection, "select", size, seed).argmax(1)
+            first = _votes(model, x, batch.index, sigma, sampling.selection, "select", size, seed)
+            chosen = first[:, : model.num_classes].argmax(1)
             counts = _votes(model, x, batch.index, sigma, samples, "estimate", size, seed, report)
         votes = counts.gather(1, chosen[:, None])[:, 0].cpu()
         bounds = [
@@ -271,7 +273,8 @@ def predict(
     top = counts.topk(2, dim=1)
     first, second = top.values.cpu().numpy().T
     chance = np.minimum(1.0, 2 * binom.sf(first - 1, first + second, 0.5))
-    return torch.where(torch.from_numpy(chance <= alpha), top.indices[:, 0].cpu(), ABSTAIN)
+    leader = top.indices[:, 0].cpu()
+    return torch.where(torch.from_numpy(chance <= alpha) & (leader < model.num_classes), leader, ABSTAIN)
 
 
 def smoothed(model: Classifier, sigma: float, draws: int = 16, *, seed: int = 0) -> Classifier:
@@ -476,8 +479,12 @@ def _votes(
     seed: int,
     notify: Notify = silent,
 ) -> Tensor:
-    """How many draws of noise fall to each class, int64, shape (n, K)."""
-    n, classes, total = len(x), model.num_classes, len(x) * samples
+    """How many draws of noise fall to each class, and to none (`undefined`), int64, shape (n, K + 1).
+
+    Raises:
+        ModelError: If none of the draws of a pass falls to a class.
+    """
+    n, classes, total = len(x), model.num_classes + 1, len(x) * samples
     counts = torch.zeros(n * classes, dtype=torch.int64, device=x.device)
     for first in range(0, total, batch_size):
         notify(Event(stage=stage, done=first, total=total))
@@ -486,8 +493,16 @@ def _votes(
         draws = Draws(seed, index[rows] * _STRIDE + numbers, ("smoothing", stage))
         rows = rows.to(x.device)
         images = x[rows]
-        z = _finite(_logits(model, images + sigma * draws.normal(images)))
-        counts += torch.bincount(rows * classes + z.argmax(1), minlength=n * classes)
+        z = _logits(model, images + sigma * draws.normal(images))
+        none = undefined(z)
+        if bool(none.all()):
+            raise ModelError(
+                "finite logits",
+                got="NaN or infinity under noise",
+                hint="the noise is not cut to the box: can the model bear pixels outside it?",
+            )
+        voted = z.argmax(1).masked_fill(none, classes - 1)
+        counts += torch.bincount(rows * classes + voted, minlength=n * classes)
     return counts.view(n, classes)
 
 
@@ -498,8 +513,7 @@ def _logits(model: Classifier, x: Images) -> Logits:
 
 def _finite(z: Logits) -> Logits:
     if not bool(torch.isfinite(z).all()):
-        hint = "the noise is not cut to the box: can the model bear pixels outside it?"
-        raise ModelError("finite logits", got="NaN or infinity under noise", hint=hint)
+        raise ModelError("finite logits", got="NaN or infinity", hint="check weights and input range")
     return z
 
 
@@ -523,5 +537,9 @@ class _Smoothed(nn.Module):
     def forward(self, x: Images) -> Logits:
         """Logits of the mean over noise."""
         noisy = (x[:, None] + self.noise.to(x)).flatten(0, 1)
-        odds = self.model(noisy).log_softmax(1).unflatten(0, (len(x), self.draws))
-        return odds.logsumexp(1) - math.log(self.draws)
+        if noisy.requires_grad:
+            noisy.register_hook(lambda slope: slope.nan_to_num(0.0, 0.0, 0.0))  # of one draw: the others go on
+        odds = self.model(noisy).log_softmax(1)
+        odds = odds.masked_fill(odds.isnan(), -torch.inf)  # a draw that falls to no class votes for none
+        z = odds.unflatten(0, (len(x), self.draws)).logsumexp(1) - math.log(self.draws)
+        return z.masked_fill(z.isneginf().all(1, keepdim=True), 0.0)  # all draws fall to none: no class is preferred

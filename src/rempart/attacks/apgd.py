@@ -157,7 +157,7 @@ def _gap(z: Logits, aims: Aims) -> Scores:
 def _dlr(z: Logits, aims: Aims) -> Scores:
     """Equation 7; with the own class, not the best other, in the numerator, unlike `losses.score`."""
     first, _, third, fourth = z.topk(4, dim=1).values.unbind(1)
-    return _gap(z, aims) / (first - 0.5 * (third + fourth) + 1e-12)
+    return _gap(z, aims) / (first - 0.5 * (third + fourth)).clamp_min(torch.finfo(z.dtype).tiny)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.functional import interpolate
 
 from rempart.attacks.catalogue import Traits, attacks
+from rempart.attacks.losses import reached
 from rempart.core.events import Event, Notify, silent
 from rempart.core.repro import Draws
 from rempart.core.threat import Threat, per_image, vector_norm
@@ -77,8 +78,7 @@ def hopskipjump(
 
     def decide(z: Images, goal: Labels) -> Mask:
         parts = zip(z.split(_FORWARD), goal.split(_FORWARD), strict=True)
-        hit = torch.cat([model(part).argmax(1) == k for part, k in parts])
-        return hit if targeted else ~hit
+        return torch.cat([reached(model(part), k, targeted=targeted) for part, k in parts])
 
     dims, halvings = x[0].numel(), _precision(x, threat, gamma)
     best, nearest = x, torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)

@@ -9,11 +9,11 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
 from rempart.attacks.catalogue import Traits, attacks
-from rempart.attacks.losses import climb_direction, lead, surely_reached
+from rempart.attacks.losses import climb_direction, finite, lead, surely_reached
 from rempart.core.errors import ThreatError
 from rempart.core.events import Event, Notify, silent
 from rempart.core.repro import Draws
-from rempart.core.threat import NORMS, Norm, Threat, dual, per_image
+from rempart.core.threat import NORMS, Norm, Threat, dual, per_image, unit
 from rempart.core.types import Images, Labels, Logits, Mask, Pixels, Scores
 
 Steps = Annotated[int, Ge(1)]
@@ -78,7 +78,7 @@ def fab(
         the hyperplane. The targeted form is ours; the paper's is `fab-t`.
     """
     plan = _Plan(steps, restarts, alpha_max, eta, beta, refine, within)
-    plane = _into if targeted else _nearest(threat.norm)
+    plane = _into if targeted else _nearest(threat)
     return _search(model, x, y, threat, plan, plane, y[:, None], targeted=targeted, rng=rng, notify=notify)
 
 
@@ -217,7 +217,7 @@ def _run(
     for t in range(plan.steps):
         tell(t)
         z, gap, slope = plane(model, point, y, aim)
-        gap, hit = gap - _past(z), surely_reached(z, y, targeted=targeted)
+        gap, hit = (gap - _past(z)).nan_to_num(0.0, 0.0, 0.0), surely_reached(z, y, targeted=targeted)
         _keep(out, size, active[hit], point[hit], x[hit], threat.norm)
         if plan.within is not None:
             stay = size[active] > plan.within
@@ -360,7 +360,8 @@ def _pull_back(model: nn.Module, x: Images, found: Images, y: Labels, plan: _Pla
     near = far * plan.beta
     low, high = judge(near)[1], judge(far)[1]
     for _ in range(plan.refine):
-        share = far - (far - near) * (high / (high - low).clamp_min(1e-30)).clamp(0, 1)
+        back = (high / (high - low).clamp_min(torch.finfo(x.dtype).tiny)).nan_to_num(0.5)  # NaN: no answer at both ends
+        share = far - (far - near) * back.clamp(0, 1)
         hit, value = judge(share)
         near, low = torch.where(hit, near, share), torch.where(hit, low, value)
         far, high = torch.where(hit, share, far), torch.where(hit, value, high)
@@ -385,7 +386,7 @@ def _into(model: nn.Module, point: Images, y: Labels, aim: Labels) -> tuple[Logi
     return z, gap, slope
 
 
-def _nearest(norm: Norm) -> Plane:
+def _nearest(threat: Threat) -> Plane:
     """The nearest of the boundaries between the class to leave and each other one, a backward pass each."""
 
     def plane(model: nn.Module, point: Images, y: Labels, aim: Labels) -> tuple[Logits, Scores, Images]:
@@ -400,8 +401,11 @@ def _nearest(norm: Norm) -> Plane:
             gap, distance = gaps[:, 0].detach().clone(), torch.full_like(gaps[:, 0], torch.inf).detach()
             for k in range(last + 1):
                 (slope_k,) = torch.autograd.grad(gaps[:, k].sum(), point, retain_graph=k < last)
-                size = _length(slope_k.flatten(1), dual(norm))
-                distance_k = gaps[:, k].detach().abs() / size  # infinite or NaN, and never the nearest, without slope
+                slope_k = finite(slope_k, point.detach(), threat.low, threat.high)
+                scale = unit(slope_k.flatten(1))
+                size = _length(slope_k.flatten(1) / scale, dual(threat.norm))
+                # infinite or NaN, and never the nearest, without slope
+                distance_k = gaps[:, k].detach().abs() / scale[:, 0] / size
                 nearer = distance_k < distance
                 slope[nearer], gap[nearer] = slope_k[nearer], gaps[nearer, k].detach()
                 distance[nearer] = distance_k[nearer]

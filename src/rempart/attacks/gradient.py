@@ -271,7 +271,7 @@ def ascent(
                 if len(active) == 0:
                     return out
         if velocity is not None:
-            size = per_image(gradient.flatten(1).abs().sum(1).clamp_min(1e-12), x)
+            size = per_image(gradient.flatten(1).abs().sum(1).clamp_min(torch.finfo(x.dtype).tiny), x)
             gradient = velocity = plan.momentum * velocity + gradient / size
         share = _spread(t, plan.steps, x[0].numel()) if threat.norm == "l1" else 0.0
         point = threat.project(x, point + threat.ascend(point, gradient, plan.length, share=share))

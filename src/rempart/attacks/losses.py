@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rempart.core.errors import SpecError
+from rempart.core.threat import per_image
 from rempart.core.types import Images, Labels, Logits, Mask, Scores
 
 LossName = Literal["ce", "margin", "dlr"]
@@ -38,22 +39,34 @@ def score(name: LossName, *, targeted: bool, num_classes: int) -> Score:
     return {
         ("ce", False): lambda z, y: -_log_odds(z, y),
         ("ce", True): _log_odds,
-        ("margin", False): lambda z, y: -lead(z, y),
-        ("margin", True): lead,
+        ("margin", False): lambda z, y: -_gap(z, y),
+        ("margin", True): _gap,
         ("dlr", False): _dlr,
         ("dlr", True): _dlr_targeted,
     }[name, targeted]
 
 
 def lead(z: Logits, y: Labels) -> Scores:
-    """Logit of class y minus the best of the others."""
-    own = z.gather(1, y[:, None])[:, 0]
-    return own - z.scatter(1, y[:, None], -torch.inf).amax(1)
+    """Logit of class y minus the best of the others; -inf where the two cannot be compared.
+
+    Logits that are NaN, or infinite for two classes at once, name no class, and so not y.
+    """
+    gap = _gap(z, y)
+    return gap.masked_fill(gap.isnan(), -torch.inf)
+
+
+def undefined(z: Logits) -> Mask:
+    """Rows of logits that name no class: one is NaN, or the largest is infinite and not alone."""
+    first, second = z.topk(2, dim=1).values.unbind(1)  # NaN counts as the largest
+    return first.isnan() | (first.isinf() & (first == second))
 
 
 def reached(z: Logits, y: Labels, *, targeted: bool) -> Mask:
-    """Whether the prediction is what the attack wants: the target, or anything but the label."""
-    hit = z.argmax(1) == y
+    """Whether the prediction is what the attack wants: the target, or anything but the label.
+
+    No class at all (`undefined`) is anything but the label, and no target.
+    """
+    hit = (z.argmax(1) == y) & (_gap(z, y) >= 0)
     return hit if targeted else ~hit
 
 
@@ -68,7 +81,8 @@ def surely_reached(z: Logits, y: Labels, *, targeted: bool) -> Mask:
 def rounding(z: Logits) -> Scores:
     """How far two logits of a row may lie apart by rounding alone."""
     high, low = z.amax(1), z.amin(1)
-    return _ROUNDING * (high - low) + 4 * torch.finfo(z.dtype).eps * torch.maximum(high.abs(), low.abs())
+    slack = _ROUNDING * (high - low) + 4 * torch.finfo(z.dtype).eps * torch.maximum(high.abs(), low.abs())
+    return slack.nan_to_num(0.0, 0.0, 0.0)  # between infinity and a number there is no rounding
 
 
 def climb_direction(
@@ -78,7 +92,7 @@ def climb_direction(
 
     The scores are summed, not averaged, so a sample's gradient does not depend on its batch mates. For a randomised
     model the three are means over several `passes` (expectation over transformation, Athalye et al. 2018,
-    arXiv:1802.00420, section 4.2).
+    arXiv:1802.00420, section 4.2). The gradient is finite (`finite`); a score that is NaN wins no comparison.
     """
     gradient, z, value = _climb_once(model, x, y, goal)
     for _ in range(passes - 1):
@@ -99,7 +113,42 @@ def _climb_once(model: nn.Module, x: Images, y: Labels, goal: Score) -> tuple[Im
         z = model(x)
         value = goal(z, y)
         (gradient,) = torch.autograd.grad(value.sum(), x)
-    return gradient, z.detach(), value.detach()
+    box = getattr(model, "low", -torch.inf), getattr(model, "high", torch.inf)
+    return finite(gradient, x.detach(), *box, value.detach()), z.detach(), value.detach()
+
+
+def finite(
+    slope: Images, x: Images, low: float = -torch.inf, high: float = torch.inf, value: Scores | None = None
+) -> Images:
+    """A gradient at `x` as a direction of finite numbers, pixel by pixel; one that is finite is returned as it is.
+
+    A pixel of infinite slope, such as one under a root at 0, moves as much as the one of largest finite slope in its
+    image: more, and nothing else would move in l2. It stays where that would leave the box, which is where an attack
+    drove it. A NaN says nothing about its pixel, which stays. An image of which no pixel would move (the standard
+    deviation of a constant image has such a gradient) moves at random, and away from the walls of the box, to a point
+    that has a gradient. So does an image whose score, the `value`, is NaN, whatever autograd makes of that.
+    """
+    axes = tuple(range(1, slope.ndim))
+    total = slope.sum(axes) if value is None else slope.sum(axes) + value
+    if slope.device.type == "cpu" and bool(total.isfinite().all()):  # a GPU would have to wait for this
+        return slope
+    if value is not None:
+        slope = slope + per_image(torch.where(value.isnan(), value, 0.0), slope)
+    odd = ~slope.isfinite()
+    kept = slope.masked_fill(odd, 0.0)
+    largest = kept.abs().amax(axes, keepdim=True)
+    steep = slope.sign() * torch.where(largest > 0, largest, 1.0)
+    free = slope.isinf() & torch.where(slope > 0, x < high, x > low)
+    kept = torch.where(free, steep, kept)
+    lost = odd.any(axes, keepdim=True) & (kept == 0).all(axes, keepdim=True)
+    anywhere = 2 * torch.rand(x.shape[1:], generator=torch.Generator().manual_seed(0)).to(x) - 1
+    anywhere = torch.where(x <= low, anywhere.abs(), torch.where(x >= high, -anywhere.abs(), anywhere))
+    return torch.where(lost, anywhere, kept)
+
+
+def _gap(z: Logits, y: Labels) -> Scores:
+    own = z.gather(1, y[:, None])[:, 0]
+    return own - z.scatter(1, y[:, None], -torch.inf).amax(1)
 
 
 def _log_odds(z: Logits, y: Labels) -> Scores:
@@ -109,11 +158,11 @@ def _log_odds(z: Logits, y: Labels) -> Scores:
 
 def _dlr(z: Logits, y: Labels) -> Scores:
     ordered = z.sort(dim=1, descending=True).values
-    return -lead(z, y) / (ordered[:, 0] - ordered[:, 2] + 1e-12)
+    return -_gap(z, y) / (ordered[:, 0] - ordered[:, 2]).clamp_min(torch.finfo(z.dtype).tiny)
 
 
 def _dlr_targeted(z: Logits, t: Labels) -> Scores:
     """The targeted form with the best other class in the numerator: positive once the target leads."""
     ordered = z.sort(dim=1, descending=True).values
-    spread: Tensor = ordered[:, 0] - 0.5 * (ordered[:, 2] + ordered[:, 3]) + 1e-12
-    return lead(z, t) / spread
+    spread: Tensor = ordered[:, 0] - 0.5 * (ordered[:, 2] + ordered[:, 3])
+    return _gap(z, t) / spread.clamp_min(torch.finfo(z.dtype).tiny)

@@ -7,11 +7,11 @@ from annotated_types import Ge
 from torch import Tensor, nn
 
 from rempart.attacks.catalogue import Traits, attacks
-from rempart.attacks.losses import surely_reached
+from rempart.attacks.losses import finite, surely_reached
 from rempart.core.errors import ThreatError
 from rempart.core.events import Event, Notify, silent
 from rempart.core.repro import Draws
-from rempart.core.threat import Norm, Threat, dual, per_image, vector_norm
+from rempart.core.threat import Norm, Threat, dual, per_image, unit, vector_norm
 from rempart.core.types import Images, Labels, Logits, Scores
 
 
@@ -64,7 +64,7 @@ def deepfool(
     out, active, point = x.clone(), torch.arange(len(x), device=x.device), x
     for t in range(steps):
         notify(Event(stage="linearisation", done=t, total=steps))
-        gaps, slopes = _linearise(model, point, y, others)
+        gaps, slopes = _linearise(model, point, y, others, threat)
         past = (1e-6 + 1e-4 * threat.distance(x, point)).to(x.dtype)
         step = _nearest(gaps, slopes, threat.norm, past).view_as(x)
         point = (point + (1 + overshoot) * step).clamp(threat.low, threat.high)
@@ -80,17 +80,16 @@ def deepfool(
     return out
 
 
-def _linearise(model: nn.Module, point: Images, y: Labels, others: Tensor) -> tuple[Logits, Tensor]:
+def _linearise(model: nn.Module, point: Images, y: Labels, others: Tensor, threat: Threat) -> tuple[Logits, Tensor]:
     """Gaps z_k - z_y and their gradients, shapes (n, c) and (n, c, D), for the candidate classes k."""
     point = point.detach().requires_grad_(True)
     with torch.enable_grad():
         z = model(point)
         gaps = z.gather(1, others) - z.gather(1, y[:, None])
         last = gaps.shape[1] - 1
-        slopes = [
-            torch.autograd.grad(gaps[:, k].sum(), point, retain_graph=k < last)[0].flatten(1) for k in range(last + 1)
-        ]
-    return gaps.detach(), torch.stack(slopes, 1)
+        slopes = [torch.autograd.grad(gaps[:, k].sum(), point, retain_graph=k < last)[0] for k in range(last + 1)]
+    point = point.detach()
+    return gaps.detach(), torch.stack([finite(slope, point, threat.low, threat.high).flatten(1) for slope in slopes], 1)
 
 
 def _nearest(gaps: Logits, slopes: Tensor, norm: Norm, past: Scores) -> Tensor:
@@ -98,6 +97,8 @@ def _nearest(gaps: Logits, slopes: Tensor, norm: Norm, past: Scores) -> Tensor:
 
     Past it, not on it, where float32 cannot tell, and where each step cut to the box would only halve the gap.
     """
+    scale = unit(slopes)
+    slopes, gaps = slopes / scale, gaps / scale[..., 0]
     size = vector_norm(slopes.flatten(0, 1), dual(norm)).view(slopes.shape[:2])
     distance = torch.where(size > 0, gaps.abs() / size, torch.inf)
     rows, best = torch.arange(len(gaps), device=gaps.device), distance.argmin(1)

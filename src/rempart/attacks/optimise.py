@@ -9,13 +9,15 @@ from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
 from rempart.attacks.catalogue import Traits, attacks
-from rempart.attacks.losses import rounding, score
+from rempart.attacks.losses import finite, rounding, score
 from rempart.core.events import Event, Notify, silent
 from rempart.core.repro import Draws
 from rempart.core.threat import Threat
 from rempart.core.types import Images, Labels, Mask, Scores
 
 _LARGEST_CONST = 1e10
+_STEEPEST = 1e18
+"""Adam keeps the squares of slopes, which are to be finite in float32."""
 
 
 @attacks.register("cw", Traits(norms=("l2",), targeted=True, minimum=True))
@@ -80,6 +82,7 @@ def cw(
                 value = size + weight * (confidence - lead).clamp_min(0)
                 (gradient,) = torch.autograd.grad(value.sum(), w)
             with torch.no_grad():
+                gradient = finite(gradient, w).clamp(-_STEEPEST, _STEEPEST)
                 wins = (lead > rounding(z)) & (lead >= confidence)
                 best.update(active, image, size, lead, wins)
                 first.lerp_(gradient, 0.1)
@@ -161,6 +164,7 @@ def ead(
                 smooth = weight * hinge + (ahead - origin).flatten(1).square().sum(1)
                 (gradient,) = torch.autograd.grad(smooth.sum(), ahead)
             with torch.no_grad():
+                gradient = finite(gradient, ahead, threat.low, threat.high)
                 stepped = ahead - learning_rate * (1 - t / steps) ** 0.5 * gradient
                 last, point = point, _shrink(stepped, origin, beta, threat)
                 ahead = point + t / (t + 3) * (point - last)

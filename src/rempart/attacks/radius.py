@@ -13,7 +13,7 @@ from rempart.attacks.losses import Score, climb_direction, lead, score, surely_r
 from rempart.attacks.optimise import Smallest
 from rempart.core.events import Event, Notify, silent
 from rempart.core.repro import Draws
-from rempart.core.threat import Norm, Threat, dual, per_image, vector_norm
+from rempart.core.threat import Norm, Threat, dual, per_image, unit, vector_norm
 from rempart.core.types import Images, Labels, Logits, Mask, Scores
 
 Climb = Literal["both", "ce", "margin"]
@@ -175,7 +175,10 @@ def _free(slope: Images, point: Images, threat: Threat) -> Images:
 
 def _gap(z: Logits, y: Labels, slope: Images, norm: Norm) -> Scores:
     """Distance to the boundary, were the model linear; infinite where no gradient flows."""
-    return lead(z, y).abs() / vector_norm(slope.flatten(1), dual(norm))
+    flat = slope.flatten(1)
+    scale = unit(flat)
+    gap = lead(z, y).abs() / scale[:, 0] / vector_norm(flat / scale, dual(norm))
+    return gap.nan_to_num(torch.inf, torch.inf)  # NaN: neither a gap nor a gradient
 
 
 def _widest(x: Images, threat: Threat) -> Scores:

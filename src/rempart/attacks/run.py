@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from rempart.attacks.catalogue import Attack, Traits, attacks
-from rempart.attacks.losses import lead, mean_logits, reached
+from rempart.attacks.losses import lead, mean_logits, reached, undefined
 from rempart.core import given
 from rempart.core.data import Batch, Data
 from rempart.core.data.samples import spread
@@ -24,7 +25,7 @@ from rempart.core.registry import Entry
 from rempart.core.repro import Draws
 from rempart.core.similarity import psnr, ssim
 from rempart.core.threat import NORMS, Norm, Threat, rounding, vector_norm, wider
-from rempart.core.types import Images, Labels, Mask, Scores
+from rempart.core.types import Images, Labels, Logits, Mask, Scores
 
 TargetRule = Callable[[Tensor, Labels], Labels]
 """From the clean logits and the labels to the classes an attack shall reach."""
@@ -32,6 +33,8 @@ V = TypeVar("V", bound="Verdict")
 PASSES = 16
 """Passes whose mean logits judge an image, where the model is random."""
 _SHOWN = 6  # images by which it is decided how a model is asked
+NO_CLASS = -1
+"""In place of a class, where logits that are NaN or infinite name none."""
 _JUDGED = 512  # images judged in one forward pass: joint attacks bring all of them at once
 
 
@@ -49,8 +52,8 @@ class Verdict:
         relative: l2 norm of the perturbation over that of the original.
         success: `found`, and the image is within the threat.
         broken: Wrong at first, or misclassified, as whatever, by an image within the threat.
-        margin: True logit minus the best other, on the judged image.
-        predicted: Class of the judged image.
+        margin: True logit minus the best other, on the judged image; -inf where the model names no class.
+        predicted: Class of the judged image; -1 where the model names none.
         eight_bit: `broken` by the image rounded to 8 bit, where asked for.
         psnr: Peak signal-to-noise ratio of the adversarial image in dB, where asked for; NaN where there is none.
         ssim: Structural similarity of the adversarial image and the original, the same.
@@ -58,6 +61,7 @@ class Verdict:
         queries: Images sent forward by the attack, in all.
         gradients: Images sent backward by the attack, in all.
         seconds: Wall-clock time of the attack, the judging left out.
+        singular: Of the images sent backward, those whose gradient held a NaN or an infinity.
     """
 
     index: Tensor
@@ -78,6 +82,12 @@ class Verdict:
     seconds: float
     psnr: Scores | None = None
     ssim: Scores | None = None
+    singular: int = 0
+
+    @property
+    def undefined(self) -> Mask:
+        """Broken by an image within the threat for which the model names no class, because its logits are NaN."""
+        return self.attacked & self.broken & (self.predicted == NO_CLASS)
 
     @property
     def right(self) -> Mask:
@@ -251,7 +261,7 @@ def join(parts: Iterable[V]) -> V:
         column = [getattr(part, field.name) for part in parts]
         if isinstance(column[0], Tensor):
             values[field.name] = torch.cat(column)
-        elif field.name in ("queries", "gradients", "seconds"):
+        elif field.name in ("queries", "gradients", "seconds", "singular"):
             values[field.name] = sum(column)
     return replace(parts[0], **values)
 
@@ -376,12 +386,12 @@ def _attack(ready: Prepared, job: _Job, batch: Batch, notify: Notify) -> Outcome
     x = x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.contiguous_format)
     correct, goal = torch.ones_like(y, dtype=torch.bool), y
     if not job.right or job.target is not None:
-        clean = _logits(ready, x, index)
+        clean = _finite(_logits(ready, x), index)
         correct = clean.argmax(1) == y
         goal = y if job.target is None else _goal(job.target, clean, y)
     attacked = correct & (goal != y) if targeted else correct
     found = x.clone()
-    queries, gradients, started = ready.meter.queries, ready.meter.gradients, time.perf_counter()
+    before, started = copy(ready.meter), time.perf_counter()
     if bool(attacked.any()):
         some = attacked.nonzero()[:, 0]
         given = x[some], goal[some], index[some.cpu()]
@@ -389,14 +399,13 @@ def _attack(ready: Prepared, job: _Job, batch: Batch, notify: Notify) -> Outcome
             found[some] = _searched(ready.search, job, *given, notify)
         else:
             found[some] = _inside(ready.search, job, *given, batch.mask[some.cpu()], notify)
-    queries, gradients = ready.meter.queries - queries, ready.meter.gradients - gradients
-    seconds = time.perf_counter() - started
+    spent, seconds = ready.meter.since(before), time.perf_counter() - started
     rounded = None
     with frozen(ready.judge):  # once more: an attack might have changed the mode of the model itself
-        z = _logits(ready, found, index)
+        z = _logits(ready, found)
         if job.eight_bit:
             stored = threat.quantise(x, found)
-            wrong = reached(_logits(ready, stored, index), y, targeted=False)
+            wrong = reached(_logits(ready, stored), y, targeted=False)
             rounded = ~correct | (wrong & _holds_rounded(threat, x, stored))
     hit = attacked & reached(z, goal, targeted=targeted)
     if not targeted:
@@ -416,12 +425,13 @@ def _attack(ready: Prepared, job: _Job, batch: Batch, notify: Notify) -> Outcome
         success=(hit & within).cpu(),
         broken=broken.cpu(),
         margin=lead(z, y).cpu(),
-        predicted=z.argmax(1).cpu(),
+        predicted=z.argmax(1).masked_fill(undefined(z), NO_CLASS).cpu(),
         eight_bit=None if rounded is None else rounded.cpu(),
         norm=own.norm,
-        queries=queries,
-        gradients=gradients,
+        queries=spent.queries,
+        gradients=spent.gradients,
         seconds=seconds,
+        singular=int(spent.singular),
         **looks,
     )
 
@@ -520,9 +530,13 @@ def _holds_rounded(threat: Threat, x: Images, stored: Images) -> Mask:
     return threat.distance(x, stored) <= threat.eps + slack + threat.slack(x.flatten(1).shape[1])
 
 
-def _logits(ready: Prepared, x: Images, index: Tensor) -> Tensor:
+def _logits(ready: Prepared, x: Images) -> Logits:
     with torch.no_grad():
-        z = torch.cat([mean_logits(ready.judge, part, ready.passes) for part in x.split(_JUDGED)])
+        return torch.cat([mean_logits(ready.judge, part, ready.passes) for part in x.split(_JUDGED)])
+
+
+def _finite(z: Logits, index: Tensor) -> Logits:
+    """Logits of originals, of which each must have some: an image that was changed may have none, as a find."""
     if not bool(torch.isfinite(z).all()):
         bad = index[(~torch.isfinite(z)).any(1).nonzero()[0, 0].cpu()]
         raise ModelError(

@@ -8,7 +8,7 @@ from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
 from rempart.attacks.catalogue import Traits, attacks
-from rempart.attacks.losses import LossName, reached, score
+from rempart.attacks.losses import LossName, climb_direction, reached, score
 from rempart.core.events import Event, Notify, silent
 from rempart.core.repro import Draws
 from rempart.core.threat import Threat
@@ -109,17 +109,17 @@ def fit_universal(
         keys = rng.at("order", epoch).uniform(x.flatten(1)[:, :1].double())[:, 0]
         for number, rows in enumerate(keys.argsort().split(batch)):
             notify(Event(stage="universal", done=epoch * per_epoch + number, total=epochs * per_epoch))
-            moved = v.detach().requires_grad_(True)
-            with torch.enable_grad():
-                value = goal(model((x[rows] + moved).clamp(threat.low, threat.high)), y[rows])
-                (gradient,) = torch.autograd.grad(value.clamp_max(cap).sum(), moved)
-            v = ball.project(zero, v + ball.ascend(v, gradient, length))
+            moved = x[rows] + v
+            image = moved.clamp(threat.low, threat.high)
+            slopes, _, _ = climb_direction(model, image, y[rows], lambda z, y: goal(z, y).clamp_max(cap))
+            free = (moved >= threat.low) & (moved <= threat.high)  # what the box cuts off, v does not move
+            v = ball.project(zero, v + ball.ascend(v, (slopes * free).sum(0, keepdim=True), length))
         broken, total = 0, 0.0
         with torch.no_grad():
             for rows in keys.argsort().split(batch):
                 z = model((x[rows] + v).clamp(threat.low, threat.high))
                 broken += int(reached(z, y[rows], targeted=targeted).sum())
-                total += float(goal(z, y[rows]).clamp_max(cap).sum())
+                total += float(goal(z, y[rows]).clamp_max(cap).nan_to_num(0.0, cap, -cap).sum())
         if (broken, total) > standing:
             best, standing = v, (broken, total)
     return best

@@ -16,7 +16,7 @@ from rempart.attacks.run import allowed, join, native
 from rempart.attacks.suites import suite, without_gradients
 from rempart.audit import pieces
 from rempart.audit.checks import Diagnosis, above_chance, diagnose, stamp
-from rempart.audit.classes import PAIRS, aimed, aiming_attack, by_class, reached, read_pairs, row, turned
+from rempart.audit.classes import PAIRS, aimed, aiming_attack, by_class, odd, reached, read_pairs, row, turned
 from rempart.audit.curves import from_distances, sweep
 from rempart.audit.examples import examples
 from rempart.audit.groups import by_group, numbers
@@ -339,6 +339,7 @@ def measure(
         queries=0 if verdict is None else verdict.queries,
         gradients=0 if verdict is None else verdict.gradients,
         seconds=0.0 if verdict is None else verdict.seconds,
+        **({} if verdict is None else odd([verdict])),
     )
 
 
@@ -410,6 +411,7 @@ def _checked(
         queries=sum(verdict.queries for verdict in tried),
         gradients=sum(verdict.gradients for verdict in tried),
         seconds=sum(verdict.seconds for verdict in tried),
+        **odd(tried),
     )
     return (result,), {CHECKS: right}
 

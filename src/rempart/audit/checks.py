@@ -632,6 +632,7 @@ def _local_linearity(bench: _Bench) -> _Found:
         told = (gradient.double() * (moved - x)).flatten(1).sum(1)
         done = after - before
         gap = (done - told).abs() / torch.maximum(done.abs(), told.abs()).clamp_min(1e-300)
+        gap = gap.nan_to_num(1.0, 1.0)  # an answer that is NaN is not what the gradient says
         evidence[f"{place}, median error"] = float(torch.where(told == 0, 1.0, gap).median())
     noise = min(4 / 255 * (threat.high - threat.low), threat.budget) if _is_linf(bench) else 0.0
     if noise:

@@ -5,8 +5,10 @@ from itertools import permutations
 from typing import Any
 
 import numpy as np
+import torch
 
 from rempart.attacks import Verdict
+from rempart.attacks.run import NO_CLASS
 from rempart.audit.pieces import Planned
 from rempart.core.errors import SpecError
 from rempart.core.model import class_number
@@ -86,12 +88,13 @@ def by_class(labels: np.ndarray, clean: np.ndarray, worst: np.ndarray) -> tuple[
 def reached(index: np.ndarray, verdicts: Iterable[Verdict], num_classes: int) -> np.ndarray:
     """For each sample number and class, whether some attack turned the sample into the class within the threat.
 
-    Samples that were wrong at first were given to no attack, and reach the class they were given.
+    Samples that were wrong at first were given to no attack, and reach the class they were given. Where an attack left
+    the model without an answer, no class was reached.
     """
     found = np.zeros((len(index), num_classes), dtype=bool)
     order = np.argsort(index)
     for verdict in verdicts:
-        hit = verdict.broken
+        hit = verdict.broken & (verdict.predicted != NO_CLASS)
         at = order[np.searchsorted(index[order], verdict.index[hit].numpy())]
         found[at, verdict.predicted[hit].numpy()] = True
     return found
@@ -131,4 +134,16 @@ def row(
         queries=sum(verdict.queries for verdict in verdicts),
         gradients=sum(verdict.gradients for verdict in verdicts),
         seconds=sum(verdict.seconds for verdict in verdicts),
+        **odd(verdicts),
     )
+
+
+def odd(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """What the attacks met that is no number: gradients, and answers, with the smallest distance of one."""
+    none = torch.cat([verdict.index[verdict.undefined] for verdict in verdicts]).unique()
+    distances = torch.cat([verdict.distance[verdict.undefined] for verdict in verdicts])
+    return {
+        "singular": sum(verdict.singular for verdict in verdicts),
+        "undefined": len(none),
+        "undefined_distance": float(distances.min()) if len(distances) else None,
+    }

@@ -217,7 +217,7 @@ def _aim(target: int) -> TargetRule:
 
 
 def _pictures(outcome: Outcome, labels: Tensor) -> tuple[Tensor, Images]:
-    at = torch.tensor(varied(outcome.attacked & outcome.success, labels), dtype=torch.int64)
+    at = torch.tensor(varied(outcome.attacked & outcome.success & ~outcome.undefined, labels), dtype=torch.int64)
     return outcome.index[at], outcome.x_adv[at]
 
 

@@ -382,16 +382,35 @@ def placed(model: nn.Module, x: Images) -> Images:
 
 @dataclass(slots=True)
 class Meter:
-    """Images sent forward and backward through a model."""
+    """Images sent forward and backward through a model.
+
+    Attributes:
+        queries: Sent forward.
+        gradients: Sent backward.
+        singular: Of these, the images whose gradient held a NaN or an infinity; a tensor that stays on the device, so
+            that counting makes no GPU wait.
+    """
 
     queries: int = 0
     gradients: int = 0
+    singular: Tensor | int = 0
+
+    def since(self, before: "Meter") -> "Meter":
+        """What was counted after this copy was made."""
+        return Meter(self.queries - before.queries, self.gradients - before.gradients, self.singular - before.singular)
 
 
 @contextmanager
 def metered(model: nn.Module) -> Generator[Meter]:
     """Count the images that pass forward and backward through `model`."""
     meter = Meter()
+
+    def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if inputs[0].requires_grad:
+            inputs[0].register_hook(look)
+
+    def look(slope: Tensor) -> None:
+        meter.singular = meter.singular + (~slope.sum(tuple(range(1, slope.ndim))).isfinite()).sum()
 
     def forward(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         count = len(inputs[0])
@@ -402,11 +421,12 @@ def metered(model: nn.Module) -> Generator[Meter]:
     def backward(count: int) -> None:
         meter.gradients += count
 
-    handle = model.register_forward_hook(forward)
+    handles = model.register_forward_pre_hook(before), model.register_forward_hook(forward)
     try:
         yield meter
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def accelerated(model: Classifier, images: Images | None = None) -> Classifier:

@@ -231,6 +231,16 @@ def vector_norm(flat: Tensor, norm: Norm) -> Scores:
     return flat.abs().amax(1) if norm == "linf" else flat.abs().sum(1)  # several times faster than vector_norm
 
 
+def unit(flat: Tensor) -> Tensor:
+    """A power of two as large as the largest entry of each row, shape (..., 1); 1 for zeros.
+
+    Divided by it, a row has a norm, where the squares of its entries would overflow or vanish in float32. Nothing is
+    rounded by that.
+    """
+    largest = flat.abs().amax(-1, keepdim=True)
+    return torch.where(largest > 0, largest / (2 * torch.frexp(largest).mantissa), 1.0)
+
+
 def per_image(values: Tensor, like: Images) -> Tensor:
     """One value for each image, shaped to be broadcast over its pixels."""
     return values.view(-1, *(1,) * (like.ndim - 1))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rempart.attacks.apgd import apgd
-from rempart.attacks.losses import mean_logits
+from rempart.attacks.losses import mean_logits, reached
 from rempart.core.errors import DataError
 from rempart.core.events import Event, Notify, silent
 from rempart.core.model import frozen
@@ -144,7 +144,8 @@ def evade(
 def verdict(fitted: Fitted, x: Images, y: Labels, index: Tensor, *, passes: int = 1) -> tuple[Mask, Mask]:
     """Which images the model gets wrong, by mean logits over `passes`, and which the detector accepts."""
     with frozen(fitted.model), torch.no_grad():
-        return mean_logits(fitted.model, x, passes).argmax(1) != y, ~fitted.flags(fitted.score(x, index))
+        wrong = reached(mean_logits(fitted.model, x, passes), y, targeted=False)
+        return wrong, ~fitted.flags(fitted.score(x, index))
 
 
 def _wrong_first(fitted: Fitted, x: Images, y: Labels) -> Tensor:

@@ -129,7 +129,10 @@ def gather(
 
 @dataclass(frozen=True, slots=True)
 class _Judge:
-    """Attacks images; gives them as they are kept, and which of them the model gets wrong within the threat."""
+    """Attacks images; gives them as they are kept, and which of them the model gets wrong within the threat.
+
+    An image for which the model names no class is none of these: nobody takes it for another class.
+    """
 
     model: Classifier
     seed: int
@@ -152,8 +155,9 @@ class _Judge:
             notify=named(name, self.notify),
         )
         if found.eight_bit is None:
-            return found.x_adv, found.broken
-        return threat.quantise(data.read(data.index).to(found.x_adv), found.x_adv), found.eight_bit
+            return found.x_adv, found.broken & ~found.undefined
+        stored = threat.quantise(data.read(data.index).to(found.x_adv), found.x_adv)
+        return stored, found.eight_bit & ~found.undefined
 
 
 def _disturbed(judge: _Judge, data: Data, x: Images, noise: Threat) -> Images:

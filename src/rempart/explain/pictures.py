@@ -47,7 +47,7 @@ def illustrate(
     with frozen(model):
         with torch.no_grad(), features(model, list(sigma)) as seen:
             predicted = model(pair).argmax(1)
-        maps = {layer: value.clone() for layer, value in seen.items()}
+        maps = {layer: value.nan_to_num(0.0, 0.0, 0.0) for layer, value in seen.items()}
         goal = score("margin", targeted=False, num_classes=model.num_classes)
         slopes = climb_direction(model, pair, labels, goal)[0].abs().amax(1, keepdim=True)
         steepest = climb_direction(model, x, y, score("ce", targeted=False, num_classes=model.num_classes))[0].sign()
@@ -73,15 +73,21 @@ def illustrate(
 def _landscape(
     model: Classifier, x: Images, y: Labels, steepest: Images, reach: float, threat: Threat, seed: int
 ) -> tuple[tuple[float, ...], ...]:
-    """Margins on a grid of steps along the sign of the gradient (rows) and random signs (columns), inside the box."""
+    """Margins on a grid of steps along the sign of the gradient (rows) and random signs (columns), inside the box.
+
+    Where the model names no class it is the lowest of the others.
+    """
     random = Draws(seed, torch.zeros(1, dtype=torch.int64), ("landscape",)).sign(x)
     steps = torch.linspace(-reach, reach, _GRID).tolist()
-    rows: list[tuple[float, ...]] = []
+    rows: list[Tensor] = []
     for up in steps:
         points = torch.cat([(x + up * steepest + side * random).clamp(threat.low, threat.high) for side in steps])
         with torch.no_grad():
-            rows.append(tuple(lead(model(points), y.expand(len(points))).tolist()))
-    return tuple(rows)
+            rows.append(lead(model(points), y.expand(len(points))))
+    margins = torch.stack(rows)
+    known = margins[margins.isfinite()]
+    margins = margins.clamp(known.min(), known.max()) if len(known) else torch.zeros_like(margins)
+    return tuple(tuple(row) for row in margins.tolist())
 
 
 def _maps(seen: Mapping[str, Tensor], sigma: Neurons | Mapping[str, Tensor]) -> list[Maps]:

@@ -229,7 +229,7 @@ def _see(
     model = subject.model
     for number, (label, choice) in enumerate(_labelled(spec).items()):
         made = _attacked(subject, choice, x, y, index, threat, spec)
-        right = made.correct
+        right = made.correct & ~made.undefined  # neurons that are NaN compare with nothing
         a, b, c, place = x[right], made.x_adv[right], y[right], index[right]
         if number:
             if len(a):

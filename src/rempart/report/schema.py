@@ -374,6 +374,10 @@ class AttackResult(Strict):
         queries: Images sent forward by the attack.
         gradients: Images sent backward by the attack.
         seconds: Wall-clock time.
+        singular: Of the images sent backward, those whose gradient held a NaN or an infinity.
+        undefined: Samples broken because the model names no class for the adversarial image: its logits are NaN, or
+            infinite for several classes.
+        undefined_distance: Smallest distance of such an image from its original, in the norm of the audit's threat.
     """
 
     label: str
@@ -390,6 +394,9 @@ class AttackResult(Strict):
     queries: int
     gradients: int
     seconds: float
+    singular: int = 0
+    undefined: int = 0
+    undefined_distance: float | None = None
 
 
 class ClassAccuracy(Strict):

@@ -239,9 +239,37 @@ def _found(report: Report) -> str:
 
 
 def notes(report: Report) -> tuple[str, ...]:
-    """The notes that do not stand among the checks already."""
+    """The notes that do not stand among the checks already, and what attacks met that is not a number."""
     told = {check.message for check in (*report.preflight, *report.checks)}
-    return tuple(note for note in (*report.model.notes, *report.notes) if note not in told)
+    return (
+        *(note for note in (*report.model.notes, *report.notes) if note not in told),
+        *_without_answer(report),
+        *_without_slope(report),
+    )
+
+
+def _without_answer(report: Report) -> Iterator[str]:
+    found = [attack for attack in report.attacks if attack.undefined]
+    if not found:
+        return
+    nearest = min(attack.undefined_distance or 0.0 for attack in found)
+    threat = threat_of(report)
+    yield (
+        "The model gives no defined answer for some adversarial images within the threat: its logits are NaN or "
+        f"infinite. Images: {', '.join(f'{attack.undefined:,} by {attack.label}' for attack in found)}; smallest "
+        f"distance {'' if threat is None else f'{threat.norm} '}{nearest:.3g}. They count as broken. The answers for "
+        "the original images are defined."
+    )
+
+
+def _without_slope(report: Report) -> Iterator[str]:
+    found = [attack for attack in report.attacks if attack.singular]
+    if found:
+        parts = ", ".join(f"{attack.label} {attack.singular:,} of {attack.gradients:,}" for attack in found)
+        yield (
+            f"Some gradients held NaN or infinity (images x steps: {parts}). The attacks went on in a finite direction "
+            "there, which may not be the best one: look for a square root, a logarithm or a division in the model."
+        )
 
 
 def limits(report: Report) -> Iterator[str]:
