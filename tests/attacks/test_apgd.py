@@ -67,7 +67,7 @@ def test_it_ends_at_the_best_point_of_ball_and_box(norm: Norm, box: bool, name: 
     slope = weight[1] - weight[0]
     gained = (outcome.x_adv - x).flatten(1) @ slope
     best = torch.tensor([best_gap(row, slope, norm, eps) for row in x.flatten(1)]).double()
-    slack = {"linf": 1e-7, "l2": 1e-5, "l1": 1e-2 if box else 1e-9}[norm]
+    slack = {"linf": 1e-7, "l2": 1e-5, "l1": 1e-2 if box else 1e-6}[norm]  # linprog solves to 1e-7
     assert bool((gained <= best * (1 + 1e-6)).all()), "further than the threat allows"
     assert bool((gained >= best * (1 - slack)).all()), gained / best
     assert float(threat.distance(x, outcome.x_adv).max()) <= eps * (1 + 1e-6)

@@ -322,6 +322,28 @@ def test_steps_longer_than_the_threat_is_wide_are_refused() -> None:
         native(attacks[name], threat, attacks[name].parse(options))
 
 
+def test_steps_and_boxes_leave_room_for_rounding() -> None:
+    """3 * 0.2 is more than 2 * 0.3 in floating point, and 0.1 + 0.2 more than 0.3."""
+    native(attacks["pgd"], Threat(norm="linf", eps=0.3), attacks["pgd"].parse({"step": 3 * 0.2}))
+    model = Classifier(toys.linear().net, shape=(1, 4, 4), num_classes=3, low=-0.3, high=0.1 + 0.2)
+    x = toys.images(model.shape) * 0.6 - 0.3
+    attack_batch(model, x, toys.labels(model, x), Threat(norm="linf", eps=0.6, low=-0.3, high=0.3), "fgsm")
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 255.0), (-1024.0, 3071.0), (0.0, 1e-3)])
+def test_eight_bit_files_of_any_box(low: float, high: float) -> None:
+    """An image on a level, moved by exactly eight levels, is stored as it is: it breaks before and after rounding."""
+    level = (high - low) / 255
+    start, boundary = low + 247 * level, low + 254.5 * level
+    model = steps_on_one_pixel(boundary)
+    model.low, model.high = low, high
+    x, y = torch.full((1, 1, 2, 2), start), torch.tensor([0])
+    threat = Threat(norm="l2", eps=8 * level, low=low, high=high)
+    outcome = attack_batch(model, x, y, threat, moving_the_first_pixel(8 * level), eight_bit=True)
+    assert outcome.success.tolist() == [True]
+    assert outcome.eight_bit is not None and outcome.eight_bit.tolist() == [True]
+
+
 def test_a_model_without_finite_logits_is_refused_by_sample_number() -> None:
     class Fragile(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

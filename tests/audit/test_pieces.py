@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import toys
+from alike import alike
 from rempart import tasks
 from rempart.attacks.run import Verdict
 from rempart.audit import Audit, Planned, audit
@@ -76,7 +77,7 @@ class Stopped:
 def test_the_size_of_a_chunk_changes_no_result() -> None:
     whole, parts = run(chunk=512).report, run(chunk=7).report
     same = {"spec": whole.spec}
-    assert comparable(whole.model_copy(update=same)) == comparable(parts.model_copy(update=same))
+    assert alike(comparable(whole.model_copy(update=same)), comparable(parts.model_copy(update=same)))  # to rounding
 
 
 @pytest.mark.parametrize("after", [0, 1, 5, 11])

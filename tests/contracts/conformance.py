@@ -322,15 +322,15 @@ def check_model_is_left_alone_during_the_attack(entry: AttackEntry, norm: Norm) 
 
 
 def check_batch_mates_do_not_matter(entry: AttackEntry, norm: Norm) -> None:
-    """Bit for bit on models that see one image at a time, to rounding (of float64) on a plain convnet.
+    """To rounding: of float32 on models that see one image at a time, of float64 on a plain convnet.
 
-    64 pixels, because torch computes tanh by another formula on the rest of a tensor that does not fill its registers.
+    Torch computes tanh and sums by another formula on the rest of a tensor that does not fill its registers.
     """
     if entry.traits.joint:
         return  # its images do depend on each other: see check_joint_attacks_share_one_perturbation
     leaving = _given(entry, restarts=2, early_stop=True)  # samples leave the batch, the others must not notice
-    for make, exact in ((toys.linear, True), (toys.conv, False)):
-        model = toys.samplewise(make((1, 8, 8))) if exact else make((1, 8, 8)).double()
+    for make, single, slack in ((toys.linear, True, 1e-5), (toys.conv, False, 1e-9)):
+        model = toys.samplewise(make((1, 8, 8))) if single else make((1, 8, 8)).double()
         x = toys.images(model.shape, 5).to(next(model.parameters()).dtype)
         y, numbers = toys.labels(model, x), torch.tensor([3, 0, 8, 5, 11])
         threat = Threat(norm=norm, eps={"linf": 0.003, "l2": 0.018, "l1": 0.06}[norm])
@@ -350,7 +350,7 @@ def check_batch_mates_do_not_matter(entry: AttackEntry, norm: Norm) -> None:
             for what, outcome in others.items():
                 at = (outcome.index[:, None] == numbers).nonzero()[:, 1]
                 gap = float((outcome.x_adv - whole.x_adv[at]).abs().max())
-                assert gap == 0 or (not exact and gap < 1e-9), f"{what}: pixels moved by {gap}"
+                assert gap < slack, f"{what}: pixels moved by {gap}"
                 assert torch.equal(outcome.success, whole.success[at]), f"{what}: another verdict"
 
 
@@ -367,7 +367,8 @@ def check_joint_attacks_share_one_perturbation(entry: AttackEntry, norm: Norm) -
     turned = attack_data(model, data.take(order), threat, entry.name, cheap, batch_size=4)
     change = (whole.x_adv.double() - x).flatten(1)
     assert float((change - change[0]).abs().max()) < 1e-6 and float(change.abs().max()) > 1e-3
-    assert torch.equal(turned.x_adv, whole.x_adv[order]), "the order of the images changed the perturbation"
+    gap = float((turned.x_adv - whole.x_adv[order]).abs().max())
+    assert gap < 1e-6, "the order of the images changed the perturbation"
 
 
 def check_shapes(entry: AttackEntry, norm: Norm) -> None:

@@ -152,7 +152,7 @@ def test_the_sets_do_not_depend_on_the_batch_size(eight_bit):
         found = gather(model, data_of(x, y), crafts, **options)
         return [found.x, found.y, found.index, found.noisy, *found.attacked["pgd"]]
 
-    assert all(torch.equal(a, b) for a, b in zip(run(64), run(7), strict=True))
+    torch.testing.assert_close(run(64), run(7))
     other = run(64, seed=1)
     assert torch.equal(run(64)[0], other[0]) and not torch.equal(run(64)[3], other[3])
 

@@ -152,7 +152,7 @@ def test_normalisation_is_inside():
     x = torch.rand(5, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     by_hand = (x - torch.tensor([0.25, 0.5]).view(2, 1, 1)) / torch.tensor([0.5, 2.0]).view(2, 1, 1)
     assert isinstance(model.net[0], Normalize)
-    assert torch.equal(model(x), model.net[1](by_hand))
+    torch.testing.assert_close(model(x), model.net[1](by_hand))
 
 
 @pytest.mark.parametrize(("name", "options"), [("resnet18", {"width": 8}), ("mri-cnn", {"width": 4})])

@@ -35,7 +35,7 @@ def tensor(value: object, what: str) -> Tensor:
         plain = value.detach().as_subclass(Tensor)
         return plain.clone() if plain.is_inference() else plain  # autograd refuses to save an inference tensor
     try:
-        array = np.array(value, order="C")
+        array = np.array(np.asarray(value), order="C")
     except (TypeError, ValueError, RuntimeError):
         raise DataError(f"{what} as a tensor or an array of numbers", got=type(value).__name__) from None
     if array.dtype.kind not in "biuf" or isinstance(value, np.ma.MaskedArray):

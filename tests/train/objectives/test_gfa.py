@@ -129,8 +129,8 @@ def test_at_the_start_of_the_warm_up_and_without_weight_it_is_the_task_alone(tas
     for objective, progress in ((gfa(task=task, warmup=0.2), 0.0), (gfa(task=task, weight=0, warmup=0), 0.5)):
         loss = objective(model, x, y, rng=RNG, progress=progress)
         gradient = torch.autograd.grad(loss.value, list(model.parameters()))
-        assert torch.equal(loss.value.detach(), plain.detach())
-        assert all(torch.equal(a, b) for a, b in zip(gradient, plain_gradient, strict=True))
+        torch.testing.assert_close(loss.value.detach(), plain.detach())  # another order of the sum over images
+        torch.testing.assert_close(gradient, plain_gradient)
 
 
 def test_the_weight_rises_over_the_warm_up():

@@ -104,8 +104,9 @@ def test_margins_belong_to_samples_and_change_once_per_visit():
     rng = Draws(0, index)
     all_at_once = crafted(whole, model, x, y, rng)
     for rows in (torch.tensor([3, 0, 6]), torch.tensor([1, 2]), torch.tensor([7, 5, 4])):
-        assert torch.equal(crafted(parts, model, x[rows], y[rows], rng.select(rows)), all_at_once[rows])
-    assert torch.equal(whole.state["margins"], parts.state["margins"])
+        found = crafted(parts, model, x[rows], y[rows], rng.select(rows))
+        torch.testing.assert_close(found, all_at_once[rows])  # a product of three rows is rounded otherwise
+    torch.testing.assert_close(whole.state["margins"], parts.state["margins"])
     untouched = [n for n in range(31) if n not in index.tolist()]
     assert bool((whole.state["margins"][untouched] == torch.tensor(0.01)).all())
     resumed = ima(threat="l2:3", delta=0.01)

@@ -97,8 +97,8 @@ def costs(*objectives: Objective) -> list[list[torch.Tensor]]:
 
 
 def same(objectives: tuple[Objective, Objective]) -> bool:
-    """Whether two objectives give the same loss and gradients, bit by bit."""
-    return all(torch.equal(a, b) for a, b in zip(*costs(*objectives), strict=True))
+    """Whether two objectives give the same loss and gradients, to rounding: they need not sum in one order."""
+    return all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(*costs(*objectives), strict=True))
 
 
 def check_extremes(objective: Objective) -> None:
