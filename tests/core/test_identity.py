@@ -90,7 +90,8 @@ def test_a_change_of_code_with_the_same_weights_is_seen(
 
 
 @pytest.mark.parametrize(
-    ("old", "new"), [("# BACK", "# as it was"), ('"""Docs."""', '"""Other words."""'), ("Linear(16, 3)", "Linear(16,3)")]
+    ("old", "new"),
+    [("# BACK", "# as it was"), ('"""Docs."""', '"""Other words."""'), ("Linear(16, 3)", "Linear(16,3)")],
 )
 def test_comments_docstrings_and_formatting_change_nothing(
     written: Callable[..., Identity], old: str, new: str
