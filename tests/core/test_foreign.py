@@ -216,6 +216,6 @@ def test_a_stream_that_was_closed_writes_to_the_same_place_again(
     with (tmp_path / "out.txt").open("w") as file:
         monkeypatch.setattr(sys, "stdout", file)
         load(module(NET + "import sys\nprint('one')\nsys.stdout.close()\n"))
-        print("two")
+        sys.stdout.write("two\n")
         sys.stdout.close()
     assert (tmp_path / "out.txt").read_text() == "one\ntwo\n"

@@ -388,7 +388,7 @@ def _sparse() -> nn.Module:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("make", [_quantised, lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10), Extra()), _sparse])
-def test_a_state_of_other_things_than_tensors_has_a_card_and_is_not_saved(make: Any, tmp_path: Path) -> None:
+def test_a_state_of_other_things_than_tensors_has_a_card_and_is_not_saved(make, tmp_path):
     model, twin = (Classifier(make(), shape=(1, 8, 8), num_classes=10) for _ in range(2))
     twin.load_state_dict(model.state_dict())
     assert card(model, "python:a:b").digest == card(twin, "python:a:b").digest
