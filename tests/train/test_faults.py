@@ -129,7 +129,7 @@ def test_a_recipe_file_or_images_that_changed_are_not_gone_on_with(tmp_path):
     store_images(0)
     assert run_training(asked(resume=True)).complete
     recipe.write_text("objective = 'plain'\nlearning_rate = 0.003")
-    with pytest.raises(SpecError, match="another recipe file or other images; that training is complete"):
+    with pytest.raises(SpecError, match="other images or other source code; that training is complete"):
         run_training(asked(resume=True))
 
 
