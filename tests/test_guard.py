@@ -241,7 +241,10 @@ def test_a_line_says_what_a_guard_and_a_prediction_are(guarded: Guarded, folders
 def test_bytes_span_the_box_of_the_model(folders: Path, tmp_path: Path) -> None:
     model = network()
     model.low, model.high = -1.0, 3.0
-    wide = Guarded(classifier=model, detector=detect.load(folders / "bare", model), source="")
+    with pytest.raises(ModelError, match="the same weights, but other answers"):
+        detect.load(folders / "bare", model)  # a detector belongs to the box that it was fitted in
+    detector = replace(detect.load(folders / "bare", network()), model=model)
+    wide = Guarded(classifier=model, detector=detector, source="")
     assert torch.equal(wide.predict(BYTES).scores, wide.predict(X * 4 - 1).scores)
     with pytest.raises(DataError, match=r"pixels in \[-1, 3\]"):
         wide.predict(X * 4.1 - 1)

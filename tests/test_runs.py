@@ -1,6 +1,8 @@
 """Comparing training runs: which audits are made, which are used again, and what is refused."""
 
+import importlib
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -210,3 +212,72 @@ def test_runs_of_a_network_of_the_users_own_are_compared_by_its_code(tmp_path: P
         )
     table = runs.compare([Path(f"{code}@{name}") for name in ("a", "b")], threat="linf:0.1", limit=LIMIT)
     assert "worst case" in table and (tmp_path / "a/audits").exists()
+
+
+OWN_CODE = """import torch
+from torch import nn
+class Own(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x): return x.clone()
+    @staticmethod
+    def backward(ctx, g): return g * 1
+class Net(nn.Module):
+    shape, num_classes = (1, 8, 8), 10
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 16), nn.Linear(16, 10)
+    def forward(self, x): return self.b(torch.relu(self.a(Own.apply(x).flatten(1))))
+def net(): return Net()
+"""
+
+
+def test_a_kept_audit_is_not_that_of_other_code_with_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step in front of the same weights, another backward pass, a report that records no code: audited anew."""
+    monkeypatch.chdir(tmp_path)
+    source = Path("code_of_runs.py")
+    where = "python:code_of_runs:net"
+    for number in (0, 1):
+        write_code(source, OWN_CODE, monkeypatch)
+        options: Any = {"data": "digits", "start": where, "recipe": "plain:digits", "options": {"epochs": 1}}
+        tasks.run(TrainSpec(**options, seed=number, out=f"run{number}"))
+    made: list[str] = []
+
+    def counted(spec: AuditSpec, notify: Any) -> Report | None:
+        made.append(str(spec.out))
+        return tasks.run(spec, notify)
+
+    monkeypatch.setattr(runs, "run", counted)
+
+    def clean() -> list[float]:
+        found = {Path(f"run{number}"): store.read(f"run{number}") for number in (0, 1)}
+        code = dict.fromkeys(found, where)
+        audited = runs.audited(found, code=code, threat="linf:0.05", limit=8)
+        values = [run.audit.clean.value for run in audited.values() if run.audit.clean is not None]
+        number, made[:] = len(made), []
+        return [number, *values]
+
+    assert clean()[0] == 4 and clean()[0] == 0
+    write_code(source, OWN_CODE.replace("Own.apply(x)", "Own.apply(x.flip(-1))"), monkeypatch)
+    count, *values = clean()
+    x, y = (batch := open_data("digits:test").batch(torch.arange(8))).x, batch.y
+    assert count == 4 and values == [
+        float((load(f"{where}@run{number}")(x).argmax(1) == y).double().mean()) for number in (0, 1)
+    ]
+    write_code(source, OWN_CODE.replace("g * 1", "g * 0"), monkeypatch)
+    assert clean()[0] == 4
+    folder = next(Path("run0/audits").glob("l2-*"))
+    report = store.read(folder)
+    store.write(
+        report.model_copy(update={"model": report.model.model_copy(update={"code": "", "answers": ()})}), folder
+    )
+    assert clean()[0] == 1, "a report of an earlier version leaves open which code it is about"
+
+
+def write_code(path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a new process would find it."""
+    path.write_text(text)
+    monkeypatch.delitem(sys.modules, path.stem, raising=False)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    importlib.invalidate_caches()

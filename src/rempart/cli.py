@@ -820,10 +820,9 @@ def main() -> NoReturn:
         status = app(standalone_mode=False)
     except RempartError as error:
         _fail(str(error), error.exit_code)
-    except (KeyboardInterrupt, typer.Abort, SystemExit) as error:  # no command exits by itself: that is foreign code
-        cause = error if isinstance(error, (KeyboardInterrupt, SystemExit)) else error.__cause__ or error
-        if isinstance(cause, SystemExit) or (isinstance(cause, KeyboardInterrupt) and not foreign.by_user(cause)):
-            _fail(str(foreign.ending("the command to run to its end", cause)), 2)
+    except SystemExit as error:  # no command exits by itself: this is foreign code
+        _fail(str(foreign.ending("the command to run to its end", error)), 2)
+    except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
     except Exception as error:  # noqa: BLE001  the edge of the program
         show = getattr(error, "show", None)  # a usage error of click, whichever copy of it Typer brings

@@ -18,7 +18,7 @@ from alike import alike
 from rempart import tasks
 from rempart.attacks.run import Verdict
 from rempart.audit import Audit, Planned, audit
-from rempart.audit.pieces import Piece, Pieces, attack_chunk, chunks, stored, varied
+from rempart.audit.pieces import Piece, Pieces, attack_chunk, chunks, kept_in, stored, varied
 from rempart.core.data import Data
 from rempart.core.errors import RempartError
 from rempart.core.events import Event, silent
@@ -304,3 +304,58 @@ def _free_port() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return str(free.getsockname()[1])
+
+
+def _behind(text: str, net: nn.Module) -> Classifier:
+    """The network behind a step that is typed in, as in a notebook."""
+    space: dict[str, Any] = {"__name__": "__typed__", "nn": nn, "torch": torch}
+    exec(text, space)
+    return Classifier(nn.Sequential(space["Step"](), net), shape=(1, 4, 4), num_classes=4).eval()
+
+
+def test_pieces_of_another_backward_pass_are_not_taken_up(tmp_path: Path) -> None:
+    """Weights and answers are the same: only the code is not."""
+    text = """
+class Back(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x): return x.clone()
+    @staticmethod
+    def backward(ctx, g): return g * FACTOR
+FACTOR = 1
+class Step(nn.Module):
+    def forward(self, x): return Back.apply(x)
+"""
+    model, data = toy()
+    card = ModelCard(source="", name="toy", digest="0", parameters=1, shape=(1, 4, 4), classes=tuple("0123"))
+    spec = AuditSpec(model="a", data="", threat="linf:0.02", attacks=(AttackChoice(name="fgsm"),), chunk=8, sweep=False)
+    for number, other in enumerate((text, text.replace("FACTOR = 1", "FACTOR = -1"), text.replace("g *", "0 * g *"))):
+        listener = Stopped()
+        audit(_behind(other, model.net), data, spec, card=card, folder=tmp_path, notify=listener)
+        assert len(listener.begun) == 4, f"pieces of other code were taken up ({number})"
+    listener = Stopped()
+    audit(_behind(text, model.net), data, spec, card=card, folder=tmp_path, notify=listener)
+    assert not listener.begun
+
+
+def test_answers_that_differ_by_rounding_alone_share_a_folder(tmp_path: Path) -> None:
+    """Machines with other processors or threads work on one audit: close answers never fall on two sides of a cut."""
+    model, data = toy()
+    threat, spec = Threat.parse("linf:0.1"), AuditSpec(model="", data="", threat="linf:0.1")
+    versions = {"rempart": "0", "torch": "0"}
+
+    def place(factor: float) -> str:
+        scaled = Classifier(nn.Sequential(_Scaled(factor), model.net), shape=(1, 4, 4), num_classes=4).eval()
+        return kept_in(tmp_path, scaled, data, (), threat, spec, versions).name
+
+    exact = place(1.0)
+    assert {place(1 + 1e-7 * k) for k in range(-20, 20)} == {exact}
+    assert place(1.1) == f"{exact}-2" == place(1.1) and place(1.0) == exact
+
+
+class _Scaled(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor

@@ -2,9 +2,11 @@
 
 import getpass
 import hashlib
+import io
 import itertools
 import platform
 import struct
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -14,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import kstest
 
+from rempart.core.errors import ModelError
 from rempart.core.repro import Draws, digest_arrays, digest_state, environment
 
 pytestmark = pytest.mark.usefixtures("untouched_rng")
@@ -162,3 +165,70 @@ def test_environment_names_versions_but_nobody():
     assert all(isinstance(value, str) for value in record.values())
     words = {word for value in record.values() for word in value.split()}
     assert platform.node() not in words and getpass.getuser() not in words
+
+
+def _quantised(values: list[float], scale: float = 0.5) -> torch.Tensor:
+    return torch.quantize_per_tensor(torch.tensor(values), scale, 0, torch.qint8)
+
+
+def _channelwise(scales: list[float]) -> torch.Tensor:
+    steps = torch.tensor(scales)
+    return torch.quantize_per_channel(torch.ones(2, 2), steps, torch.zeros(2).int(), 0, torch.qint8)
+
+
+class _Extra:
+    def __init__(self, size: int) -> None:
+        self.size, self.table = size, {"a": torch.ones(size)}
+
+
+def _packed(rows: int) -> Any:
+    """Weights as dynamic quantisation packs them: an object of torch's, no tensor."""
+    return torch.ops.quantized.linear_prepack(_quantised([1.0] * 4 * rows).view(rows, 4), None)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "odd",
+    [
+        lambda k: _quantised([1.0, float(k)]),
+        lambda k: _quantised([0.0, 0.0], scale=float(k)),  # the same stored integers
+        lambda k: _channelwise([1.0, 0.5 * k]),
+        lambda k: (_quantised([float(k)]), None),
+        lambda k: torch.tensor([0.0, k]).to_sparse(),
+        lambda k: torch.tensor([[0.0, k]]).to_sparse_csr(),
+        lambda k: torch.tensor([1 + 1j * k]),
+        lambda k: torch.tensor([1 + 1j * k]).conj(),
+        lambda k: torch.tensor([1.0, k]).to(torch.float8_e4m3fn),
+        lambda k: torch.zeros(0, k),
+        lambda k: torch.nested.nested_tensor([torch.ones(2), torch.ones(k)]),
+        lambda k: {"step": k, "mode": None, "names": ["a", ("b", 2.0)], "of": torch.float16},
+        lambda k: io.BytesIO(bytes([k])),
+        lambda k: np.arange(k),
+        lambda k: _Extra(k),
+        lambda k: {str(k), "b", "c"},
+        lambda k: _packed(k),
+    ],
+)
+def test_a_state_of_more_than_dense_tensors_counts_by_its_values(odd: Any) -> None:
+    dense = {"w": torch.ones(2)}
+    first, again, other = (digest_state(dense | {"odd": odd(k)}) for k in (2, 2, 3))
+    assert first == again != other and first != digest_state(dense)
+
+
+def test_a_sparse_tensor_counts_by_its_values_and_not_by_how_they_are_stored() -> None:
+    twice = torch.sparse_coo_tensor([[1, 1]], [1.0, 2.0], (2,), check_invariants=True)
+    once = torch.sparse_coo_tensor([[1]], [3.0], (2,), check_invariants=True)
+    assert digest_state({"w": twice}) == digest_state({"w": once})
+
+
+def test_a_state_without_values_is_refused_with_what_to_do() -> None:
+    cycle: dict[str, Any] = {}
+    cycle["itself"] = cycle
+    for state, words in (
+        (torch.nn.LazyLinear(3).state_dict(), "bias, which is not initialised yet; run one batch"),
+        ({"w": torch.empty(2, device="meta")}, "w, which is on the meta device"),
+        ({"hook": digest_arrays}, "hook, a function"),
+        ({"extra": cycle}, "objects that hold each other"),
+    ):
+        with pytest.raises(ModelError, match=words):
+            digest_state(state)

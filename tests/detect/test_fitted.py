@@ -1,5 +1,7 @@
 """Fit, calibrate, keep and take up again; and what is refused."""
 
+import copy
+import json
 import pickle
 from dataclasses import replace
 from fractions import Fraction
@@ -12,6 +14,7 @@ import torch
 from safetensors.torch import save as to_bytes
 
 import toys
+from rempart import Classifier
 from rempart.core.errors import DataError, ModelError, SpecError
 from rempart.core.stats import wilson
 from rempart.detect import Fitted, Learning, calibrate, fit, load, save
@@ -120,6 +123,27 @@ def folder(tmp_path: Path) -> Path:
 def test_another_model_is_refused(folder: Path) -> None:
     with pytest.raises(ModelError, match=r"which the detector in .* was fitted on"):
         load(folder, toys.conv((1, 4, 4), seed=1))
+
+
+@pytest.mark.parametrize("output", ["logits", "sigmoids"])
+def test_the_same_weights_with_a_step_in_front_or_read_otherwise_are_refused(folder: Path, output: Any) -> None:
+    net = copy.deepcopy(MODEL.net)
+    if output == "logits":
+        inner = net.forward
+        net.forward = lambda x: inner(x.flip(-1))
+    other = Classifier(net, shape=(1, 4, 4), num_classes=3, output=output)
+    with pytest.raises(ModelError, match="the same weights"):
+        load(folder, other)
+
+
+def test_an_upgrade_that_changes_no_answer_keeps_a_detector_and_one_of_old_still_opens(folder: Path) -> None:
+    """Rounding of another processor or version; a card without code and answers, as earlier versions wrote."""
+    card = json.loads((folder / CARD).read_text())
+    (folder / CARD).write_text(json.dumps(card | {"answers": [a * (1 + 1e-6) for a in card["answers"]]}))
+    assert load(folder, MODEL).card.detector == "knn"
+    del card["code"], card["answers"]
+    (folder / CARD).write_text(json.dumps(card))
+    assert load(folder, MODEL).card.code == ""
 
 
 def damage(folder: Path, how: str) -> None:

@@ -180,6 +180,30 @@ def test_a_saved_model_is_pruned_by_its_own_sensitivities(explained, tmp_path, m
     assert record["neurons"] == found and record["choose"] == "sensitive"
 
 
+def test_of_models_with_the_same_weights_and_other_code_each_keeps_its_own(explained, tmp_path):
+    """Two that differ in their answers alone are told apart; one of neither is refused."""
+    report = store.read(explained / "run")
+    first = report.explained[0]
+    known = first.model
+    fake = first.model_copy(
+        update={
+            "model": known.model_copy(update={"answers": tuple(-a for a in known.answers)}),
+            "layers": tuple(layer.model_copy(update={"absolute": layer.absolute[::-1]}) for layer in first.layers),
+        }
+    )
+    source = str(explained / "m0")
+    store.write(report.model_copy(update={"explained": (fake, first)}), tmp_path / "both")
+    store.write(report.model_copy(update={"explained": (fake,)}), tmp_path / "neither")
+    given = {"share": 0.25, "layers": ["*.4"]}
+    right = prune_model(source, explained / "run", tmp_path / "a", **given)
+    assert prune_model(source, tmp_path / "both", tmp_path / "b", **given) == right
+    with pytest.raises(ModelError, match="the same weights, but other answers"):
+        prune_model(source, tmp_path / "neither", tmp_path / "c", **given)
+    old = known.model_copy(update={"answers": (), "code": ""})
+    store.write(report.model_copy(update={"explained": (first.model_copy(update={"model": old}),)}), tmp_path / "old")
+    assert prune_model(source, tmp_path / "old", tmp_path / "d", **given) == right
+
+
 def test_random_and_least_neurons_are_chosen_as_said(explained, tmp_path):
     told = store.read_explained(explained / "run")[0]
     given = {"share": 0.25, "layers": [told.layers[0].name]}
@@ -207,7 +231,7 @@ def test_another_model_a_wrong_share_and_a_taken_folder_are_refused(explained, t
     run, out = explained / "run", tmp_path / "out"
     other = build("mlp", shape=(1, 8, 8), num_classes=10, options=WIDTHS, seed=5)
     save(other, tmp_path / "other", name="mlp", options=WIDTHS)
-    with pytest.raises(ModelError, match="whose weights are others"):
+    with pytest.raises(ModelError, match="which has other weights"):
         prune_model(str(tmp_path / "other"), run, out)
     for share in (0.0, 1.0, 1.1):
         with pytest.raises(SpecError, match="share"):

@@ -362,3 +362,43 @@ def test_exported_and_python_models_have_names(exported, factories):
 
 def test_classifiers_of_modules_are_modules(factories):
     assert isinstance(load(factories + "module").net, nn.Sequential)
+
+
+class Extra(nn.Module):
+    def get_extra_state(self) -> object:
+        return {"scale": 2}
+
+    def set_extra_state(self, state: object) -> None: ...
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def _quantised() -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
+    return torch.ao.quantization.quantize_dynamic(net, {nn.Linear}, dtype=torch.qint8)
+
+
+def _sparse() -> nn.Module:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    net.register_buffer("kept", torch.eye(3).to_sparse())
+    return net
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [_quantised, lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10), Extra()), _sparse])
+def test_a_state_of_other_things_than_tensors_has_a_card_and_is_not_saved(make, tmp_path):
+    model, twin = (Classifier(make(), shape=(1, 8, 8), num_classes=10) for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    assert card(model, "python:a:b").digest == card(twin, "python:a:b").digest
+    with pytest.raises(ModelError, match="a network whose state is dense tensors"):
+        save(model, tmp_path / "out", name="python:a:b")
+
+
+def test_a_card_of_weights_without_values_says_what_to_do() -> None:
+    with torch.device("meta"):
+        empty = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    for net, words in ((nn.Sequential(nn.Flatten(), nn.LazyLinear(10)), "initialised"), (empty, "meta device")):
+        with pytest.raises(ModelError, match=words):
+            card(Classifier(net, shape=(1, 8, 8), num_classes=10), "python:a:b")

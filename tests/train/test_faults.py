@@ -1,5 +1,6 @@
 """What can go wrong in a training, and what is left then: nothing lost, a clear message, the same end when resumed."""
 
+import importlib
 import os
 import resource
 import signal
@@ -128,7 +129,7 @@ def test_a_recipe_file_or_images_that_changed_are_not_gone_on_with(tmp_path):
     store_images(0)
     assert run_training(asked(resume=True)).complete
     recipe.write_text("objective = 'plain'\nlearning_rate = 0.003")
-    with pytest.raises(SpecError, match="another recipe file or other images; that training is complete"):
+    with pytest.raises(SpecError, match="other images or other source code; that training is complete"):
         run_training(asked(resume=True))
 
 
@@ -273,6 +274,26 @@ def test_a_network_of_the_users_own_is_trained_and_loaded_with_its_code_alone(tm
         sys.modules.pop("own_networks")
         load(f"python:own_networks:other@{tmp_path / 'out'}")
     sys.modules.pop("own_networks")
+
+
+def test_a_training_is_not_resumed_with_other_code(tmp_path, monkeypatch):
+    """The checkpoint of a stopped training belongs to the code it ran; comments are no code."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def wanted(code, **more):
+        (tmp_path / "resumed_networks.py").write_text(code)
+        sys.modules.pop("resumed_networks", None)
+        importlib.invalidate_caches()
+        return spec(tmp_path / "out", model=None, start="python:resumed_networks:tiny", **more)
+
+    other = FACTORY.replace("torch.nn.Flatten()", "torch.nn.Flatten(), torch.nn.Identity()")
+    run_training(wanted(FACTORY), stopped_after(1))
+    for _ in range(2):  # of a checkpoint, then of the finished training
+        with pytest.raises(SpecError, match="other source code"):
+            run_training(wanted(other, resume=True))
+        assert run_training(wanted(FACTORY + "# a comment\n", resume=True)).complete
+    sys.modules.pop("resumed_networks")
 
 
 BOXED = """
