@@ -60,6 +60,7 @@ _TURNS = {
 _BITS, _PHOTOMETRIC = 258, 262  # tags of TIFF; photometric 0: white is zero
 _NOISE = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "dicomdir", "__macosx", "$recycle.bin", "@eadir")
 """Files and folders that systems leave behind."""
+_TEXTS = (".txt", ".md", ".csv", ".json", ".xml", ".html", ".yaml", ".yml", ".log", ".pdf")
 _GREY_MODES = ("1", "L", "LA")
 _BROKEN_IMAGE = (
     *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError),
@@ -537,15 +538,17 @@ def _pixels(image: Image.Image, channels: int, size: tuple[int, int]) -> np.ndar
 
 
 def is_noise(name: str) -> bool:
-    """Whether systems leave such a file or folder behind: `.DS_Store`, `Thumbs.db`, `__MACOSX`."""
-    return any(part.startswith(".") or part.lower() in _NOISE for part in PurePosixPath(name).parts)
+    """Whether a file says nothing of images: what systems leave behind (`.DS_Store`, `__MACOSX`), and texts."""
+    left_behind = any(part.startswith(".") or part.lower() in _NOISE for part in PurePosixPath(name).parts)
+    return left_behind or name.lower().endswith(_TEXTS)
 
 
 def ending(name: str) -> str:
     """The ending of a file name as people say it: `.nii.gz`, `.heic`; `without an ending`."""
     suffixes = PurePosixPath(name).suffixes[-2:]
     compressed = len(suffixes) == 2 and suffixes[-1].lower() == ".gz"
-    return "".join(suffixes if compressed else suffixes[-1:]) or "without an ending"
+    last = "".join(suffixes if compressed else suffixes[-1:])
+    return "without an ending" if not last or last[1:].isdigit() else last
 
 
 def counted(endings: Counter[str]) -> str:

@@ -62,8 +62,8 @@ def open_data(spec: str, *, split: str = "test") -> Data:
 
     Folders and zips are ordered by the SHA-1 of CLASS/NAME, so that the first N images are a fixed mix of classes;
     their classes are numbered in sorted order. Arrays and tables keep the order of their file. 8-bit values are divided
-    by 255, 16-bit values by 65,535; transparency is dropped. Intensities of DICOM and NIfTI files go through the window
-    as floating-point numbers; `unit` and `span` of the data say what pixels stand for.
+    by 255, 16-bit values by 65,535; transparency is dropped, and EXIF orientation is followed. Intensities of DICOM and
+    NIfTI files go through the window as floating-point numbers; `unit` and `span` of the data say what a pixel means.
 
     Args:
         spec: What to open.

@@ -67,14 +67,8 @@ def class_folders(path: Path, split: str, modifiers: Modifiers) -> Data:
     if isinstance(store, files.Zip) and store.undecoded and not all(map(str.isascii, class_names)):
         class_names = Undecoded(class_names)
     data = of_files(store, names, numbers, split, class_names, modifiers, first=first, masks=masks)
-    notes: list[str] = []
-    if found.unread:
-        notes.append(
-            f"Files of endings that are not read were left out of the class folders: {files.counted(found.unread)}."
-        )
-    if found.others:
-        notes.append(f"Folders that are not named like a split were left out: {', '.join(found.others)}.")
-    return replace(data, notes=tuple(notes))
+    left_out = f"Files of endings that are not read were left out of the class folders: {files.counted(found.unread)}."
+    return replace(data, notes=(left_out,)) if found.unread else data
 
 
 def _masks(root: Path, names: Iterable[str]) -> tuple[files.Folder, list[str]]:
@@ -104,13 +98,14 @@ def _tree(store: files.Store, names: Iterable[str], place: str) -> _Tree:
     folder_of: dict[str, str] = {}
     others: dict[str, None] = {}
     for name, parts in paths:
-        split = split_of(parts[0]) if split_folders else "all"
+        top = parts[0]
+        split = split_of(top) if split_folders else "all"
         inner = list(parts[1:] if split_folders else parts)
         if split is None:
-            others |= {parts[0]: None} if len(parts) > 1 or name.endswith("/") else {}
+            others |= {top: None} if len(parts) > 1 or name.endswith("/") else {}
             continue
-        if split_folders and folder_of.setdefault(split, parts[0]) != parts[0]:
-            raise DataError(f"one folder for the split {split}", got=f"{folder_of[split]} and {parts[0]} in {place}")
+        if split_folders and folder_of.setdefault(split, top) != top:
+            raise DataError(f"one folder for the split {split}", got=f"{folder_of[split]} and {top} in {place}")
         kind = None if name.endswith("/") else files.kind(store, name)
         if kind is not None and len(inner) != 2:
             raise DataError(
