@@ -20,22 +20,23 @@ from rempart.report.schema import AS_IT_IS, ModelCard, Reading
 
 FILES: dict[str, Callable[[Path], Classifier]] = {
     ".h5": load_keras,
+    ".hdf5": load_keras,
     ".keras": load_keras,
     ".onnx": load_onnx,
     ".pt2": load_exported,
 }
-"""The loader of each kind of file, by its ending."""
+"""The loader of each kind of file, by its ending in lower case."""
 
 
 def load(source: str, reading: Reading = AS_IT_IS) -> Classifier:
     """Load a classifier, on the CPU and in inference mode.
 
     Args:
-        source: A directory that `save` wrote; a Hugging Face folder of an image classifier; a `.keras` or `.h5` file of
-            a whole Keras model; an `.onnx` file; a `.pt2` file that `torch.export.save` wrote, exported with a dynamic
-            batch size; `timm:NAME@FILE` or `torchvision:NAME@FILE`, with weights in a safetensors file; or
-            `python:package.module:factory`, a function without arguments that returns a `Classifier`, a Keras model, or
-            a network with the attributes `shape` and `num_classes`. Networks take images in [0, 1], but for what
+        source: A directory that `save` wrote; a Hugging Face folder of an image classifier; a `.keras`, `.h5` or
+            `.hdf5` file of a whole Keras model; an `.onnx` file; a `.pt2` file that `torch.export.save` wrote, exported
+            with a dynamic batch size; `timm:NAME@FILE` or `torchvision:NAME@FILE`, with weights in a safetensors file;
+            or `python:package.module:factory`, a function without arguments that returns a `Classifier`, a Keras model,
+            or a network with the attributes `shape` and `num_classes`. Networks take images in [0, 1], but for what
             `reading` says, to logits. Two of these run code of their author: a factory plainly, and a `.pt2` because
             torch evaluates expressions in it. Load them only from where you would install a package from.
             `python:package.module:factory@DIRECTORY` fills the factory's network with the weights trained there.
@@ -55,12 +56,15 @@ def _found(source: str) -> Classifier:
     if source.startswith(NAMED):
         return load_named(source).eval()
     path = Path(source)
+    if (path / "saved_model.pb").is_file():
+        hint = "convert it: python -m tf2onnx.convert --saved-model FOLDER --output model.onnx"
+        raise ModelError(FORMS, got=f"{source}, a SavedModel folder of TensorFlow", hint=hint)
     if path.is_dir():
         return (load_hugging_face if is_hugging_face(path) else load_folder)(path).eval()
     if not path.is_file():
         raise ModelError(FORMS, got=f"{source!r}, which does not exist")
-    if path.suffix in FILES:
-        return FILES[path.suffix](path).eval()
+    if (ending := path.suffix.lower()) in FILES:
+        return FILES[ending](path).eval()
     _refuse_pickle(path)
     raise ModelError(FORMS, got=repr(source), hint=RECIPE)
 
@@ -80,7 +84,7 @@ def architecture(source: str) -> tuple[str, dict[str, Any], str]:
     if path.is_dir() and not is_hugging_face(path):
         config = read_config(path)
         return config.architecture, config.options, config.box
-    if FILES.get(path.suffix) is load_keras:
+    if FILES.get(path.suffix.lower()) is load_keras:
         return KERAS, keras_options(load_keras(path)), AS_IT_IS.box
     raise ModelError(
         "a directory that `rempart train` wrote or python:package.module:factory, to train it further",
@@ -96,7 +100,7 @@ def card(model: Classifier, source: str, defences: Sequence[str] = ()) -> ModelC
         ModelError: If its state holds something that has no value, such as a lazy parameter.
     """
     path = Path(source).resolve()
-    name = path.stem if path.suffix in FILES else path.name
+    name = path.stem if path.suffix.lower() in FILES else path.name
     if source.startswith(PYTHON):
         name = source.rpartition(":")[2]
     if source.startswith(NAMED):

@@ -7,8 +7,8 @@ from rempart.core.errors import ModelError
 from rempart.core.files import MAX_VOXELS
 
 FORMS = (
-    "a directory that `rempart train` wrote, a Hugging Face folder, a .keras or .h5 file of Keras, an .onnx file, "
-    "a .pt2 file of torch.export, timm:NAME@FILE, torchvision:NAME@FILE, or python:package.module:factory"
+    "a directory that `rempart train` wrote, a Hugging Face folder, a .keras, .h5 or .hdf5 file of Keras, an "
+    ".onnx file, a .pt2 file of torch.export, timm:NAME@FILE, torchvision:NAME@FILE, or python:package.module:factory"
 )
 PYTHON = "python:"
 RECIPE = (

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,21 +19,25 @@ from rempart.core.errors import ModelError
 from rempart.core.model import Classifier, Normalize, Output, Untraced
 from rempart.core.types import Images
 from rempart.models.formats import RECIPE, within_limits
-from rempart.models.formats.keras_file import check_config, read_h5, read_keras
+from rempart.models.formats.keras_file import check_config, read_hdf5, read_keras
 
 KERAS = "keras"
 """Architecture of a saved folder whose network is a Keras description."""
 
 
 def load_keras(path: Path) -> Classifier:
-    """A whole model that Keras saved as `.keras` or `.h5`, for images in [0, 1] unless `--box` says otherwise.
+    """A whole model that Keras 2 or 3 saved, for images in [0, 1] unless `--box` says otherwise.
+
+    The content says whether it is an archive or HDF5: a `.keras` file of TensorFlow up to 2.12 is HDF5.
 
     Raises:
         ModelError: If the file is damaged or exceeds a limit, needs code of its own, takes no single image of fixed
             size, or Keras is missing.
     """
     keras = _keras()
-    config, count = (read_keras if path.suffix == ".keras" else read_h5)(path)
+    with path.open("rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"
+    config, count = (read_keras if zipped else read_hdf5)(path)
     with _reported(path.name):
         with keras.device("meta"):  # a layer may claim any size: nothing is allocated before it is compared
             empty = _built(keras, config)
@@ -44,7 +49,10 @@ def load_keras(path: Path) -> Classifier:
                 within_limits([side for side in tensor.shape if side is not None])
         with keras.device("cpu"):
             model = _built(keras, config)
-            model.load_weights(path)
+            with TemporaryDirectory() as folder:
+                link = Path(folder) / ("model.keras" if zipped else "model.h5")  # Keras goes by the ending
+                link.symlink_to(path.resolve())
+                model.load_weights(link)
         classifier = from_keras(model)
     if broken := [name for name, value in classifier.state_dict().items() if not bool(value.isfinite().all())]:
         raise ModelError("finite weights", got=f"NaN or infinity in {', '.join(broken[:4])} of {path.name}")

@@ -1,4 +1,4 @@
-"""What a `.keras` or `.h5` file may hold: a network of known layers, and plain arrays. The rest is refused unread.
+"""What a `.keras` or HDF5 file may hold: a network of known layers, and plain arrays. The rest is refused unread.
 
 Keras refuses pickled functions itself (safe mode). The closed lists here also keep away what is registered by name,
 imported by path, read from other files or unpacked to disk.
@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 from rempart.core.errors import ModelError
 from rempart.core.files import MAX_RATIO, MAX_TOTAL_BYTES
 from rempart.models.formats import RECIPE
+from rempart.models.formats.keras_2 import MODELS, modern
 
 MAX_CONFIG_BYTES = 64 * 2**20
 """Uncompressed size of the description of a network."""
@@ -48,8 +49,8 @@ def read_keras(path: Path) -> tuple[dict[str, Any], int]:
     return config, count
 
 
-def read_h5(path: Path) -> tuple[dict[str, Any], int]:
-    """The same of an `.h5` file of a whole model.
+def read_hdf5(path: Path) -> tuple[dict[str, Any], int]:
+    """The same of an HDF5 file of a whole model: `.h5`, `.hdf5`, and `.keras` of TensorFlow up to 2.12.
 
     Raises:
         ModelError: As `read_keras`.
@@ -60,13 +61,16 @@ def read_h5(path: Path) -> tuple[dict[str, Any], int]:
         count = _count_arrays(path, path, path.stat().st_size)
         with h5py.File(path, "r") as file:
             text: Any = file.attrs.get("model_config")
+            version: Any = file.attrs.get("keras_version", "1")
         if text is None:
-            raise ModelError(
-                "an .h5 file of a whole model", got=f"{path.name}, with weights alone", hint="save it with model.save"
-            )
+            hint = "load them into the network they belong to, and save that: model.save(FILE)"
+            raise ModelError("a file of a whole Keras model", got=f"{path.name}, with weights alone", hint=hint)
         if len(text) > MAX_CONFIG_BYTES:
             raise _unsafe(path, f"a description of {len(text):,} bytes (MAX_CONFIG_BYTES)")
-        return _checked(_modern(json.loads(text)), path), count
+        config, version = json.loads(text), version.decode() if isinstance(version, bytes) else str(version)
+        if isinstance(config, dict) and config.get("class_name") in MODELS:
+            config = modern(config, version)
+        return _checked(config, path), count
 
 
 def check_config(config: Any) -> None:
@@ -87,7 +91,7 @@ def check_config(config: Any) -> None:
 
 
 def _checked(config: Any, path: Path) -> dict[str, Any]:
-    if not isinstance(config, dict) or config.get("class_name") not in ("Sequential", "Functional", "Model"):
+    if not isinstance(config, dict) or config.get("class_name") not in MODELS:
         came = _told(config.get("class_name")) if isinstance(config, dict) else type(config).__name__
         raise ModelError("a Sequential or Functional Keras model", got=f"{came} in {path.name}", hint=RECIPE)
     config = _without_compilation(config)
@@ -100,18 +104,6 @@ def _without_compilation(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_compilation(inner) for key, inner in value.items() if key != "compile_config"}
     return [_without_compilation(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _modern(value: Any) -> Any:
-    """A description as Keras 2 wrote it, where classes come without their module, as Keras 3 reads it."""
-    if isinstance(value, list):
-        return [_modern(inner) for inner in value]
-    if not isinstance(value, dict):
-        return value
-    known = {key: _modern(inner) for key, inner in value.items()}
-    if str(known.get("class_name")) in _LAYERS and "module" not in known:
-        known |= {"module": "keras.layers" if known["class_name"] not in _MODELS else "keras", "registered_name": None}
-    return known
 
 
 def _objects(value: Any) -> Iterator[dict[str, Any]]:
@@ -179,7 +171,6 @@ def _refused(path: Path) -> Generator[None]:
         ) from None
 
 
-_MODELS = frozenset({"Sequential", "Functional", "Model"})
 _LAYER_NAMES = """
     InputLayer Dense EinsumDense Activation Identity
     Conv1D Conv2D Conv3D Conv1DTranspose Conv2DTranspose Conv3DTranspose
@@ -196,6 +187,7 @@ _LAYER_NAMES = """
     UpSampling1D UpSampling2D UpSampling3D
     Add Subtract Multiply Average Maximum Minimum Concatenate Dot
     ReLU LeakyReLU PReLU ELU Softmax
+    LSTM GRU SimpleRNN Bidirectional TimeDistributed
     Attention AdditiveAttention MultiHeadAttention GroupedQueryAttention
     Rescaling Normalization CenterCrop Resizing
     RandomFlip RandomRotation RandomTranslation RandomZoom RandomContrast RandomBrightness RandomCrop
@@ -206,8 +198,7 @@ _PART_NAMES = """
     L1 L2 L1L2 OrthogonalRegularizer MaxNorm MinMaxNorm NonNeg UnitNorm
     DTypePolicy SeedGenerator __keras_tensor__ __numpy__
 """
-_LAYERS = _MODELS | frozenset(_LAYER_NAMES.split())
-_KNOWN = _LAYERS | frozenset(_PART_NAMES.split())
+_KNOWN = MODELS | frozenset(_LAYER_NAMES.split()) | frozenset(_PART_NAMES.split())
 _OPERATIONS = re.compile(r"keras\.src\.ops\.(numpy|nn|math|image)")
 _MODULES = re.compile(
     r"keras(\.(layers|models|initializers|regularizers|constraints|random|dtype_policies))?"
