@@ -12,7 +12,7 @@ from rempart.attacks.run import PASSES, check_images
 from rempart.core import files
 from rempart.core.data import Data
 from rempart.core.errors import DataError, ModelError, RempartError
-from rempart.core.model import Classifier, blind, check_layers, check_steady, frozen, metered
+from rempart.core.model import Classifier, blind, check_layers, check_no_hidden_write, check_steady, frozen, metered
 from rempart.core.names import respelt, some
 from rempart.core.randomness import Repeats, alike, repeated
 from rempart.core.recognition import Seen, look, recognised
@@ -58,6 +58,7 @@ def preflight(model: Classifier, data: Data) -> tuple[Classifier, tuple[Check, .
     checks.append(Check(name="logits", status="passed" if mended is model else "repaired", message=message))
     check_steady(mended, x[:2])
     with frozen(mended), torch.no_grad():
+        check_no_hidden_write(mended, x)
         repeats = repeated(mended, x, few=_FEW)
         checks += [_determinism(mended, x, repeats), _independence(mended, x, random=repeats.random), _scale(mended(x))]
     with frozen(mended):

@@ -327,6 +327,26 @@ _TORCHS_OWN = frozenset(vars(nn.Module()))
 """Attributes in which torch keeps parameters, buffers, submodules and hooks."""
 
 
+def check_no_hidden_write(model: Classifier, x: Images) -> None:
+    """Refuse a network that writes into its images where autograd does not see it, as `x.data.clamp_()` does.
+
+    Its answers are right, because it is lent copies; its gradients are those of another function, without the write.
+
+    Raises:
+        ModelError: If it does.
+    """
+    lent = x.clone()
+    version = lent._version
+    with torch.no_grad():
+        model.net(lent)
+    if lent._version == version and not torch.equal(lent, x):
+        raise ModelError(
+            "a network whose gradients follow all that it does",
+            got="one that writes into its input where autograd does not see it (through .data, or a numpy array)",
+            hint="return a new tensor in that place: x = x.clamp(...) instead of x.data.clamp_(...)",
+        )
+
+
 def check_steady(model: Classifier, x: Images) -> None:
     """Refuse a network that changes its weights or buffers in each pass, and its answers with them.
 
