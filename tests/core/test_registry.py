@@ -137,6 +137,8 @@ def test_entry_points_join_once_and_only_when_needed(monkeypatch):
     loads: list[str] = []
 
     class Point:
+        value = "toys:join"
+
         def load(self) -> None:
             loads.append("plugin")
             registry.register("plugin", "")(climb)
