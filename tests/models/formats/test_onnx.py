@@ -254,6 +254,79 @@ def test_class_names_out_of_the_metadata(key: str, tmp_path: Path) -> None:
     assert load(written(proto, tmp_path / "a.onnx")).class_names == ("0", "1", "2")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{0: 'zebra', 1: \"bird's, nest\", 2: 'melon'}",  # as Ultralytics writes them
+        "{2: 'melon', 0: 'zebra', 1: \"bird's, nest\"}",
+        '{"2": "melon", "0": "zebra", "1": "bird\'s, nest"}',
+        '{"melon": 2, "zebra": 0, "bird\'s, nest": 1}',  # from names to numbers
+        "['zebra', \"bird's, nest\", 'melon']",
+        "('zebra', \"bird's, nest\", 'melon')",
+        "zebra\nbird's, nest\nmelon\n",
+    ],
+)
+@pytest.mark.parametrize("key", ["names", "Classes"])
+def test_class_names_as_dictionaries_and_lists_of_python_and_json(key: str, text: str, tmp_path: Path) -> None:
+    proto = dense(["n", *SHAPE])
+    helper.set_model_props(proto, {"task": "classify", key: text})
+    assert load(written(proto, tmp_path / "a.onnx")).class_names == ("zebra", "bird's, nest", "melon")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{0: 'a', 1: 'b'}",
+        "{0: 'a', 1: 'b', 3: 'c'}",
+        "['a', 'b', None]",
+        "a, a, b",
+        "[" * 9999,
+        "[open('x', 'w'), 1, 2]",
+    ],
+)
+def test_other_names_are_left_and_nothing_is_computed(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    proto = dense(["n", *SHAPE])
+    helper.set_model_props(proto, {"names": text})
+    names = load(written(proto, tmp_path / "a.onnx")).class_names
+    assert names == ("0", "1", "2") or names[0].startswith("[open(")
+    assert not Path("x").exists()
+
+
+@pytest.mark.parametrize(
+    ("pixels", "shape"), [(64, (1, 8, 8)), (75, (3, 5, 5)), (10, (1, 1, 10)), (784, (1, 28, 28)), (3072, (3, 32, 32))]
+)
+@pytest.mark.parametrize("batch", ["n", 1])
+def test_flat_pixels_are_those_of_a_square_image(
+    pixels: int, shape: tuple[int, ...], batch: int | str, tmp_path: Path
+) -> None:
+    """Three colours where only they make squares: no number is both a square and three times one."""
+    w = np.random.default_rng(0).standard_normal((pixels, 3), np.float32)
+    proto = simple([helper.make_node("MatMul", ["x", "w"], ["y"])], [batch, pixels], {"w": w})
+    model = load(written(proto, tmp_path / "a.onnx"))
+    assert model.shape == shape
+    assert f"input of {pixels} values is an image of {'x'.join(map(str, shape))}" in model.notes[0]
+    x = images(4, shape)
+    torch.testing.assert_close(model(x), x.flatten(1) @ torch.from_numpy(w))
+    assert torch.allclose(gradient(model, x)[0].flatten(), torch.from_numpy(w) @ torch.linspace(-1, 2, 3), atol=1e-5)
+
+
+@pytest.mark.parametrize(("side", "shape"), [((6, 5), (1, 6, 5)), ((1, 9), (1, 9)), ((9, 3), (3, 9))])
+def test_two_axes_without_one_for_channels_are_a_grey_image(
+    side: tuple[int, int], shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    """With an axis of one, three or four it is a signal with such channels."""
+    w = np.random.default_rng(0).standard_normal((side[0] * side[1], 3), np.float32)
+    nodes = [helper.make_node("Flatten", ["x"], ["f"]), helper.make_node("MatMul", ["f", "w"], ["y"])]
+    model = load(written(simple(nodes, ["n", *side], {"w": w}), tmp_path / "a.onnx"))
+    assert model.shape == shape
+    x = images(4, shape)
+    inside = x.movedim(1, -1) if shape == (3, 9) else x
+    torch.testing.assert_close(model(x), inside.flatten(1) @ torch.from_numpy(w))
+
+
 def test_the_digest_knows_the_graph_and_not_only_the_weights(tmp_path: Path) -> None:
     proto = dense(["n", *SHAPE])
     one = card(load(written(proto, tmp_path / "a.onnx")), "a.onnx")
@@ -396,11 +469,11 @@ def test_weights_that_are_listed_as_inputs_are_none(tmp_path: Path) -> None:
 
 
 def test_inputs_that_are_no_images(tmp_path: Path) -> None:
-    for shape in (["n", 64], ["n", 1, "h", "w"], ["n", 1, 2, 2, 2, 2]):
+    for shape in (["n", "pixels"], ["n", 1, "h", "w"], ["n", 1, 2, 2, 2, 2]):
         proto = simple([helper.make_node("Flatten", ["x"], ["y"])], shape, {})
         refused(proto, tmp_path / "a.onnx", "of a fixed size")
     proto = simple([helper.make_node("Flatten", ["x"], ["y"])], ["n", *SHAPE], {}, kind=TensorProto.UINT8)
-    refused(proto, tmp_path / "a.onnx", "an input in float32 or float64")
+    refused(proto, tmp_path / "a.onnx", "an input in float32 or float64, got uint8 for x")
 
 
 def test_images_that_fit_no_memory(tmp_path: Path) -> None:

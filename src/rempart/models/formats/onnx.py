@@ -1,5 +1,6 @@
 """ONNX files, as torch modules with gradients; what cannot be converted answers through onnxruntime, without them."""
 
+import ast
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,9 +44,10 @@ def load_onnx(path: Path) -> Classifier:
     by more than `TOLERANCE`, the network stays in onnxruntime, and `core.model.blind` tells so: it gives no gradients.
 
     A softmax or sigmoid at the end is taken off, and `notes` say so. Images come channels first; the network is given
-    them channels last where its input asks for it. A file for a fixed number of images at a
-    time is made to take any number, or else fed in such batches. Class names are read from the metadata, if they are
-    there as `class_names`, `classes`, `names` or `labels`: a JSON list, or words with commas between.
+    them channels last, without an axis for channels, or flat, where its input asks for it. A file for a fixed number of
+    images at a time is made to take any number, or else fed in such batches. Class names are read from the metadata, if
+    they are there as `class_names`, `classes`, `names` or `labels`: a list or a dictionary by number, as JSON or as
+    Python writes them, or words with commas between.
 
     Raises:
         ModelError: If it is no such file; if it has several inputs or outputs, operators of other makers (whose code
@@ -55,7 +57,7 @@ def load_onnx(path: Path) -> Classifier:
     source = _input(proto)
     batch, shape = _image(source)
     kind = _FLOATS[source.type.tensor_type.elem_type]
-    last = _is_channels_last(proto.graph, source.name, shape)
+    image, front, told = _arranged(proto.graph, source.name, shape)
     answers = _session(proto, batch, path)
     activation = _without_activation(proto)
     probes = _probes(shape, kind)
@@ -65,13 +67,14 @@ def load_onnx(path: Path) -> Classifier:
     network = _network(proto, batch, source.name, activation, probes, expected, path)
     classes = max(2, math.prod(expected[0].shape[1:]))
     name = "softmax" if isinstance(activation, nn.Softmax) else "sigmoid"
+    off = () if activation is None else (f"The {name} at its end was taken off, so that attacks see logits.",)
     return Classifier(
-        nn.Sequential(ChannelsLast(), network) if last else nn.Sequential(network),
-        shape=(shape[-1], *shape[:-1]) if last else shape,
+        nn.Sequential(*front, network),
+        shape=image,
         num_classes=classes,
         class_names=_class_names(proto, classes),
         output=None if activation is None else "logits",
-        notes=() if activation is None else (f"The {name} at its end was taken off, so that attacks see logits.",),
+        notes=(*told, *off),
     )
 
 
@@ -222,24 +225,47 @@ def _input(proto: Any) -> Any:
         raise ModelError("a network with one input and one output", got=f"inputs {names[0]}; outputs {names[1]}")
     kind = inputs[0].type.tensor_type.elem_type
     if kind not in _FLOATS:
-        raise ModelError(
-            "an input in float32 or float64", got=f"type {kind} of ONNX", hint="export the network with such an input"
-        )
+        name = _package("onnx").TensorProto.DataType.Name(kind).lower()
+        hint = "export the network with such an input, and with its scaling inside"
+        raise ModelError("an input in float32 or float64", got=f"{name} for {inputs[0].name}", hint=hint)
     return inputs[0]
 
 
 def _image(source: Any) -> tuple[int | None, tuple[int, ...]]:
     """The number of images at a time (None: any) and the shape of one, as the graph has it."""
     dims = [d.dim_value if d.dim_value > 0 else None for d in source.type.tensor_type.shape.dim]
-    if not 3 <= len(dims) <= 5 or None in dims[1:]:
+    if not 2 <= len(dims) <= 5 or None in dims[1:]:
         raise ModelError(
-            "an input of images, channels and one to three spatial axes, of a fixed size",
+            "an input of images of a fixed size: channels and one to three spatial axes, or all pixels flat",
             got=f"{source.name} of shape {tuple('any' if d is None else d for d in dims)}",
             hint="leave only the number of images open: python -m onnxruntime.tools.make_dynamic_shape_fixed",
         )
     shape = tuple(d for d in dims[1:] if d is not None)
     within_limits((dims[0] or 1, *shape))
     return dims[0], shape
+
+
+def _arranged(
+    graph: Any, name: str, shape: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[nn.Module, ...], tuple[str, ...]]:
+    """The shape of an image, channels first, what brings it to the network's own shape, and what is to be said of it.
+
+    Flat pixels are those of a square image where their number allows it, grey or in three colours, one colour after
+    the other; a number of their own is one row. Two axes without one for channels are a grey image.
+    """
+    if len(shape) == 1:
+        (pixels,) = shape
+        grey, colour = math.isqrt(pixels), math.isqrt(pixels // 3)
+        image = (
+            (1, grey, grey) if grey**2 == pixels else (3, colour, colour) if 3 * colour**2 == pixels else (1, 1, pixels)
+        )
+        told = f"Its input of {pixels} values is an image of {'x'.join(map(str, image))}, row by row"
+        return image, (nn.Flatten(),), (f"{told}{', one colour after the other' if image[0] == 3 else ''}.",)
+    if len(shape) == 2 and not {*shape} & {*_CHANNELS}:
+        return (1, *shape), (nn.Flatten(1, 2),), ()
+    if _is_channels_last(graph, name, shape):
+        return (shape[-1], *shape[:-1]), (ChannelsLast(),), ()
+    return tuple(shape), (), ()
 
 
 def _is_channels_last(graph: Any, name: str, shape: Sequence[int]) -> bool:
@@ -252,15 +278,31 @@ def _is_channels_last(graph: Any, name: str, shape: Sequence[int]) -> bool:
 
 
 def _class_names(proto: Any, classes: int) -> tuple[str, ...] | None:
-    told = {entry.key: entry.value for entry in proto.metadata_props}
+    told = {entry.key.lower(): entry.value for entry in proto.metadata_props}
     for key in _NAMES:
-        try:
-            names = json.loads(told.get(key, ""))
-        except ValueError:
-            names = told.get(key, "").split(",")
-        if isinstance(names, list) and len(names) == classes and all(isinstance(n, str) and n.strip() for n in names):
-            return tuple(str(name).strip() for name in names)
+        names = _names(told.get(key, ""))
+        if len(names) == classes == len(set(names)) and all(names):
+            return names
     return None
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Names out of a list or a dictionary by number, as JSON or as Python writes them, or of words between commas."""
+    told: Any = None
+    for read in (json.loads, ast.literal_eval):  # literals alone: nothing is computed
+        try:
+            told = read(text)
+            break
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            continue
+    if isinstance(told, dict):
+        if all(isinstance(number, int) for number in told.values()):  # from names to numbers
+            told = {number: name for name, number in told.items()}
+        numbered = {str(number): name for number, name in told.items()}
+        told = [numbered.get(str(number)) for number in range(len(numbered))]
+    elif not isinstance(told, (list, tuple)):
+        told = text.strip().splitlines() if "\n" in text.strip() else text.split(",")
+    return tuple(str(name).strip() if isinstance(name, (str, int)) else "" for name in told)
 
 
 def _without_activation(proto: Any) -> nn.Module | None:
