@@ -147,10 +147,10 @@ def nested() -> Any:
         (lambda: [layers.Dense(K), layers.Softmax()], "probabilities", K),
         (lambda: [layers.Dense(1, activation="sigmoid")], "logits", 2),
         (lambda: [layers.Dense(K, activation="sigmoid")], "logits", K),
-        (lambda: [layers.Dense(K, activation="tanh")], "logits", K),
+        (lambda: [layers.Dense(K, activation="tanh")], None, K),
     ],
 )
-def test_whatever_the_last_layer_is_the_classifier_gives_logits(head: Any, output: str, classes: int) -> None:
+def test_whatever_the_last_layer_is_the_classifier_gives_logits(head: Any, output: str | None, classes: int) -> None:
     model = small(*head())
     with torch.no_grad():
         returned = model(images().movedim(1, -1), training=False)
