@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from rempart.cli import app
 from rempart.core.data import Data, open_data
-from rempart.inspection import _balanced, described, inspect_model
+from rempart.core.data.samples import in_memory
+from rempart.core.model import Classifier
+from rempart.inspection import _balanced, _differences, described, inspect_model
 from rempart.models import build, load, save
 from rempart.report.schema import Reading
 
@@ -214,3 +217,57 @@ def test_the_sample_holds_as_many_images_of_each_class_while_they_last() -> None
     assert int(some.index.max()) > 577 and int(some.index[some.labels == 0].max()) > 300, "drawn from all of them"
     many = Data("", "all", torch.arange(500), torch.arange(500), (1, 1, 1), tuple(map(str, range(500))), data.read)
     assert len(_balanced(many).labels.unique()) == 100
+
+
+class Through(torch.autograd.Function):
+    """Rounded to the levels of 8 bit, with the gradient of what is not."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return (x * 255).round() / 255
+
+    @staticmethod
+    def backward(ctx: object, *slopes: Tensor) -> Tensor:
+        return slopes[0]
+
+
+class Hidden(nn.Module):
+    """A sum of two networks, of which one passes no gradient back."""
+
+    def __init__(self, seen: nn.Module, unseen: nn.Module) -> None:
+        super().__init__()
+        self.seen, self.unseen = seen, unseen
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.seen(x) + self.unseen(x.detach())
+
+
+class Rounds(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Through.apply(x)  # type: ignore[return-value]
+
+
+def pooled(side: int) -> nn.Sequential:
+    layers = [nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8 * (side // 4) ** 2, 10))
+
+
+@pytest.mark.parametrize("side", [8, 28])
+@pytest.mark.parametrize("ground", [0.0, 0.5, 1.0, None])
+def test_ties_of_flat_images_do_not_make_a_gradient_wrong_and_wrong_ones_are_found(
+    side: int, ground: float | None
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(10, 1, side, side, generator=generator)
+    if ground is not None:
+        x = torch.full_like(x, ground)
+        x[:5, :, side // 3 : side // 2, side // 3 :] = 200 / 255
+    data = in_memory("all", x, torch.zeros(10, dtype=torch.int64), tuple("0123456789"))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        right, other = pooled(side), pooled(side)
+    found = [
+        _differences(Classifier(net, shape=(1, side, side), num_classes=10).eval(), data).status
+        for net in (right, nn.Sequential(right, nn.Sigmoid()), nn.Sequential(Rounds(), right), Hidden(right, other))
+    ]
+    assert found == ["passed", "passed", "warned", "warned"]

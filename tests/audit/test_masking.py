@@ -18,7 +18,10 @@ def noise(x: torch.Tensor) -> torch.Tensor:
 
 PLANTED: dict[str, tuple[Callable[[Trained], Classifier], dict[str, str]]] = {
     "logits times 1000": (lambda t: behind(t.plain, lambda z: 1000 * z), {"naive gradients": "warned"}),
-    "exploding logits": (lambda t: behind(t.plain, lambda z: z.sign() * z.abs().exp()), {"naive gradients": "warned"}),
+    "exploding logits": (  # on some images, rescaled logits break two more: a find, which fails the check
+        lambda t: behind(t.plain, lambda z: z.sign() * z.abs().exp()),
+        {"naive gradients": "warned or failed"},
+    ),
     "bounded outputs": (lambda t: behind(t.plain, lambda z: (3 * z).tanh()), {"probabilities": "failed"}),
     "quantiser": (
         lambda t: before(t.plain, lambda x: (x * 8).round() / 8),
@@ -57,7 +60,7 @@ def test_a_planted_fault_is_flagged_by_its_check(name: str, trained: Trained) ->
     made, expected = PLANTED[name]
     diagnosis = found(made(trained), trained)
     flags = {key: check.status for key, check in flagged(diagnosis).items()}
-    assert expected.items() <= flags.items()
+    assert all(flags[check] in status.split(" or ") for check, status in expected.items())
     if name in ("logits times 1000", "exploding logits", "flat loss", "noise inside"):
         assert set(flags) == set(expected), "and by no other"
     assert stamp(diagnosis.checks) == ("invalid" if "failed" in flags.values() else "suspicious")

@@ -213,7 +213,7 @@ def _bench(
     limit: int,
     batch_size: int,
     seed: int,
-    random: bool,
+    random: bool = False,
 ) -> _Bench | None:
     kept: list[Tensor] = []
     images: list[Images] = []

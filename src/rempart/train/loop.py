@@ -83,12 +83,7 @@ def train(
         Cancelled: If `notify` raises it.
     """
     for data in (learn, validation):
-        if data is not None and (tuple(data.shape) != classifier.shape or data.num_classes != classifier.num_classes):
-            raise DataError(
-                f"images of shape {classifier.shape} in {classifier.num_classes} classes",
-                got=f"{tuple(data.shape)} in {data.num_classes}",
-                hint="the data must be of the kind that the model takes",
-            )
+        _refuse_others(data, classifier)
     learn, validation = learn.load(), None if validation is None else validation.load()
     if classifier.output is None:
         settle_outputs(classifier, learn, seed=seed)
@@ -127,14 +122,25 @@ def settle_outputs(classifier: Classifier, learn: Data, *, seed: int) -> str | N
     What was decided stays in the classifier, and is saved with it.
 
     Raises:
+        DataError: If the data do not fit the classifier.
         ModelError: If nobody said what it returns and it cannot be told.
     """
+    _refuse_others(learn, classifier)
     some = learn.spread(_LOOKED_AT)
     x = placed(classifier, some.batch(torch.arange(min(len(some), _SHOWN))).x)
     with frozen(classifier), seeded(seed, torch.device("cpu")):
         read, message = recognised(classifier, x, look(classifier, some))
     classifier.output = read.output or "logits"
     return None if read is classifier else message.replace("attacks see logits", "the loss is taken of logits")
+
+
+def _refuse_others(data: Data | None, classifier: Classifier) -> None:
+    if data is not None and (tuple(data.shape) != classifier.shape or data.num_classes != classifier.num_classes):
+        raise DataError(
+            f"images of shape {classifier.shape} in {classifier.num_classes} classes",
+            got=f"{tuple(data.shape)} in {data.num_classes}",
+            hint="the data must be of the kind that the model takes",
+        )
 
 
 def fit(run: Run, data: Data, epoch: int, last: Epoch | None = None) -> Epoch:

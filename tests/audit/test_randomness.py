@@ -1,0 +1,122 @@
+"""Models that draw random numbers: found for every seed, never refused for them, and replayed where they can be."""
+
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import toys
+from rempart.attacks.run import varies
+from rempart.audit import is_random, preflight
+from rempart.core.data.samples import in_memory
+from rempart.core.errors import ModelError
+from rempart.core.model import Classifier, frozen
+from rempart.core.repro import seeded
+
+SHAPE = (1, 4, 4)
+OWN = torch.Generator().manual_seed(0)
+COINS = {
+    "torch": lambda: int(torch.randint(2, ())),
+    "numpy": lambda: int(np.random.randint(2)),
+    "python": lambda: random.randrange(2),
+    "own generator": lambda: int(torch.randint(2, (), generator=OWN)),
+    "system": lambda: os.urandom(1)[0] % 2,
+}
+REPLAYED = ("torch", "numpy", "python")
+
+
+class Picks(nn.Module):
+    """One of two members, by a throw for all images."""
+
+    def __init__(self, throw) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(toys.linear(SHAPE, seed=seed).net for seed in (0, 1))
+        self.throw = throw
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.members[self.throw()](x)
+
+
+class EachItsOwn(Picks):
+    """One of two members for each image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = torch.rand(len(x), 1) < self.throw
+        return torch.where(first, self.members[0](x), self.members[1](x))
+
+
+def classifier(net: nn.Module) -> Classifier:
+    return Classifier(net, shape=SHAPE, num_classes=3)
+
+
+def data(n: int = 24):
+    return in_memory("all", toys.images(SHAPE, n), torch.arange(n) % 3, ("0", "1", "2"))
+
+
+@pytest.mark.parametrize("source", COINS)
+def test_a_model_that_throws_a_coin_is_random_for_every_seed(source: str) -> None:
+    model, images = classifier(Picks(COINS[source])), data()
+    for seed in range(24):
+        with seeded(seed, torch.device("cpu")):
+            _, checks = preflight(model, images)
+            with frozen(model):
+                assert varies(model, images.batch(torch.arange(6)).x)
+        assert is_random(checks)
+        check = next(check for check in checks if check.name == "determinism")
+        assert check.evidence["replayed"] == (source in REPLAYED)
+        assert ("cannot be repeated exactly" in check.message) == (source not in REPLAYED)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.05])
+def test_draws_of_each_image_are_no_effect_of_the_batch(share: float) -> None:
+    model = classifier(EachItsOwn(share))
+    for seed in range(8):
+        with seeded(seed, torch.device("cpu")):
+            assert is_random(preflight(model, data())[1])
+
+
+def test_an_event_in_one_pass_of_twenty_is_found() -> None:
+    """Missed with a chance of 0.95^255 < 3e-6, because the model is seen to draw and asked 256 times."""
+    model = classifier(Picks(lambda: int(torch.rand(()) < 0.05)))
+    for seed in range(8):
+        with seeded(seed, torch.device("cpu")):
+            assert is_random(preflight(model, data())[1])
+
+
+def test_draws_that_change_nothing_do_not_make_a_model_random() -> None:
+    model = classifier(Picks(lambda: 0 * int(torch.randint(2, ()))))
+    check = next(check for check in preflight(model, data())[1] if check.name == "determinism")
+    assert check.status == "passed" and "draws random numbers all the same" in check.message
+    check = next(check for check in preflight(toys.conv(SHAPE), data())[1] if check.name == "determinism")
+    assert check.status == "passed" and "draws" not in check.message and check.evidence["passes"] >= 32
+
+
+class Mixes(Picks):
+    """Noise, and the mean over the batch taken off."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.members[0](x)
+        return z - z.mean(0) + 0.01 * torch.randn_like(z)
+
+
+def test_a_random_model_that_mixes_a_batch_is_refused_all_the_same() -> None:
+    with pytest.raises(ModelError, match="do not depend on the other images"):
+        preflight(classifier(Mixes(None)), data())
+
+
+def test_seeds_replay_torch_numpy_and_python_and_leave_them_as_they_were() -> None:
+    def draw() -> tuple[float, float, float]:
+        return float(torch.rand(())), float(np.random.rand()), random.random()
+
+    torch.manual_seed(1), np.random.seed(1), random.seed(1)
+    expected = draw(), draw()
+    torch.manual_seed(1), np.random.seed(1), random.seed(1)
+    first = draw()
+    with seeded(5, torch.device("cpu")):
+        inside = draw()
+    with seeded(5, torch.device("cpu")):
+        assert draw() == inside
+    assert (first, draw()) == expected and inside not in expected
