@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="rempart",
     help="Attack, audit and harden image classifiers. MODEL is a folder written by `rempart train` or by Hugging Face, "
-    "a .keras, .h5, .onnx or .pt2 file, or python:package.module:factory. DATA is digits, mnist:DIR, a folder or .zip "
-    "of class folders (pictures, DICOM, NIfTI), or a .csv, .parquet or .npz file; add :train or :test and a slice such "
-    "as [:500].",
+    "a .keras, .h5, .hdf5, .onnx or .pt2 file, or python:package.module:factory. DATA is digits, mnist:DIR, a folder "
+    "or .zip of class folders (pictures, DICOM, NIfTI), or a .csv, .parquet or .npz file; add :train or :test and a "
+    "slice such as [:500].",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -34,6 +34,7 @@ from rempart.detect import Fitted
 from rempart.detect.fitted import CARD
 from rempart.models.formats import PYTHON
 from rempart.models.formats.hugging_face import PARTS, is_hugging_face
+from rempart.models.formats.named import is_timm
 from rempart.models.load import load
 from rempart.models.save import CONFIG, WEIGHTS
 from rempart.preprocess import defended, described
@@ -49,6 +50,7 @@ _File = Literal[
     "model.onnx",
     "model.keras",
     "model.h5",
+    "model.hdf5",
     "detector/detector.json",
     "detector/detector.safetensors",
     "namer/detector.json",
@@ -432,10 +434,11 @@ def _gathered(guarded: Guarded, part: Path) -> str | None:
         detect.save(guarded.namer, part / "namer")
     code, _, weights = guarded.source.partition("@") if guarded.source.startswith(PYTHON) else ("", "", guarded.source)
     if weights and Path(weights).is_dir():
-        for name in PARTS if is_hugging_face(Path(weights)) else (CONFIG, WEIGHTS):
+        folder = Path(weights)
+        for name in PARTS[:2] if is_timm(folder) else PARTS if is_hugging_face(folder) else (CONFIG, WEIGHTS):
             _copy(Path(weights) / name, part / "model" / name)
     elif weights:
-        _copy(Path(weights), part / f"model{Path(weights).suffix}")
+        _copy(Path(weights), part / f"model{Path(weights).suffix.lower()}")
     return code or None
 
 

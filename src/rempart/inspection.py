@@ -17,7 +17,7 @@ from rempart.core.types import Images
 from rempart.models import card, load
 from rempart.models.formats import PYTHON
 from rempart.models.formats.hugging_face import is_hugging_face
-from rempart.models.formats.named import NAMED
+from rempart.models.formats.named import NAMED, is_timm
 from rempart.models.reading import PerImage, Span
 from rempart.report.schema import AS_IT_IS, Check, ModelCard, Reading, Strict
 
@@ -305,6 +305,8 @@ def _form(source: str) -> str:
         return "Python function" + (" with trained weights" if "@" in source else "")
     if source.startswith(NAMED):
         return f"network of {source.partition(':')[0]}"
+    if is_timm(Path(source)):
+        return "folder of timm"
     if is_hugging_face(Path(source)):
         return "Hugging Face folder"
-    return "folder" if Path(source).is_dir() else f"{Path(source).suffix} file"
+    return "folder" if Path(source).is_dir() else f"{Path(source).suffix.lower()} file"

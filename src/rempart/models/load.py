@@ -12,7 +12,7 @@ from rempart.models.formats.exported import load_exported
 from rempart.models.formats.folder import load_folder, read_config
 from rempart.models.formats.hugging_face import is_hugging_face, load_hugging_face
 from rempart.models.formats.keras import KERAS, keras_options, load_keras
-from rempart.models.formats.named import NAMED, load_named
+from rempart.models.formats.named import NAMED, is_timm, load_named, load_timm
 from rempart.models.formats.onnx import load_onnx
 from rempart.models.formats.python import load_python
 from rempart.models.reading import read_as
@@ -60,7 +60,8 @@ def _found(source: str) -> Classifier:
         hint = "convert it: python -m tf2onnx.convert --saved-model FOLDER --output model.onnx"
         raise ModelError(FORMS, got=f"{source}, a SavedModel folder of TensorFlow", hint=hint)
     if path.is_dir():
-        return (load_hugging_face if is_hugging_face(path) else load_folder)(path).eval()
+        load_here = load_timm if is_timm(path) else load_hugging_face if is_hugging_face(path) else load_folder
+        return load_here(path).eval()
     if not path.is_file():
         raise ModelError(FORMS, got=f"{source!r}, which does not exist")
     if (ending := path.suffix.lower()) in FILES:
@@ -81,7 +82,7 @@ def architecture(source: str) -> tuple[str, dict[str, Any], str]:
     path = Path(source)
     if not path.exists() and not source.startswith(NAMED):
         raise ModelError(FORMS, got=f"{source!r}, which does not exist")
-    if path.is_dir() and not is_hugging_face(path):
+    if path.is_dir() and not is_hugging_face(path) and not is_timm(path):
         config = read_config(path)
         return config.architecture, config.options, config.box
     if FILES.get(path.suffix.lower()) is load_keras:

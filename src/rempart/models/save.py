@@ -1,5 +1,6 @@
 """Write a classifier as a directory of two plain files: `config.json` and `weights.safetensors`."""
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -7,7 +8,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import save as to_bytes
-from torch import Tensor
+from torch import Tensor, nn
 
 from rempart.core.disk import replace
 from rempart.core.errors import ModelError
@@ -119,3 +120,10 @@ def differing(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> st
     names = [key for key in expected if key not in state or state[key].shape != expected[key].shape]
     names += [key for key in state if key not in expected]
     return ", ".join(names[:4]) + (" and more" if len(names) > 4 else "")
+
+
+def versioned(net: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The state of a network of today, with the versions of its modules: some ask for them, safetensors keeps none."""
+    complete = OrderedDict(state)
+    complete._metadata = getattr(net.state_dict(), "_metadata", {})  # pyright: ignore  (where torch looks for them)
+    return complete

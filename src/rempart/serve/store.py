@@ -28,7 +28,7 @@ from rempart.serve.errors import Missing, TooLarge
 
 Kind = Literal["model", "data", "guard"]
 FORMS: dict[Kind, tuple[str, ...]] = {
-    "model": (".keras", ".h5", ".onnx", ".zip"),
+    "model": (".keras", ".h5", ".hdf5", ".onnx", ".zip"),
     "data": (".zip", ".npz", ".parquet"),
     "guard": (),
 }

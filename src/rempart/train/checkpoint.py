@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rempart.core.disk import replace
 from rempart.core.errors import DataError
-from rempart.models.save import plain
+from rempart.models.save import plain, versioned
 from rempart.report.schema import Epoch
 from rempart.train.setup import Run
 
@@ -39,7 +39,7 @@ def restore(run: Run, state: State) -> None:
     for name, tensor in state.items():
         kind, _, rest = name.partition("/")
         groups[kind][rest] = tensor
-    run.classifier.load_state_dict(groups["model"])
+    run.classifier.load_state_dict(versioned(run.classifier, groups["model"]))
     for name, tensor in run.averaged.items():
         tensor.copy_(groups["averaged"][name])
     run.objective.state.update({name: tensor.to(run.fabric.device) for name, tensor in groups["objective"].items()})

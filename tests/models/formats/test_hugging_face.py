@@ -246,6 +246,61 @@ def test_compiled_code_from_elsewhere_is_not_asked_for(tmp_path: Path, asked: di
 
 
 @pytest.mark.parametrize(
+    "nulls",
+    [
+        ["model_args", "quantization_config", "auto_map"],
+        ["architectures", "transformers_weights", "_attn_implementation"],
+        ["id2label", "label2id", "num_labels"],
+        ["num_channels", "problem_type"],
+    ],
+)
+def test_keys_that_are_null_say_nothing(nulls: list[str], tmp_path: Path) -> None:
+    model = written(tmp_path / "m")
+    change(tmp_path / "m" / "config.json", **dict.fromkeys(nulls))
+    change(tmp_path / "m" / "config.json", auto_map={})
+    loaded, x = load(str(tmp_path / "m")), pictures((3, 32, 32))
+    expected = theirs(model, ViTImageProcessorPil(size={"height": 32, "width": 32}), x)
+    torch.testing.assert_close(loaded(x / 255), expected, atol=1e-4, rtol=0)
+    assert loaded.class_names == (("0", "1", "2") if "id2label" in nulls else tuple(NAMES.values()))
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"auto_map": None, "processor_class": None},
+        {"image_mean": None, "image_std": None},
+        {"rescale_factor": None, "crop_size": None, "do_center_crop": None},
+        {"resample": None},
+        {"size": {"height": 32, "width": 32, "shortest_edge": None}},
+        {"size": 32},
+    ],
+)
+def test_so_it_is_in_the_processor(told: dict[str, Any], tmp_path: Path) -> None:
+    """What is null has the value that transformers gives it where it is left out."""
+    model = written(tmp_path / "m")
+    change(tmp_path / "m" / "preprocessor_config.json", **told)
+    x = pictures((3, 32, 32))
+    expected = theirs(model, ViTImageProcessorPil(size={"height": 32, "width": 32}), x)
+    torch.testing.assert_close(load(str(tmp_path / "m"))(x / 255), expected, atol=1e-4, rtol=0)
+
+
+def test_a_step_that_is_null_is_off_as_in_transformers(tmp_path: Path) -> None:
+    model = written(tmp_path / "m")
+    change(tmp_path / "m" / "preprocessor_config.json", do_normalize=None)
+    x = pictures((3, 32, 32))
+    with torch.no_grad():
+        expected = model(pixel_values=x / 255).logits
+    torch.testing.assert_close(load(str(tmp_path / "m"))(x / 255), expected, atol=1e-4, rtol=0)
+
+
+def test_a_size_that_does_not_fit_the_network_is_told(tmp_path: Path) -> None:
+    written(tmp_path / "m")
+    change(tmp_path / "m" / "preprocessor_config.json", size=None)
+    with pytest.raises(ModelError, match=r"images of \(224, 224\) pixels.*preprocessor_config.json"):
+        load(str(tmp_path / "m"))
+
+
+@pytest.mark.parametrize(
     ("file", "values", "match"),
     [
         ("config.json", {"architectures": ["ViTForMaskedImageModeling"]}, "a model ...ForImageClassification"),
@@ -257,7 +312,7 @@ def test_compiled_code_from_elsewhere_is_not_asked_for(tmp_path: Path, asked: di
         ),
         ("config.json", {"model_args": {"checkpoint_path": "trap.pth"}}, "code or file, got model_args"),
         ("config.json", {"num_hidden_layers": 2}, "all weights in model.safetensors"),
-        ("config.json", {"hidden_size": 12}, "that transformers can read"),
+        ("config.json", {"hidden_size": 12}, "weights of the shapes that config.json asks for"),
         ("config.json", {"model_type": "nothing"}, "that transformers can read"),
         ("config.json", {"intermediate_size": 2**50}, "all weights in model.safetensors"),
         ("preprocessor_config.json", {"image_mean": [0.5]}, "a mean for each of 3 channels"),

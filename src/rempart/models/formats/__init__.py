@@ -1,7 +1,10 @@
 """One file per form that a model can come in: each has a `load_*` function from its place to a `Classifier`."""
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from rempart.core.errors import ModelError
 from rempart.core.files import MAX_VOXELS
@@ -25,3 +28,12 @@ def within_limits(shape: Sequence[int]) -> None:
     if math.prod(shape) > MAX_VOXELS:
         expected = f"images, and outputs of layers, of at most {MAX_VOXELS:,} values (MAX_VOXELS)"
         raise ModelError(expected, got="x".join(map(str, shape)))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is none."""
+    try:
+        told = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return told if isinstance(told, dict) else {}

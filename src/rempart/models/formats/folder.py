@@ -10,7 +10,7 @@ from rempart.core.errors import ModelError, SpecError
 from rempart.core.model import Classifier
 from rempart.models.formats import FORMS, PYTHON
 from rempart.models.reading import read_as
-from rempart.models.save import CONFIG, WEIGHTS, Config, differing
+from rempart.models.save import CONFIG, WEIGHTS, Config, differing, versioned
 from rempart.models.zoo import build
 from rempart.report.schema import Reading
 
@@ -80,4 +80,4 @@ def fill(model: Classifier, path: Path) -> None:
     broken = [key for key, value in state.items() if not bool(value.isfinite().all())]
     if broken:
         raise ModelError("finite weights", got=f"NaN or infinity in {', '.join(broken[:4])} of {path}")
-    model.load_state_dict(state)
+    model.load_state_dict(versioned(model, state))

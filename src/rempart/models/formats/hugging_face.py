@@ -6,6 +6,7 @@ import os
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from rempart.core.errors import ModelError
 from rempart.core.model import Classifier, Normalize, Untraced
-from rempart.models.formats import RECIPE, within_limits
+from rempart.models.formats import RECIPE, read_json, within_limits
 
 CONFIG, WEIGHTS, PROCESSOR = "config.json", "model.safetensors", "preprocessor_config.json"
 PARTS = (CONFIG, WEIGHTS, PROCESSOR)
@@ -31,7 +32,7 @@ _TINY = 1e-4
 
 def is_hugging_face(folder: Path) -> bool:
     """Whether a folder is one that transformers wrote, and none of ours."""
-    told = _json(folder / CONFIG)
+    told = read_json(folder / CONFIG)
     return "format_version" not in told and bool({"architectures", "model_type"} & told.keys())
 
 
@@ -55,8 +56,13 @@ def load_hugging_face(folder: Path) -> Classifier:
         inside, size = _steps(processor, config, channels)
         _compare(processor, inside, (channels, *size))
     net = nn.Sequential(*inside, Logits(model))
-    with torch.no_grad():
-        z = net.eval()(torch.zeros((1, channels, *size)))
+    try:
+        with torch.no_grad():
+            z = net.eval()(torch.zeros((1, channels, *size)))
+    except (RuntimeError, ValueError) as error:
+        line = str(error).split("\n")[0][:200]
+        hint = f"state the size of its images in {PROCESSOR}"
+        raise ModelError(f"a network for images of {size} pixels", got=f"{folder} ({line})", hint=hint) from None
     classes = max(2, z.shape[1])
     named = len(names) == classes and names != [f"LABEL_{k}" for k in range(classes)]
     return Classifier(net, shape=(channels, *size), num_classes=classes, class_names=names if named else None)
@@ -114,22 +120,16 @@ class Frame(Untraced):
         return x
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        told = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return told if isinstance(told, dict) else {}
-
-
 def _checked(folder: Path) -> dict[str, Any]:
     """The configuration, where nothing in the folder asks for code or a pickle."""
-    config = _json(folder / CONFIG)
-    names = config.get("architectures") or [config.get("model_type")]
-    if not any(isinstance(name, str) and _FOR_IMAGES in name for name in names):
-        raise ModelError(f"a model ...{_FOR_IMAGES}", got=f"{', '.join(map(str, names))} in {folder / CONFIG}")
+    config = read_json(folder / CONFIG)
+    names = config.get("architectures") or []
+    if not (names or config.get("model_type")) or (names and not any(_FOR_IMAGES in str(name) for name in names)):
+        raise ModelError(
+            f"a model ...{_FOR_IMAGES}", got=f"{', '.join(map(str, names)) or 'none'} in {folder / CONFIG}"
+        )
     for name in (CONFIG, PROCESSOR):
-        if asked := sorted(_asked(_json(folder / name))):
+        if asked := sorted(_asked(read_json(folder / name))):
             raise ModelError(
                 "a model of transformers itself, that asks for no other code or file",
                 got=f"{', '.join(asked)} in {folder / name}",
@@ -161,7 +161,7 @@ def _asked(told: Any) -> set[str]:
             waiting += part
         if isinstance(part, dict):
             waiting += part.values()
-            asked |= {key for key in part if key in _CODE}
+            asked |= {key for key in _CODE if part.get(key)}  # null, or empty, asks for nothing
             asked |= {key for key, value in part.items() if key.endswith("_implementation") and value not in _BUILT_IN}
     return asked
 
@@ -196,28 +196,43 @@ def _offline() -> Generator[None]:
 
 
 def _read(folder: Path) -> tuple[Any, Any]:
+    """The model and its processor; a key that is null counts as absent, unless transformers has a meaning for it."""
     from safetensors import safe_open
-    from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     here: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        config = AutoConfig.from_pretrained(str(folder), **here)
-        with torch.device("meta"):  # it may claim any size: nothing is allocated before it is compared
-            empty = AutoModelForImageClassification.from_config(config, trust_remote_code=False)
-        claimed = sum(parameter.numel() for parameter in empty.parameters())
-        with safe_open(folder / WEIGHTS, "pt") as weights:
-            held = sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
-        if claimed > held:
-            raise ModelError(f"all weights in {WEIGHTS}, {claimed:,} numbers", got=f"{held:,}", hint="save it again")
-        model, found = AutoModelForImageClassification.from_pretrained(
-            str(folder),
-            use_safetensors=True,
-            attn_implementation="eager",
-            dtype=torch.float32,
-            output_loading_info=True,
-            **here,
-        )
-        processor = AutoImageProcessor.from_pretrained(str(folder), **here)
+        with TemporaryDirectory() as made:
+            room = Path(made)
+            (room / WEIGHTS).symlink_to((folder / WEIGHTS).resolve())
+            (room / PROCESSOR).write_text(json.dumps(_without_nulls(read_json(folder / PROCESSOR))))
+            with safe_open(folder / WEIGHTS, "pt") as weights:
+                held = {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
+            told, heads = read_json(folder / CONFIG), [held[key][0] for key in held if key.startswith("classifier.")]
+            if heads and not (told.get("id2label") or told.get("num_labels")):
+                told = {**told, "id2label": None, "num_labels": heads[-1]}
+            empty = _empty(told, room)
+            expected = {key: tuple(value.shape) for key, value in empty.state_dict().items()}
+            if other := [key for key in held if held[key] != expected.get(key, held[key])]:
+                raise ModelError(
+                    f"weights of the shapes that {CONFIG} asks for",
+                    got=f"{other[-1]} of shape {held[other[-1]]} instead of {expected[other[-1]]}",
+                    hint=f"save both again; {CONFIG} gives the number of classes by id2label or num_labels",
+                )
+            claimed = sum(parameter.numel() for parameter in empty.parameters())
+            if claimed > (numbers := sum(map(math.prod, held.values()))):
+                raise ModelError(
+                    f"all weights in {WEIGHTS}, {claimed:,} numbers", got=f"{numbers:,}", hint="save it again"
+                )
+            model, found = AutoModelForImageClassification.from_pretrained(
+                str(room),
+                use_safetensors=True,
+                attn_implementation="eager",
+                dtype=torch.float32,
+                output_loading_info=True,
+                **here,
+            )
+            processor = AutoImageProcessor.from_pretrained(str(room), **here)
     except ModelError:
         raise
     except Exception as error:  # noqa: BLE001  transformers raises whatever its parts raise
@@ -228,6 +243,29 @@ def _read(folder: Path) -> tuple[Any, Any]:
     if missing := sorted(found["missing_keys"]):
         raise ModelError(f"all weights in {WEIGHTS}", got=f"none for {', '.join(missing[:4])}", hint="save it again")
     return model, processor
+
+
+def _empty(told: dict[str, Any], room: Path) -> Any:
+    """The network of a configuration without memory for its weights: it may claim any size. It is left in `room`."""
+    from transformers import AutoConfig, AutoModelForImageClassification
+
+    for attempt in (told, _without_nulls(told)):
+        (room / CONFIG).write_text(json.dumps(attempt))
+        try:
+            config = AutoConfig.from_pretrained(str(room), local_files_only=True, trust_remote_code=False)
+            with torch.device("meta"):
+                return AutoModelForImageClassification.from_config(config, trust_remote_code=False)
+        except Exception:
+            if attempt is not told:
+                raise
+    raise AssertionError
+
+
+def _without_nulls(told: Any) -> Any:
+    """A description without the keys that are null; steps that are switched by null are off, as in transformers."""
+    if not isinstance(told, dict):
+        return told
+    return {key: _without_nulls(value) for key, value in told.items() if value is not None or key.startswith("do_")}
 
 
 def _steps(processor: Any, config: Mapping[str, Any], channels: int) -> tuple[tuple[nn.Module, ...], tuple[int, int]]:

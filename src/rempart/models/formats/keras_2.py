@@ -143,17 +143,14 @@ def _call(call: list[Any]) -> Any:
 def _operation(layer: Mapping[str, Any]) -> dict[str, Any]:
     """An operation of TensorFlow between layers, as an operation of Keras."""
     function, calls, options = layer["config"]["function"], [], {}
+    if function not in _OPERATIONS:
+        raise _unknown(function)
+    kind, others, names = _OPERATIONS[function]
     for node in layer["inbound_nodes"]:
         several = isinstance(node[0], list)
-        given: dict[str, Any] = {
-            key: value for key, value in (node[0] if several else node)[3].items() if value is not None
-        }
+        given = {key: value for key, value in (node[0] if several else node)[3].items() if value is not None}
         if function == _SLICE:
-            kind, others, names, given = "Flip", (), {"axis": "axis"}, {"axis": _flipped(given.pop("slice_spec"))}
-        elif function in _OPERATIONS:
-            kind, others, names = _OPERATIONS[function]
-        else:
-            raise _unknown(function)
+            given = {"axis": _flipped(given["slice_spec"])}
         given = {key: value for key, value in given.items() if (key, value) not in _PLAIN and key != "name"}
         if given.keys() - {*others, *names} or not given.keys() >= {*others}:
             raise _unknown(function)
@@ -219,6 +216,7 @@ _OFF = frozenset({"time_major", "ragged"})
 _Operator = tuple[str, tuple[str, ...], dict[str, str]]
 _REDUCED = {"axis": "axis", "keepdims": "keepdims"}
 _OPERATIONS: dict[str, _Operator] = {
+    _SLICE: ("Flip", (), {"axis": "axis"}),
     "__operators__.add": ("Add", ("y",), {}),
     "math.add": ("Add", ("y",), {}),
     "nn.bias_add": ("Add", ("bias",), {}),
