@@ -268,7 +268,7 @@ def targets(rule: str | int, model: Classifier) -> TargetRule:
     return lambda z, y: torch.full_like(y, k)
 
 
-def check_images(model: Classifier, x: Images, y: Labels) -> tuple[Images, Labels]:
+def check_images(model: Classifier, x: Images | ArrayLike, y: Labels | ArrayLike) -> tuple[Images, Labels]:
     """Images and labels as the package works on them: floating point in the model's box, and int64.
 
     Raises:
