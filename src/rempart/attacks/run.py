@@ -381,11 +381,11 @@ def _attack(ready: Prepared, job: _Job, batch: Batch, notify: Notify) -> Outcome
     queries, gradients, started = ready.meter.queries, ready.meter.gradients, time.perf_counter()
     if bool(attacked.any()):
         some = attacked.nonzero()[:, 0]
-        given = x[some], goal[some], index[some.cpu()]
+        chosen = x[some], goal[some], index[some.cpu()]
         if batch.mask is None:
-            found[some] = _searched(ready.search, job, *given, notify)
+            found[some] = _searched(ready.search, job, *chosen, notify)
         else:
-            found[some] = _inside(ready.search, job, *given, batch.mask[some.cpu()], notify)
+            found[some] = _inside(ready.search, job, *chosen, batch.mask[some.cpu()], notify)
     queries, gradients = ready.meter.queries - queries, ready.meter.gradients - gradients
     seconds = time.perf_counter() - started
     rounded = None
