@@ -88,6 +88,7 @@ SPEC = "spec.json"
 DETECTORS = "detectors"
 
 
+@torch.inference_mode(mode=False)  # models are loaded with weights that gradients can flow through
 def run(spec: AnySpec, notify: Notify = silent) -> Report | None:
     """Do what a spec asks for, write its files to `spec.out`, and return the report.
 

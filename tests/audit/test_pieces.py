@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import toys
-from alike import alike
+from alike import differences
 from rempart import tasks
 from rempart.attacks.run import Verdict
 from rempart.audit import Audit, Planned, audit
@@ -77,7 +77,8 @@ class Stopped:
 def test_the_size_of_a_chunk_changes_no_result() -> None:
     whole, parts = run(chunk=512).report, run(chunk=7).report
     same = {"spec": whole.spec}
-    assert alike(comparable(whole.model_copy(update=same)), comparable(parts.model_copy(update=same)))  # to rounding
+    one, other = (comparable(report.model_copy(update=same)) for report in (whole, parts))
+    assert not list(differences(one, other))  # a product of fewer rows is rounded otherwise
 
 
 @pytest.mark.parametrize("after", [0, 1, 5, 11])
@@ -202,7 +203,7 @@ def test_two_processes_give_the_report_of_one(model: Path, data: str, chunk: str
         assert done.returncode == 0, done.stderr
     one, two = read(tmp_path / "1"), read(tmp_path / "2")
     assert two.environment["processes"] == "2" and two.complete
-    assert comparable(one) == comparable(two)
+    assert not list(differences(comparable(one), comparable(two)))  # the processes share out the threads
 
 
 def test_an_audit_that_was_killed_goes_on_where_it_stopped(model: Path, tmp_path: Path) -> None:
@@ -224,7 +225,7 @@ def test_an_audit_that_was_killed_goes_on_where_it_stopped(model: Path, tmp_path
         assert f"samples {8 * number} to" not in again.stderr, "a finished chunk was done again"
     assert not pieces.exists(), "a finished audit leaves no pieces"
     call(*command(model, "digits:train[:160]", tmp_path / "whole"))
-    assert comparable(read(tmp_path / "killed")) == comparable(read(tmp_path / "whole"))
+    assert not list(differences(comparable(read(tmp_path / "killed")), comparable(read(tmp_path / "whole"))))
 
 
 def test_an_audit_shared_by_torchrun_is_the_same(model: Path, tmp_path: Path) -> None:
@@ -245,7 +246,7 @@ def test_an_audit_shared_by_torchrun_is_the_same(model: Path, tmp_path: Path) ->
     assert [process.returncode for process in both] == [0, 0], silence
     assert "worst case" in first and second == silence == "", "the first process alone talks"
     call(*command(model, "digits:test[:21]", tmp_path / "one"))
-    assert comparable(read(tmp_path / "one")) == comparable(read(tmp_path / "two"))
+    assert not list(differences(comparable(read(tmp_path / "one")), comparable(read(tmp_path / "two"))))
 
 
 def test_a_process_that_fails_ends_the_work() -> None:

@@ -10,10 +10,15 @@ from torch import Tensor, nn
 import toys
 from rempart import Classifier, Data, Threat, attack_batch, attack_data
 from rempart.attacks.run import check_images
+from rempart.audit import audit
 from rempart.certify import certify, predict
 from rempart.core import given
+from rempart.core.data import open_data
 from rempart.core.data.samples import in_memory
 from rempart.core.errors import DataError, ModelError, ThreatError
+from rempart.detect.catalogue import Learning
+from rempart.detect.fitted import fit
+from rempart.report.schema import AttackChoice, AuditSpec, ModelCard
 
 MODEL = toys.linear()
 X = toys.images(MODEL.shape, 9)
@@ -265,6 +270,25 @@ def test_attacks_work_where_gradients_are_off(name: str, without: Any) -> None:
         whole = attack_data(MODEL, data, LINF, name)
         assert not outcome.x_adv.is_inference()
     assert outcome.right.tolist() == whole.right.tolist() == expected.right.tolist()
+
+
+def test_a_whole_audit_works_where_gradients_are_off() -> None:
+    spec = AuditSpec(model="", data="", threat="linf:0.1", attacks=(AttackChoice(name="fgsm"),), sweep=False)
+    model, data = toys.linear((1, 8, 8), 10), open_data("digits:test[:8]")
+    card = ModelCard(source="", name="", digest="", parameters=0, shape=model.shape, classes=model.class_names)
+    with torch.inference_mode():
+        result = audit(model, data, spec, card=card)
+    assert result is not None and result.error is None and result.report.complete
+
+
+def test_detectors_take_arrays_and_refuse_bytes() -> None:
+    seen = Learning(x=X.double().numpy(), y=Y.numpy(), index=list(range(9)))  # type: ignore[arg-type]
+    found = fit("max-softmax", {}, MODEL, seen)
+    wanted = found.score(X, torch.arange(9))
+    torch.testing.assert_close(found.score(X.numpy(), range(9)), wanted)  # type: ignore[arg-type]
+    for wrong in ((X * 255).byte(), X.numpy()[:, 0], X.long()):
+        with pytest.raises(DataError):
+            found.score(wrong, torch.arange(9))  # type: ignore[arg-type]
 
 
 def test_weights_made_in_inference_mode_are_refused_in_words() -> None:

@@ -394,11 +394,11 @@ def _attack(ready: Prepared, job: _Job, batch: Batch, notify: Notify) -> Outcome
     before, started = copy(ready.meter), time.perf_counter()
     if bool(attacked.any()):
         some = attacked.nonzero()[:, 0]
-        given = x[some], goal[some], index[some.cpu()]
+        chosen = x[some], goal[some], index[some.cpu()]
         if batch.mask is None:
-            found[some] = _searched(ready.search, job, *given, notify)
+            found[some] = _searched(ready.search, job, *chosen, notify)
         else:
-            found[some] = _inside(ready.search, job, *given, batch.mask[some.cpu()], notify)
+            found[some] = _inside(ready.search, job, *chosen, batch.mask[some.cpu()], notify)
     spent, seconds = ready.meter.since(before), time.perf_counter() - started
     rounded = None
     with frozen(ready.judge):  # once more: an attack might have changed the mode of the model itself

@@ -70,6 +70,7 @@ class Audit:
     error: Exception | None = None
 
 
+@torch.inference_mode(mode=False)
 def audit(
     model: Classifier,
     data: Data,

@@ -69,7 +69,8 @@ def images(model: Classifier, value: object) -> Images:
     """
     x, (low, high) = tensor(value, "images"), (model.low, model.high)
     if tuple(x.shape[1:]) != model.shape or x.ndim == 0:
-        raise DataError(f"images of shape {model.shape}, in a batch", got=tuple(x.shape), hint=_reshape(x, model.shape))
+        came = tuple(x.shape[x.ndim == len(model.shape) + 1 :])
+        raise DataError(f"images of shape {model.shape}", got=came, hint=_reshape(x, model.shape))
     if not x.is_floating_point() and (x.dtype == torch.bool or (low, high) != (0, 255)):
         levels = "divide 8-bit images by 255" if (low, high) == (0, 1) else "convert them to float32"
         raise DataError("floating-point pixels", got=str(x.dtype), hint=f"{levels}, in the box [{low:g}, {high:g}]")

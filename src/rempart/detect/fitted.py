@@ -13,7 +13,7 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from rempart.core import disk
+from rempart.core import disk, given
 from rempart.core.errors import DataError, ModelError
 from rempart.core.identity import Identity, identity
 from rempart.core.model import Classifier, frozen, placed
@@ -93,11 +93,12 @@ class Fitted:
         Raises:
             DataError: If the images have another shape.
         """
+        x = _images(self.model, x)
         if tuple(x.shape[1:]) != self.card.shape:
             expected = f"images of shape {self.card.shape}, which the detector was fitted on"
             raise DataError(expected, got=tuple(x.shape[1:]))
         with frozen(self.model):
-            rng = Draws(self.card.seed, index, ("detect",))
+            rng = Draws(self.card.seed, given.numbers(index, len(x)), ("detect",))
             return self.detector.score(self.model, placed(self.model, x), self.state, rng=rng)
 
     @property
@@ -131,12 +132,15 @@ def fit(name: str, options: Mapping[str, Any], model: Classifier, learning: Lear
         ModelError: If what it learnt is not finite.
     """
     entry = detectors[name]
-    given = entry.parse(options)
-    detector = entry.function(**given)
+    values = entry.parse(options)
+    detector = entry.function(**values)
     if detector.learns_attacks and not any(len(at) for at, _ in learning.attacked.values()):
         raise DataError(f"images that an attack broke, which {name} learns from", got="none", hint="name --attack")
-    if tuple(learning.x.shape[1:]) != model.shape:
-        raise DataError(f"images of shape {model.shape}", got=tuple(learning.x.shape[1:]))
+    x = _images(model, learning.x)
+    if tuple(x.shape[1:]) != model.shape:
+        raise DataError(f"images of shape {model.shape}", got=tuple(x.shape[1:]))
+    y, index = given.labels(learning.y, len(x), model.num_classes), given.numbers(learning.index, len(x))
+    learning = replace(learning, x=x, y=y, index=index)
     with frozen(model):
         state = detector.fit(model, learning, rng=Draws(seed, learning.index, ("detect", "fit")))
     state = _kept(state, model)
@@ -145,7 +149,7 @@ def fit(name: str, options: Mapping[str, Any], model: Classifier, learning: Lear
             raise ModelError(f"finite values of {key} in {name}", got="NaN or infinity", hint="fit it on more images")
     card = Card(
         detector=name,
-        options=given,
+        options=values,
         seed=seed,
         model="",
         shape=model.shape,
@@ -154,6 +158,12 @@ def fit(name: str, options: Mapping[str, Any], model: Classifier, learning: Lear
         state=digest_state(state),
     )
     return Fitted(card.of(identity(model)), state, detector, model)
+
+
+def _images(model: Classifier, x: Images) -> Images:
+    """Floating-point tensors as they are, with their graph; arrays and bytes held to what a model takes."""
+    plain = isinstance(x, Tensor) and x.is_floating_point()  # pyright: ignore[reportUnnecessaryIsInstance]
+    return x if plain else given.images(model, x)
 
 
 def calibrate(fitted: Fitted, scores: Scores, fpr: float = 0.05) -> Fitted:
