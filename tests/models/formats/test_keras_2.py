@@ -421,3 +421,12 @@ def test_weights_alone_and_folders_of_tensorflow_are_named(tmp_path: Path) -> No
     (tmp_path / "saved" / "saved_model.pb").write_bytes(b"\x08\x01")
     with pytest.raises(ModelError, match=r"SavedModel.*tf2onnx"):
         load(str(tmp_path / "saved"))
+
+
+@pytest.mark.parametrize("layers", [[], [{"class_name": "TFOpLambda", "config": {"name": "a"}}], [None], {"a": 1}])
+def test_descriptions_that_are_none_are_refused(layers: Any, tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "m.h5", "w") as file:
+        file.attrs["model_config"] = json.dumps({"class_name": "Functional", "config": {"name": "m", "layers": layers}})
+        file.attrs["keras_version"] = "2.12.0"
+    with pytest.raises(ModelError, match="Keras file that is whole"):
+        load(str(tmp_path / "m.h5"))

@@ -166,7 +166,7 @@ def _refused(path: Path) -> Generator[None]:
     try:
         yield
     except (
-        *(OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError, NotImplementedError),
+        *(OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, NotImplementedError),
         *(zipfile.BadZipFile, RecursionError, MemoryError, OverflowError),
     ) as error:
         if isinstance(error, ModelError):
