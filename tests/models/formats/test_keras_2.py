@@ -4,8 +4,10 @@ The layouts are those of files that Keras 2.12 and 2.15 wrote; forty kinds of su
 that wrote them to 1e-5.
 """
 
+import io
 import json
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,33 @@ def written(path: Path, model: Mapping[str, Any], weights: Weights, version: str
             group.attrs["weight_names"] = [f"{name}/{i}:0".encode() for i in range(len(weights.get(name, [])))]
             for i, value in enumerate(weights.get(name, [])):
                 group.create_dataset(f"{name}/{i}:0", data=value.numpy())
+    return str(path)
+
+
+def archived(path: Path, model: Mapping[str, Any], weights: Weights) -> str:
+    """An archive as Keras 2.13 to 2.15 wrote them: the same descriptions with modules, weights by kind of layer."""
+
+    def with_modules(part: dict[str, Any]) -> dict[str, Any]:
+        kind = part["class_name"]
+        module = {"Functional": "keras.src.engine.functional", "Sequential": "keras"}.get(kind, "keras.layers")
+        config = part["config"]
+        if "layers" in config:
+            config = {**config, "layers": [with_modules(inner) for inner in config["layers"]]}
+        if kind == "TFOpLambda":
+            module = "keras.src.layers.core.tf_op_layer"
+        registered = kind if "src" in module else None
+        built = {"build_config": {"input_shape": [None, 8, 8, 3]}}
+        return {**part, "module": module, "registered_name": registered, "config": config, **built}
+
+    content = io.BytesIO()
+    with h5py.File(content, "w") as file:
+        for name, values in weights.items():
+            for i, value in enumerate(values):
+                file.create_dataset(f"layers/{name}/vars/{i}", data=value.numpy())
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("metadata.json", json.dumps({"keras_version": "2.15.0"}))
+        archive.writestr("config.json", json.dumps(with_modules(dict(model))))
+        archive.writestr("model.weights.h5", content.getvalue())
     return str(path)
 
 
@@ -154,6 +183,13 @@ def test_so_do_those_whose_first_layer_holds_the_shape(version: str, tmp_path: P
     same(written(tmp_path / "m.h5", model, PLAIN, version), images(2, 8, 8), plain_logits(images(2, 8, 8)))
 
 
+def test_so_do_archives_of_keras_2(tmp_path: Path) -> None:
+    """Keras 3 itself refuses them."""
+    weights = {"conv2d": PLAIN["conv"], "batch_normalization": PLAIN["norm"], "dense": PLAIN["head"]}
+    x = images(2, 8, 8)
+    same(archived(tmp_path / "m.keras", sequential(*plain([start((8, 8, 2))])), weights), x, plain_logits(x))
+
+
 BASE: Weights = {"base": [draw(3, 3, 3, 4), draw(4), *moments(4)], "head": [draw(4, 3), draw(3)]}
 
 
@@ -223,8 +259,12 @@ def test_transfer_learning_on_a_base_that_is_a_model_itself(steps: str, frozen: 
         layer("GlobalAveragePooling2D", "pool", after("base", call=1), data_format="channels_last", keepdims=False),
         layer("Dense", "head", after("pool"), units=3, activation="softmax"),
     ]
-    x = images(3, 8, 8)
-    same(written(tmp_path / "m.h5", functional(layers, "head"), BASE), x, base_logits(step(x)))
+    x, model = images(3, 8, 8), functional(layers, "head")
+    same(written(tmp_path / "m.h5", model, BASE), x, base_logits(step(x)))
+    if steps in ("none", "MobileNet"):
+        inside = {"conv2d": BASE["base"][:2], "batch_normalization": BASE["base"][2:]}
+        weights = {f"functional/layers/{name}": values for name, values in inside.items()} | {"dense": BASE["head"]}
+        same(archived(tmp_path / "m.keras", model, weights), x, base_logits(step(x)))
 
 
 def test_a_base_in_front_of_a_sequential_model_and_a_model_as_its_end(tmp_path: Path) -> None:
@@ -381,3 +421,12 @@ def test_weights_alone_and_folders_of_tensorflow_are_named(tmp_path: Path) -> No
     (tmp_path / "saved" / "saved_model.pb").write_bytes(b"\x08\x01")
     with pytest.raises(ModelError, match=r"SavedModel.*tf2onnx"):
         load(str(tmp_path / "saved"))
+
+
+@pytest.mark.parametrize("layers", [[], [{"class_name": "TFOpLambda", "config": {"name": "a"}}], [None], {"a": 1}])
+def test_descriptions_that_are_none_are_refused(layers: Any, tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "m.h5", "w") as file:
+        file.attrs["model_config"] = json.dumps({"class_name": "Functional", "config": {"name": "m", "layers": layers}})
+        file.attrs["keras_version"] = "2.12.0"
+    with pytest.raises(ModelError, match="Keras file that is whole"):
+        load(str(tmp_path / "m.h5"))

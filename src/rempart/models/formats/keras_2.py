@@ -16,14 +16,14 @@ LAYERS = "keras.layers"
 
 
 def modern(model: Mapping[str, Any], version: str) -> dict[str, Any]:
-    """The description of a model in an HDF5 file, as Keras 3 writes it elsewhere: each class with its module.
+    """The description of a model as Keras 3 writes it to its archives: each class with its module.
 
     Without a module Keras takes its reader of old files, which forgets axes where they are several, and takes words
     such as "dot" for functions of that name.
 
     Args:
         model: The class of the model and its configuration.
-        version: Of the Keras that saved it. HDF5 files of Keras 3 come without modules, and are of today otherwise.
+        version: Of the Keras that saved it. In HDF5 files of Keras 3 the modules alone are missing.
 
     Raises:
         ModelError: If it has an operation or an activation that Keras 3 does not have.
@@ -62,7 +62,7 @@ def _translated(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _layer(layer: Mapping[str, Any], first: Mapping[str, int]) -> dict[str, Any]:
     kind, config = layer["class_name"], layer["config"]
-    layer = {**layer}
+    layer = {key: value for key, value in layer.items() if key != "build_config"}
     if "name" in layer:
         layer["name"] = _slashless(layer["name"])
     if "inbound_nodes" in layer:

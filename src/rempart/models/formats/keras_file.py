@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 from rempart.core.errors import ModelError
 from rempart.core.files import MAX_RATIO, MAX_TOTAL_BYTES
@@ -44,7 +44,9 @@ def read_keras(path: Path) -> tuple[dict[str, Any], int]:
                 raise _unsafe(path, "compressed entries, which Keras does not write")
             if archive.getinfo(_CONFIG).file_size > MAX_CONFIG_BYTES:
                 raise _unsafe(path, f"more than {MAX_CONFIG_BYTES:,} bytes of {_CONFIG} (MAX_CONFIG_BYTES)")
-            config = _checked(json.loads(archive.read(_CONFIG)), path)
+            version = str(json.loads(archive.read("metadata.json")).get("keras_version", "3"))
+            config = json.loads(archive.read(_CONFIG))
+            config = _checked(modern(config, version) if version < "3" and _is_model(config) else config, path)
             count = _count_arrays(BytesIO(archive.read(_WEIGHTS)), path, size)
     return config, count
 
@@ -68,7 +70,7 @@ def read_hdf5(path: Path) -> tuple[dict[str, Any], int]:
         if len(text) > MAX_CONFIG_BYTES:
             raise _unsafe(path, f"a description of {len(text):,} bytes (MAX_CONFIG_BYTES)")
         config, version = json.loads(text), version.decode() if isinstance(version, bytes) else str(version)
-        if isinstance(config, dict) and config.get("class_name") in MODELS:
+        if _is_model(config):
             config = modern(config, version)
         return _checked(config, path), count
 
@@ -91,12 +93,16 @@ def check_config(config: Any) -> None:
 
 
 def _checked(config: Any, path: Path) -> dict[str, Any]:
-    if not isinstance(config, dict) or config.get("class_name") not in MODELS:
+    if not _is_model(config):
         came = _told(config.get("class_name")) if isinstance(config, dict) else type(config).__name__
         raise ModelError("a Sequential or Functional Keras model", got=f"{came} in {path.name}", hint=RECIPE)
     config = _without_compilation(config)
     check_config(config)
     return config
+
+
+def _is_model(config: Any) -> TypeGuard[dict[str, Any]]:
+    return isinstance(config, dict) and config.get("class_name") in MODELS
 
 
 def _without_compilation(value: Any) -> Any:
@@ -160,7 +166,7 @@ def _refused(path: Path) -> Generator[None]:
     try:
         yield
     except (
-        *(OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError, NotImplementedError),
+        *(OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, NotImplementedError),
         *(zipfile.BadZipFile, RecursionError, MemoryError, OverflowError),
     ) as error:
         if isinstance(error, ModelError):
