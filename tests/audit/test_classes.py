@@ -281,7 +281,7 @@ def picture(text: str) -> np.ndarray:
 def test_a_model_without_gradients_is_aimed_at_by_scores() -> None:
     """Search at random finds what is far within the budget, and nothing beyond it."""
     sighted = brightest()
-    hidden = Classifier(_Elsewhere(sighted.net), shape=(1, 2, 2), num_classes=4, class_names=NAMES)
+    hidden = Classifier(_Elsewhere(sighted.net), shape=(1, 2, 2), num_classes=4, class_names=NAMES, output="logits")
     x, y = scans(16)
     card = ModelCard(source="", name="m", digest="0", parameters=1, shape=(1, 2, 2), classes=NAMES)
     choice = (AttackChoice(name="square", options={"queries": 50}),)

@@ -449,7 +449,8 @@ def _similarity(verdict: Verdict) -> Similarity | None:
     if verdict.psnr is None or verdict.ssim is None or not bool(chosen.any()):
         return None
     found = verdict.psnr[chosen].numpy(), verdict.ssim[chosen].numpy()
-    psnr, psnr_low, ssim, ssim_low = (_finite(np.quantile(v, share)) for v in found for share in (0.5, 0.05))
+    with np.errstate(invalid="ignore"):  # between two infinite ones: no number, as wanted
+        psnr, psnr_low, ssim, ssim_low = (_finite(np.quantile(v, share)) for v in found for share in (0.5, 0.05))
     if psnr is None or psnr_low is None:  # a model that is random may turn an image that nobody changed
         return None
     return Similarity(n=int(chosen.sum()), psnr=psnr, psnr_low=psnr_low, ssim=ssim, ssim_low=ssim_low)
