@@ -85,7 +85,8 @@ def test_a_users_interruption_stays_one() -> None:
     assert foreign.STOPPED.is_set()
 
 
-def test_without_our_handler_an_interruption_counts_as_the_users() -> None:
+def test_without_our_handler_an_interruption_counts_as_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt), foreign.contained("nothing"):
         raise KeyboardInterrupt
 
