@@ -278,7 +278,8 @@ def check_layers(model: nn.Module) -> list[nn.Module]:
     known = set[Tensor]()
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         known.add(tensor)
-        if is_lazy(tensor) or tensor.is_meta:
+        bare = tensor.is_meta and type(tensor) in (Tensor, nn.Parameter)  # a subclass may keep its numbers elsewhere
+        if is_lazy(tensor) or bare:
             kind = "lazy, and never ran" if is_lazy(tensor) else "on the meta device"
             hint = "load the trained weights into the network first"
             raise ModelError("weights that hold numbers", got=f"{name}, which is {kind}", hint=hint)
