@@ -141,7 +141,8 @@ def finite(
     free = slope.isinf() & torch.where(slope > 0, x < high, x > low)
     kept = torch.where(free, steep, kept)
     lost = odd.any(axes, keepdim=True) & (kept == 0).all(axes, keepdim=True)
-    anywhere = 2 * torch.rand(x.shape[1:], generator=torch.Generator().manual_seed(0)).to(x) - 1
+    noise = torch.rand(x.shape[1:], generator=torch.Generator().manual_seed(0))
+    anywhere = 2 * noise.to(device=x.device, dtype=x.dtype, non_blocking=True) - 1  # a GPU goes on
     anywhere = torch.where(x <= low, anywhere.abs(), torch.where(x >= high, -anywhere.abs(), anywhere))
     return torch.where(lost, anywhere, kept)
 

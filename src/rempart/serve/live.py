@@ -424,7 +424,9 @@ def try_image(
     original = _told(model, z)[0]
     y = torch.tensor([original.label if label is None else label])
     search = _watched(model, attack, seconds)
-    outcome = attack_batch(model, x, y, allowance, attack.name, attack.options, target=aim, search=search, seed=seed)
+    outcome = attack_batch(
+        model, x, y, allowance, attack.name, attack.options, target=aim, search=search, seed=seed, random=passes > 1
+    )
     if bool(outcome.undefined[0]):
         size, hint = (
             float(outcome.distance[0]),
