@@ -23,7 +23,7 @@ from rempart.core.data import Data
 from rempart.core.data.samples import spread
 from rempart.core.errors import DataError, ModelError, SpecError
 from rempart.core.events import Event, Notify, silent
-from rempart.core.model import Classifier, accelerated, frozen
+from rempart.core.model import Classifier, accelerated, frozen, placed
 from rempart.core.repro import Draws
 from rempart.core.stats import clopper_pearson, wilson
 from rempart.core.threat import Norm, Threat
@@ -203,7 +203,8 @@ def certify_groups(
             notify(Event(stage="certify", done=at, total=len(data), values={**values, "batch": part}))
 
         x, y = check_images(model, batch.x, batch.y)
-        x, y = _placed(model, x, y)
+        x = placed(model, x)
+        y = y.to(x.device)
         with frozen(model):
             correct = _finite(_logits(model, x)).argmax(1) == y
             first = _votes(model, x, batch.index, sigma, sampling.selection, "select", size, seed)
@@ -515,11 +516,6 @@ def _finite(z: Logits) -> Logits:
     if not bool(torch.isfinite(z).all()):
         raise ModelError("finite logits", got="NaN or infinity", hint="check weights and input range")
     return z
-
-
-def _placed(model: Classifier, x: Images, y: Labels) -> tuple[Images, Labels]:
-    where = next(model.parameters(), x)
-    return x.to(where), y.to(where.device)
 
 
 class _Smoothed(nn.Module):

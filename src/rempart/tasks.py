@@ -229,7 +229,8 @@ def _attack(spec: AttackSpec, notify: Notify) -> Report:
     if "loss" in options:
         score(options["loss"], targeted=spec.target is not None, num_classes=model.num_classes)
     model, checks = preflight(model, data)
-    mean = mean_gradient(entry.name, spec.attack.options) if is_random(checks) else {}
+    random = is_random(checks)
+    mean = mean_gradient(entry.name, spec.attack.options) if random else {}
     planned = Planned(entry.name, entry.name, {**options, **mean})
     outcome = attack_data(
         model,
@@ -242,6 +243,7 @@ def _attack(spec: AttackSpec, notify: Notify) -> Report:
         seed=spec.seed,
         eight_bit=spec.eight_bit,
         similarity=True,
+        random=random,
         notify=notify,
     )
     rounded = None if outcome.right_after_rounding is None else outcome.right_after_rounding.numpy()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from audit.planted import Reversed, Rounded
 from rempart.core.model import Classifier, Output, placed
 from rempart.core.types import Images, Labels, Logits, Scores
 
@@ -123,30 +124,6 @@ def _again(reentrant: bool) -> Callable[[Tensor, Net], object]:
     return lambda x, net: checkpoint(net.mlp, x, use_reentrant=reentrant)
 
 
-class Quantised(torch.autograd.Function):
-    """Eight levels, with the gradient of the identity."""
-
-    @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
-        return (x * 7).round() / 7
-
-    @staticmethod
-    def backward(ctx: object, *gradients: Tensor) -> Tensor:
-        return gradients[0]
-
-
-class Backwards(torch.autograd.Function):
-    """The identity with the gradient of its opposite."""
-
-    @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: object, *gradients: Tensor) -> Tensor:
-        return -gradients[0]
-
-
 def _small_ints() -> nn.Module:
     net = nn.Sequential(nn.Flatten(), nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3)).eval()
     _refill(net, 3, 1.0)
@@ -195,10 +172,10 @@ ODD: dict[str, Callable[[], nn.Module]] = {
     "weight norm": lambda: nn.Sequential(
         nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), nn.Tanh()
     ),
-    "quantiser": _made(lambda x, net: net.mlp(Quantised.apply(x))),
+    "quantiser": _made(lambda x, net: net.mlp(Rounded.apply(x))),
     "rounded": _made(lambda x, net: net.mlp((x * 7).round() / 7 + 0 * x)),
     "partly rounded": _made(lambda x, net: net.mlp((x * 7).round() / 7 + 0.01 * x)),
-    "wrong gradient": _made(lambda x, net: net.mlp(Backwards.apply(x))),
+    "wrong gradient": _made(lambda x, net: net.mlp(Reversed.apply(x))),
     "partly detached": _made(lambda x, net: net.mlp(x.detach()) + 0.01 * net.plain(x)),
     "quantised weights": _small_ints,
 }

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -113,9 +114,10 @@ def before(model: Classifier, function: Callable[[Tensor], Tensor]) -> Classifie
     return Classifier(nn.Sequential(Function(function), model.net), shape=model.shape, num_classes=model.num_classes)
 
 
-def behind(model: Classifier, function: Callable[[Tensor], Tensor]) -> Classifier:
-    """The model with a function of its logits."""
-    return Classifier(nn.Sequential(model.net, Function(function)), shape=model.shape, num_classes=model.num_classes)
+def behind(model: Classifier, function: Callable[[Tensor], Tensor], **more: Any) -> Classifier:
+    """The model with a function of its logits, and `more` said of it."""
+    net = nn.Sequential(model.net, Function(function))
+    return Classifier(net, shape=model.shape, num_classes=model.num_classes, **more)
 
 
 class Reversed(torch.autograd.Function):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import toys
+from audit.planted import Function, behind
 from rempart.attacks import attack_batch
 from rempart.audit import preflight
 from rempart.core.data.samples import in_memory, spread
@@ -20,20 +21,6 @@ from rempart.models import load
 from rempart.report.schema import Reading
 
 SHAPE = (1, 4, 4)
-
-
-class Function(nn.Module):
-    def __init__(self, function) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.function(z)
-
-
-def behind(model: Classifier, function, **more) -> Classifier:
-    net = nn.Sequential(model.net, Function(function))
-    return Classifier(net, shape=model.shape, num_classes=model.num_classes, **more)
 
 
 def data_of(model: Classifier, x: Tensor):

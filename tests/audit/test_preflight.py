@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import toys
+from audit.planted import Function
 from rempart.attacks import attack_batch
 from rempart.audit import preflight
 from rempart.core.data import Data
@@ -43,15 +44,6 @@ def wrapped(model: Classifier, change: nn.Module) -> Classifier:
 
 def find(checks: tuple[Check, ...], name: str) -> Check:
     return next(check for check in checks if check.name == name)
-
-
-class Function(nn.Module):
-    def __init__(self, function) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.function(z)
 
 
 def test_a_sound_model_passes_every_check_and_comes_back_itself() -> None:

@@ -2,11 +2,9 @@
 
 import ast
 import functools
-import random
 import sys
 import types
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -18,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from rempart.core.foreign import own
 from rempart.core.model import Classifier, frozen, placed
-from rempart.core.repro import Draws, digest_state
+from rempart.core.repro import Draws, digest_state, seeded
 from rempart.core.types import Images
 
 _CLOSE = 1e-3
@@ -93,7 +91,7 @@ def answers(model: Classifier, x: Images) -> tuple[float, ...]:
     try:
         with frozen(model), torch.no_grad():
             for _ in range(2):
-                with _seeded(x.device):
+                with seeded(0, x.device):
                     z = model(x).double().cpu().nan_to_num(0, 0, 0).flatten()
                 found.append(tuple(float(f"{value:.6g}") for value in z.tolist()))
     except Exception:  # noqa: BLE001  what is wrong with the network is for the preflight to say
@@ -110,21 +108,6 @@ def _probes(model: Classifier) -> Images:
     unit[1] = 0.5 + 0.3 * torch.as_tensor(waves) / max(1, len(axes)) + 0.1 * unit[1]
     unit[2], unit[3], unit[4] = 0.1 * unit[2], 1 - 0.1 * unit[3], 0.5
     return (model.low + (model.high - model.low) * unit).float()
-
-
-@contextmanager
-def _seeded(device: torch.device) -> Generator[None]:
-    """All global generators from one seed; as before afterwards."""
-    python, legacy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(0)
-            random.seed(0)
-            np.random.seed(0)
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(legacy)
 
 
 def code_of(roots: Iterable[object], *, installed: bool = False) -> str:

@@ -14,13 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.functional import conv2d, pad, pixel_shuffle
-from torch.nn.parameter import is_lazy
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from rempart.core.errors import ModelError, RempartError
 from rempart.core.foreign import contained
 from rempart.core.names import Numbers, find
 from rempart.core.outputs import tracked
+from rempart.core.repro import without_numbers
 from rempart.core.types import Images, Logits
 
 Output = Literal["logits", "probabilities", "sigmoids"]
@@ -278,9 +278,8 @@ def check_layers(model: nn.Module) -> list[nn.Module]:
     known = set[Tensor]()
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         known.add(tensor)
-        bare = tensor.is_meta and type(tensor) in (Tensor, nn.Parameter)  # a subclass may keep its numbers elsewhere
-        if is_lazy(tensor) or bare:
-            kind = "lazy, and never ran" if is_lazy(tensor) else "on the meta device"
+        if missing := without_numbers(tensor):
+            kind = "lazy, and never ran" if missing == "lazy" else "on the meta device"
             hint = "load the trained weights into the network first"
             raise ModelError("weights that hold numbers", got=f"{name}, which is {kind}", hint=hint)
     hidden = _hidden(model)
@@ -309,13 +308,13 @@ def _hidden(model: nn.Module) -> dict[str, nn.Module]:
         elif isinstance(value, dict):
             for key, item in value.items():
                 look(f"{name}[{key!r}]", item)
-        elif isinstance(value, list | tuple):
+        elif isinstance(value, (list, tuple)):
             for number, item in enumerate(value):
                 look(f"{name}[{number}]", item)
 
     def search(name: str, module: nn.Module) -> None:
         for key, value in vars(module).items():
-            if key not in _TORCHS_OWN:
+            if key not in _TORCHS_OWN and isinstance(value, _HOLDERS):  # `frozen` asks in every step of a training
                 look(f"{name}.{key}" if name else key, value)
 
     for name, module in model.named_modules():
@@ -326,6 +325,7 @@ def _hidden(model: nn.Module) -> dict[str, nn.Module]:
 
 _TORCHS_OWN = frozenset(vars(nn.Module()))
 """Attributes in which torch keeps parameters, buffers, submodules and hooks."""
+_HOLDERS = (nn.Module, dict, list, tuple)
 
 
 def check_no_hidden_write(model: Classifier, x: Images) -> None:

@@ -11,13 +11,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, Literal
 from zlib import crc32
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.parameter import is_lazy
 
 from rempart.core.errors import ModelError
 from rempart.core.types import Images, Mask
@@ -190,11 +190,19 @@ _PLAIN = (type(None), bool, int, float, complex, str, Enum, np.generic)
 _PLAIN += (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)  # pyright: ignore
 
 
+def without_numbers(tensor: Tensor) -> Literal["lazy", "meta"] | None:
+    """Why a weight holds no numbers yet; None where it does. A subclass may say `meta` and keep them elsewhere."""
+    if is_lazy(tensor):
+        return "lazy"
+    return "meta" if tensor.is_meta and type(tensor) in (Tensor, nn.Parameter) else None
+
+
 def _dense_parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
+    missing = without_numbers(tensor)
+    if missing == "lazy":
         hint = "run one batch of images through the network before it is returned, or give its layers their sizes"
         raise ModelError("weights of known shape", got=f"{name}, which is not initialised yet", hint=hint)
-    if tensor.is_meta and type(tensor) in (Tensor, nn.Parameter, nn.Buffer):
+    if missing == "meta":
         hint = "load its weights before it is returned: to_empty(), then load_state_dict(), or assign=True"
         raise ModelError("weights with values", got=f"{name}, which is on the meta device and has none", hint=hint)
     tensor = tensor.detach()

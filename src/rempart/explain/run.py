@@ -274,7 +274,9 @@ def _attacked(
 ) -> Outcome:
     options = {**choice.options, **(mean_gradient(choice.name, choice.options) if subject.random else {})}
     within = native(attacks[choice.name], threat)
-    return attack_batch(subject.model, x, y, within, choice.name, options, index=index, seed=spec.seed)
+    return attack_batch(
+        subject.model, x, y, within, choice.name, options, index=index, seed=spec.seed, random=subject.random
+    )
 
 
 def _labelled(spec: ExplainSpec) -> dict[str, AttackChoice]:

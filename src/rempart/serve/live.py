@@ -425,15 +425,13 @@ def try_image(
     y = torch.tensor([original.label if label is None else label])
     search = _watched(model, attack, seconds)
     outcome = attack_batch(
-        model, x, y, allowance, attack.name, attack.options, target=aim, search=search, seed=seed, random=passes > 1
+        model, x, y, allowance, attack.name, attack.options, target=aim, search=search, seed=seed, random=random
     )
     if bool(outcome.undefined[0]):
-        size, hint = (
-            float(outcome.distance[0]),
-            "the attack succeeded: guard the model's logarithms, roots and divisions",
-        )
         raise ModelError(
-            "an answer within the threat", got=f"NaN or infinity at {allowance.norm} {size:.3g}", hint=hint
+            "an answer within the threat",
+            got=f"NaN or infinity at {allowance.norm} {float(outcome.distance[0]):.3g}",
+            hint="the attack succeeded: guard the model's logarithms, roots and divisions",
         )
     z_adv = _logits(model, outcome.x_adv, passes)
     goal = None if aim is None else int(aim(z, y)[0])
