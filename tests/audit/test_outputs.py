@@ -109,6 +109,16 @@ OPEN = {
     "sigmoid by hand": (1, lambda z: 1 / (1 + (-z).exp())),
     "without a graph": (1, lambda z: z.sigmoid().detach()),
     "weights that may take a mean": (1, lambda z: torch.cat([z, z], 1).sigmoid() @ torch.full((2, 1), 0.5)),
+    "weights on several members": (
+        1,
+        lambda z: torch.cat([z.sigmoid(), (z / 2).sigmoid()], 1) @ torch.full((2, 1), 0.5),
+    ),
+    "weights on scaled members": (1, lambda z: torch.cat([z.tanh() + 1, z.tanh() + 1], 1) @ torch.full((2, 1), 0.25)),
+    "weights on limited members": (1, lambda z: torch.cat([z, z], 1).add(0.5).clamp(0, 1) @ torch.full((2, 1), 0.5)),
+    "hard sigmoid of relu6": (1, lambda z: F.relu6(3 * z + 3) / 6),
+    "hard sigmoid of clamp": (1, lambda z: (z + 3).clamp(0, 6) / 6),
+    "limited one by one": (1, lambda z: (z + 0.5).clamp(min=0).clamp(max=1)),
+    "smaller and larger": (1, lambda z: (z + 0.5).minimum(torch.ones_like(z)).maximum(torch.zeros_like(z))),
     "kernels": (3, lambda z: (-z.square()).exp()),
 }
 
@@ -124,7 +134,8 @@ def test_what_stays_open_is_asked_and_what_is_stated_holds(name: str) -> None:
     if outputs == 1 and name != "without a graph":
         shares, _ = preflight(behind(plain, last, output="probabilities"), data_of(plain, x))
         logits, _ = preflight(behind(plain, last, output="logits"), data_of(plain, x))
-        assert torch.equal(shares(x).argmax(1), plain(x).argmax(1)) and bool((logits(x).argmax(1) == 1).all())
+        assert torch.equal(shares(x).argmax(1), plain(x).argmax(1))
+        assert torch.equal(logits(x).argmax(1), (logits.raw(x)[:, 0] > 0).long()), "the threshold is 0"
 
 
 def test_a_statement_reaches_the_model_and_contradicts_none_of_its_own(tmp_path: Path, monkeypatch) -> None:

@@ -25,8 +25,9 @@ _MOVING = re.compile(
 )
 _ARITHMETIC = re.compile(
     f"{_MOVING.pattern}|Add|Sub|Rsub|Mul|Div|Neg|Mean|Sum|Stack|Cat|Where|Lerp|Addcmul|Max|Amax|AvgPool2D|"
-    "AdaptiveAvgPool2D|MaxPool2DWithIndices|Clamp|ClampMin|ClampMax|Hardtanh"
+    "AdaptiveAvgPool2D|MaxPool2DWithIndices"
 )
+_LIMITING = re.compile("Clamp|ClampMin|ClampMax|Hardtanh|Maximum|Minimum")
 _WEIGHTED = re.compile(
     "Addmm|Mm|Bmm|Baddbmm|Addbmm|Mv|Addmv|Dot|Linear|MkldnnLinear|Convolution|ConvolutionOverrideable|"
     "MkldnnConvolution|CudnnConvolution|NativeBatchNorm|CudnnBatchNorm|NativeLayerNorm|NativeGroupNorm"
@@ -112,22 +113,41 @@ def ending(net: nn.Module, x: Images) -> Ending:
     last = _source(root)
     if last in ("Softmax", "Sigmoid"):
         return "softmax" if last == "Softmax" else "sigmoid"
-    kinds, waiting, seen = set[Ending](), [root], set[Any]()
+    ends, limited = _ends(root)
+    kinds = {_kind(node) for node in ends}
+    kind = kinds.pop() if len(kinds) == 1 else "unknown"
+    return "unknown" if kind == "linear" and limited else kind  # a hard sigmoid is made of limits
+
+
+def _kind(node: Any) -> Ending:
+    if _is_bounded(node):
+        return "bounded"
+    before = _before(node)
+    if not (_WEIGHTED.fullmatch(_name(node)) and before):
+        return "unknown"
+    ends, limited = _ends(
+        before[0]
+    )  # weights on shares may take their mean, and the graph does not show whether they do
+    return "unknown" if limited or any(_is_bounded(end) for end in ends) else "linear"
+
+
+def _ends(root: Any) -> tuple[list[Any], bool]:
+    """Where arithmetic, read backwards, comes to something else; and whether values were cut off on the way."""
+    ends, limited, waiting, seen = list[Any](), False, [root], set[Any]()
     while waiting:
         node = waiting.pop()
         if node in seen:
             continue
         seen.add(node)
-        before = [part for part, _ in node.next_functions if part is not None]
-        name = _name(node)
-        if _is_bounded(node, before):
-            kinds.add("bounded")
-        elif _ARITHMETIC.fullmatch(name) or (_WEIGHTED.fullmatch(name) and len(before) > 1):  # a product of two
+        name, before = _name(node), _before(node)
+        product = _WEIGHTED.fullmatch(name) and len(before) > 1  # of two results, and not of one and weights
+        cut = _LIMITING.fullmatch(name) is not None and not _is_bounded(node)
+        limited |= cut
+        if cut or product or _ARITHMETIC.fullmatch(name):
             waiting += before
-        else:  # weights on shares may take their mean, and the graph does not show whether they do
-            free = _WEIGHTED.fullmatch(name) and before and not _SHARES.fullmatch(_source(before[0]))
-            kinds.add("linear" if free else "unknown")
-    return kinds.pop() if len(kinds) == 1 else "unknown"
+        else:
+            ends.append(node)
+    return ends, limited
 
 
 def _name(node: Any) -> str:
@@ -135,18 +155,22 @@ def _name(node: Any) -> str:
     return match[1] if match else ""
 
 
+def _before(node: Any) -> list[Any]:
+    return [part for part, _ in node.next_functions if part is not None]
+
+
 def _source(node: Any) -> str:
     """The last operation that did more than hand values on."""
     while _MOVING.fullmatch(_name(node)):
-        before = [part for part, _ in node.next_functions if part is not None]
+        before = _before(node)
         if len(before) != 1:
             break
         node = before[0]
     return _name(node)
 
 
-def _is_bounded(node: Any, before: list[Any]) -> bool:
-    name = _name(node)
+def _is_bounded(node: Any) -> bool:
+    name, before = _name(node), _before(node)
     if name == "Exp":
         return bool(before) and _source(before[0]) in ("LogSoftmax", "LogSigmoid")
     if name in ("Clamp", "Hardtanh"):
