@@ -88,6 +88,7 @@ SPEC = "spec.json"
 DETECTORS = "detectors"
 
 
+@contained("networks, attacks and other code of the request to run", SpecError)
 @torch.inference_mode(mode=False)  # models are loaded with weights that gradients can flow through
 def run(spec: AnySpec, notify: Notify = silent) -> Report | None:
     """Do what a spec asks for, write its files to `spec.out`, and return the report.
@@ -97,11 +98,6 @@ def run(spec: AnySpec, notify: Notify = silent) -> Report | None:
     Raises:
         RempartError: With the exit status of the command line in `exit_code`.
     """
-    with contained("networks, attacks and other code of the request to run", SpecError):
-        return _run(spec, notify)
-
-
-def _run(spec: AnySpec, notify: Notify) -> Report | None:
     if isinstance(spec, TrainSpec):
         return _train(spec, notify)
     if isinstance(spec, AuditSpec):

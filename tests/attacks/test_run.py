@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import toys
+from audit.planted import Function
 from rempart.attacks import attack_batch, attack_data, attacks
 from rempart.attacks.run import check_images, join, native, targets
 from rempart.core.data import Data
@@ -60,6 +62,8 @@ def moving_the_first_pixel(by: float) -> Any:
         (lambda x: x.flatten(1), "detached images like its input"),
         (lambda x: x.clone().requires_grad_(), "detached images like its input"),
         (lambda x: torch.zeros_like(x), "to stay inside linf:0.1"),
+        (lambda x: None, r"to return images like its input, .*got NoneType"),
+        (lambda x: x.numpy(), r"to return images like its input, .*got ndarray"),
     ],
 )
 def test_an_attack_that_breaks_its_contract_is_refused(result: Any, says: str) -> None:
@@ -290,6 +294,7 @@ def test_images_that_fit_are_taken() -> None:
         (Threat(norm="linf", eps=0.1), "pdg", {}, SpecError, "did you mean 'pgd'"),
         (Threat(norm="linf", eps=0.1), "pgd", {"step_size": 1}, SpecError, "unknown option 'step_size'"),
         (Threat(norm="linf", eps=0.1), "pgd", {"steps": 0}, SpecError, "steps=0"),
+        (Threat(norm="linf", eps=0.1), "pgd", [("steps", 3)], SpecError, "options of 'pgd' by name, got list"),
         (Threat(norm="linf"), "pgd", {}, ThreatError, "a budget for pgd"),
         (Threat(norm="linf", eps=0.1, low=-1.0), "pgd", {}, ThreatError, "the box of the model"),
         (Threat(norm="linf", eps=0.1), "pgd", {"loss": "dlr"}, SpecError, "at least 3 classes"),
@@ -301,6 +306,39 @@ def test_requests_that_cannot_be_met_are_refused(
     model = toys.linear(classes=2)
     with pytest.raises(error, match=says):
         attack_batch(model, *batch(model), threat, attack, options)
+
+
+def test_what_callers_from_python_get_wrong_is_told() -> None:
+    model = toys.linear()
+    x, y = batch(model)
+    same = [attack_batch(model, x, y, "linf:0.1", "pgd", seed=seed).x_adv for seed in (7, np.int64(7), torch.tensor(7))]
+    assert all(torch.equal(same[0], other) for other in same), "a whole number is one, whoever made it"
+    for seed in ("7", 7.0, None):
+        with pytest.raises(DataError, match="a seed that is a whole number"):
+            attack_batch(model, x, y, "linf:0.1", "pgd", seed=seed)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ModelError, match=r"a Classifier, got Sequential; wrap a network: rempart.Classifier\("):
+        attack_batch(model.net, x, y, "linf:0.1", "pgd")  # pyright: ignore[reportArgumentType]
+
+
+class _OfFour(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        return z.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0].view(4, -1) + gradients[0]
+
+
+@pytest.mark.parametrize("attack", ["pgd", "apgd", "fab", "deepfool", "cw"])
+def test_a_backward_pass_that_fails_for_some_batches_is_told_with_its_line(attack: str) -> None:
+    plain = toys.linear()
+    net = nn.Sequential(plain.net, Function(_OfFour.apply))
+    model = Classifier(net, shape=plain.shape, num_classes=plain.num_classes)
+    x, y = batch(plain)
+    threat = "l2:1" if attack in ("cw", "deepfool") else "linf:0.1"
+    with pytest.raises(ModelError, match=r"gradients for batches of every size, got RuntimeError in test_run.py, line"):
+        attack_batch(model, x[:3], y[:3], threat, attack)
 
 
 def test_native_threats() -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from rempart import Classifier, cli, tasks
+from rempart.attacks import attack_batch
 from rempart.core import foreign
 from rempart.core.errors import ModelError, SpecError
 from rempart.core.ranks import ranks
@@ -30,6 +31,9 @@ ENDS = {
     "sys.exit(2)": PARSER.replace("ARGS", "[]"),
     "sys.exit(0) ": PARSER.replace("ARGS", "['--help']"),
     "KeyboardInterrupt": "raise KeyboardInterrupt\n",
+    "GeneratorExit": "raise GeneratorExit\n",
+    "CancelledError": "import asyncio\nraise asyncio.CancelledError\n",
+    "Own": "class Own(BaseException): ...\nraise Own\n",
 }
 
 
@@ -76,6 +80,16 @@ def test_code_that_ends_the_process_is_an_error_that_names_its_line(
         model = load(module(text))
         model(torch.zeros(1, 1, 8, 8))
     assert f"{how.strip()} in script.py, line " in str(caught.value) and caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("how", ["import", "factory"])
+def test_an_ending_that_a_module_wraps_is_its_error(module: Callable[[str], str], how: str) -> None:
+    body = (
+        "try:\n    raise SystemExit(3)\nexcept SystemExit as error:\n    raise RuntimeError('no weights') from error\n"
+    )
+    inner = "".join(f"    {line}\n" for line in body.splitlines())
+    with pytest.raises(ModelError, match=r"RuntimeError: no weights \(script.py, line"):
+        load(module(body if how == "import" else f"def net():\n{inner}"))
 
 
 @pytest.mark.usefixtures("handled")
@@ -129,6 +143,20 @@ def test_a_request_whose_code_ends_the_process_fails_and_a_job_with_it(tmp_path:
     (tmp_path / child.SPEC).write_text(spec.model_dump_json())
     outcome = child._done(tmp_path)
     assert outcome is not None and outcome.state == "failed" and "sys.exit(0)" in outcome.reason
+
+
+def _leaves(*_: Any, **__: Any) -> torch.Tensor:
+    raise SystemExit(0)
+
+
+def test_attacks_target_rules_and_backward_passes_end_no_process() -> None:
+    """Called from Python, as a test or a notebook does."""
+    x, y, plain = torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64), ending()
+    y = plain(x).argmax(1)
+    for attack, target in ((_leaves, None), ("pgd", _leaves), ("pgd", None), ("fab", None), ("cw", None)):
+        with pytest.raises(SpecError, match=r"sys.exit\(0\) in test_foreign.py, line") as caught:
+            attack_batch(plain, x, y, "linf:0.1" if attack != "cw" else "l2:1", attack, target=target)
+        assert caught.value.exit_code == 2
 
 
 @pytest.mark.parametrize("error", [SystemExit(0), SystemExit(1)])
@@ -189,11 +217,16 @@ LEAVES = {
     "signals": "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n",
     "output": "import sys\nsys.stdout = sys.stderr\n",
     "sys.path": "import sys\nsys.path.pop(0)\n",
+    "an empty sys.path": "import sys\nsys.path[:] = []\n",
+    "anomalies": "import torch\ntorch.autograd.set_detect_anomaly(True)\n",
+    "determinism": "import torch\ntorch.use_deterministic_algorithms(True)\n",
+    "precision": "import torch\ntorch.set_float32_matmul_precision('medium')\n",
 }
 
 
 def _state() -> tuple[Any, ...]:
-    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()
+    modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype())
+    modes += (torch.is_anomaly_enabled(), torch.get_deterministic_debug_mode(), torch.get_float32_matmul_precision())
     here = os.getcwd(), list(sys.argv), sys.stdout, list(warnings.filters), list(sys.path)
     return (*modes, str(torch.get_default_device()), torch.get_num_threads(), *here, signal.getsignal(signal.SIGINT))
 

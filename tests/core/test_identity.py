@@ -1,5 +1,6 @@
 """Which network it is: every change of weights, code or answers is seen, and a change of neither is not."""
 
+import importlib
 import importlib.util
 import subprocess
 import sys
@@ -75,7 +76,7 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Id
     [
         ("return x\n", "return x.flip(-1)\n", True),  # two imports away, inside a function
         ("SLOPE = 1.0", "SLOPE = 1.1", True),  # a constant of a module
-        ("return 1 * g", "return 0 * g", False),  # the backward pass alone
+        ("return 1 * g", "return 0 * g", True),  # the backward pass alone
         ("def net():", "def hook(*_):\n    return None\n\ndef net():", False),  # the module of the factory
         ("x.flatten(1)", "(x * (x < 9)).flatten(1)", False),  # what no answer shows
     ],
@@ -87,6 +88,48 @@ def test_a_change_of_code_with_the_same_weights_is_seen(
     assert before.weights == after.weights and before.code != after.code
     assert "the same weights" in before.difference(after) and not before.certain(after)
     assert agree(before.answers, after.answers) == (not answered)
+
+
+@pytest.mark.parametrize("call", ["importlib.import_module('late_part')", "__import__('late_part')"])
+def test_modules_that_a_call_imports_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (tmp_path / "late_net.py").write_text(
+        "import importlib\nfrom torch import nn\n"
+        f"class Net(nn.Module):\n    def forward(self, x):\n        return {call}.part(x.flatten(1))[:, :3]\n"
+        "def net():\n    n = Net(); n.shape = (1, 4, 4); n.num_classes = 3\n    return n\n"
+    )
+    found = []
+    for part in ("def part(x): return x\n", "def part(x): return x.where(x < 9, 0)\n"):
+        (tmp_path / "late_part.py").write_text(part)
+        for name in ("late_net", "late_part"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        importlib.invalidate_caches()
+        monkeypatch.syspath_prepend(tmp_path)
+        found.append(identity(load("python:late_net:net")))
+    assert found[0].weights == found[1].weights and found[0].code != found[1].code
+
+
+class Bent(nn.Module):
+    """A value that its backward pass alone uses."""
+
+    def __init__(self, slope: float) -> None:
+        super().__init__()
+        self.slope = slope
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.flatten(1)[:, :4] ** 2
+        if x.requires_grad:
+            x.register_hook(lambda gradient: torch.where(gradient > 1.5, self.slope * gradient, gradient))
+        return x
+
+
+def test_a_value_of_the_backward_pass_shows_in_the_gradients() -> None:
+    one, same, other = (
+        identity(Classifier(Bent(slope), shape=(1, 4, 4), num_classes=4, output="logits")) for slope in (1.0, 1.0, 0.5)
+    )
+    assert one.certain(same) and one.code == other.code
+    assert "other gradients" in one.difference(other)
 
 
 @pytest.mark.parametrize(

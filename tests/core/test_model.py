@@ -10,7 +10,16 @@ from torch.nn.functional import dropout
 import toys
 from rempart.attacks import attack_batch
 from rempart.core.errors import Cancelled, ModelError, ThreatError
-from rempart.core.model import Classifier, Normalize, accelerated, check_steady, class_number, frozen, metered
+from rempart.core.model import (
+    Classifier,
+    Normalize,
+    accelerated,
+    check_no_hidden_write,
+    check_steady,
+    class_number,
+    frozen,
+    metered,
+)
 from rempart.core.repro import digest_state
 from rempart.core.threat import Threat
 
@@ -525,6 +534,31 @@ def _clamps_in_place(x):
     return toys.linear().net(x.clamp_(0.45, 0.55))
 
 
+def _clamps_unseen(x):
+    with torch.no_grad():
+        x.clamp_(0.45, 0.55)
+    return toys.linear().net(x)
+
+
+@pytest.mark.parametrize("net", [_clamps_data, _clamps_a_view, _clamps_in_numpy, _clamps_unseen])
+def test_a_write_that_autograd_does_not_see_is_refused(net):
+    model, x = Classifier(Function(net), shape=(1, 4, 4), num_classes=3), toys.images((1, 4, 4), 4)
+    with pytest.raises(ModelError, match="where autograd does not see it"), torch.no_grad():
+        check_no_hidden_write(model, x)
+
+
+def _halves_a_view(x):
+    x.flatten(1)[:, 8:].mul_(0.5)
+    return toys.linear().net(x)
+
+
+@pytest.mark.parametrize("net", [clamped, _clamps_in_place, _halves_a_view, lambda x: toys.linear().net(x.numpy())])
+def test_a_write_that_autograd_sees_is_fine(net):
+    model, x = Classifier(Function(net), shape=(1, 4, 4), num_classes=3), toys.images((1, 4, 4), 4)
+    with torch.no_grad():
+        check_no_hidden_write(model, x)
+
+
 class KeepsAndClears(nn.Module):
     """Clears, in each pass, the images of the pass before."""
 
@@ -816,6 +850,26 @@ def test_hidden_layers_are_frozen_where_nothing_is_lost():
         model.register_buffer(name, buffer)
     with frozen(model):
         assert not model.members[0].training
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support")
+@pytest.mark.parametrize("dtype", [torch.complex32, torch.float8_e4m3fn, torch.uint16, torch.bool, torch.float64])
+def test_frozen_puts_back_buffers_of_any_dtype(dtype):
+    class Holding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("odd", torch.tensor([0.0, 1.0, 0.0]).to(dtype))
+            self.register_buffer("undefined", torch.full((3,), torch.nan))
+
+        def forward(self, x):
+            self.odd.copy_(torch.ones(3).to(dtype))
+            self.undefined.fill_(0)
+            return x
+
+    net = Holding()
+    with frozen(net):
+        net(torch.zeros(1))
+    assert net.odd.to(torch.complex64).real.tolist() == [0, 1, 0] and bool(net.undefined.isnan().all())
 
 
 @pytest.mark.filterwarnings("ignore:(Sparse CSR|torch.quantize_per_tensor)")

@@ -17,9 +17,21 @@ from rempart.attacks.losses import lead, mean_logits, reached, undefined
 from rempart.core import given
 from rempart.core.data import Batch, Data
 from rempart.core.data.samples import spread
-from rempart.core.errors import AttackError, DataError, ModelError, ThreatError
+from rempart.core.errors import AttackError, DataError, ModelError, SpecError, ThreatError
 from rempart.core.events import Event, Notify, silent
-from rempart.core.model import Classifier, Meter, accelerated, blind, class_number, frozen, metered, placed
+from rempart.core.foreign import contained
+from rempart.core.model import (
+    Classifier,
+    Meter,
+    accelerated,
+    backward_failed,
+    blind,
+    check_classifier,
+    class_number,
+    frozen,
+    metered,
+    placed,
+)
 from rempart.core.randomness import repeated
 from rempart.core.registry import Entry
 from rempart.core.repro import Draws
@@ -150,6 +162,7 @@ def varies(model: Classifier, images: Images) -> bool:
     return len(images) > 0 and repeated(model, placed(model, images), few=2).random
 
 
+@contained("model, attack and target rule to run", SpecError)
 @torch.inference_mode(mode=False)  # attacks follow gradients wherever they are called from
 def attack_batch(
     model: Classifier,
@@ -202,6 +215,7 @@ def attack_batch(
         return _attack(ready, job, Batch(given.numbers(index, len(x)), x, y, given.mask(mask, x)), notify)
 
 
+@contained("model, attack and target rule to run", SpecError)
 @torch.inference_mode(mode=False)
 def attack_data(
     model: Classifier,
@@ -349,6 +363,7 @@ def _job(
     seed: int,
     eight_bit: bool,
 ) -> _Job:
+    check_classifier(model)
     if isinstance(attack, str):
         entry = attacks[attack]
         options = entry.parse(options)
@@ -369,7 +384,7 @@ def _job(
         )
     threat = replace(threat, low=model.low, high=model.high)
     rule = target if target is None or callable(target) else targets(target, model)
-    return _Job(entry, options, threat, native(entry, threat), rule, seed, eight_bit)
+    return _Job(entry, options, threat, native(entry, threat), rule, given.whole(seed, "a seed"), eight_bit)
 
 
 def _goal(rule: TargetRule, clean: Tensor, y: Labels) -> Labels:
@@ -438,16 +453,13 @@ def _attack(ready: Prepared, job: _Job, batch: Batch, notify: Notify) -> Outcome
 
 def _searched(model: Classifier, job: _Job, x: Images, goal: Labels, index: Tensor, notify: Notify) -> Images:
     """What the attack returns for images that are all to be attacked, held to its contract."""
-    result = job.entry.function(
-        model,
-        x,
-        goal,
-        job.own,
-        targeted=job.target is not None,
-        rng=Draws(job.seed, index, (job.entry.name,)),
-        notify=notify,
-        **job.options,
-    )
+    rng, targeted = Draws(job.seed, index, (job.entry.name,)), job.target is not None
+    try:
+        result = job.entry.function(model, x, goal, job.own, targeted=targeted, rng=rng, notify=notify, **job.options)
+    except Exception as error:
+        if failed := backward_failed(error):
+            raise failed from error
+        raise
     _check_contract(job, x, result)
     return result
 
@@ -489,9 +501,11 @@ def _inside(
     return torch.cat(rows)
 
 
-def _check_contract(job: _Job, x: Images, result: Images) -> None:
+def _check_contract(job: _Job, x: Images, result: object) -> None:
     """Hold an attack to its contract: same kind of tensor, finite, inside the threat (the box, for minimum norms)."""
     name = job.entry.name
+    if not isinstance(result, Tensor):
+        raise AttackError(f"{name} to return images like its input, {tuple(x.shape)}", got=type(result).__name__)
     if result.shape != x.shape or result.dtype != x.dtype or result.device != x.device or result.requires_grad:
         raise AttackError(
             f"{name} to return detached images like its input, {tuple(x.shape)} {x.dtype} on {x.device}",

@@ -26,6 +26,7 @@ from rempart.audit.risk import read_costs, risk
 from rempart.core.data import Data
 from rempart.core.errors import Cancelled, SpecError
 from rempart.core.events import Notify, named, silent
+from rempart.core.foreign import contained
 from rempart.core.model import Classifier, blind
 from rempart.core.ranks import ALONE, Ranks
 from rempart.core.repro import environment, seeded
@@ -70,6 +71,7 @@ class Audit:
     error: Exception | None = None
 
 
+@contained("model, attacks and target rules to run", SpecError)
 @torch.inference_mode(mode=False)
 def audit(
     model: Classifier,

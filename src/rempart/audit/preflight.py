@@ -11,8 +11,18 @@ from rempart.attacks.losses import climb_direction, lead, score
 from rempart.attacks.run import PASSES, check_images
 from rempart.core import files
 from rempart.core.data import Data
+from rempart.core.data.samples import spread
 from rempart.core.errors import DataError, ModelError, RempartError
-from rempart.core.model import Classifier, blind, check_layers, check_no_hidden_write, check_steady, frozen, metered
+from rempart.core.model import (
+    Classifier,
+    blind,
+    check_classifier,
+    check_layers,
+    check_no_hidden_write,
+    check_steady,
+    frozen,
+    metered,
+)
 from rempart.core.names import respelt, some
 from rempart.core.randomness import Repeats, alike, repeated
 from rempart.core.recognition import Seen, look, recognised
@@ -41,10 +51,10 @@ def preflight(model: Classifier, data: Data) -> tuple[Classifier, tuple[Check, .
         ModelError: If outputs are not finite, could be logits as well as probabilities, depend on batch mates, or give
             no input gradient (but for a network that is known to run elsewhere, `core.model.blind`: a warning says so).
     """
+    check_classifier(model)
     check_layers(model)
     checks = [_classes(model, data), *_files(data)]
-    part = data.spread(_SAMPLES)
-    batch = part.batch(torch.arange(len(part)))
+    batch = data.batch(spread(len(data))[:_SAMPLES])  # so does every beginning of it
     where = next(model.parameters(), batch.x)
     if where.is_floating_point() and where.dtype not in (torch.float32, torch.float64):
         hint = "call model.float() first: budgets of a few levels drown in the rounding of half precision"
@@ -247,6 +257,7 @@ def _gradients(model: Classifier, x: Images, y: Labels) -> Check:
         return Check(name="gradients", status="warned", message=message)
     goal = score("ce", targeted=False, num_classes=model.num_classes)
     try:
+        climb_direction(model, x[:1], y[:1], goal)  # attacks drop images as they fall: batches come in every size
         with metered(model) as meter:
             gradient, z, _ = climb_direction(model, x, y, goal)
     except RempartError:

@@ -6,11 +6,12 @@ import sys
 import sysconfig
 import threading
 import traceback
+import types
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 from rempart.core.errors import ModelError, SpecError
 
@@ -39,6 +40,14 @@ def own(path: Path) -> bool:
     return not _INSTALLED & set(path.parts) and not any(path.is_relative_to(place) for place in inside)
 
 
+def names(code: types.CodeType) -> Iterator[str]:
+    """Names that compiled code uses, its inner functions included."""
+    yield from code.co_names
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            yield from names(inner)
+
+
 def place(error: BaseException) -> str:
     """Where an error comes from: the last line of the user's own code, else of an installed package, else the last."""
     frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
@@ -47,7 +56,7 @@ def place(error: BaseException) -> str:
 
 
 def ending(expected: str, error: BaseException, kind: type[SpecError] = ModelError) -> SpecError:
-    """What to say of code that raised SystemExit, or KeyboardInterrupt of its own accord."""
+    """What to say of code that raised what no `except Exception` catches, such as SystemExit, of its own accord."""
     what = f"sys.exit({error.code!r})" if isinstance(error, SystemExit) else type(error).__name__
     hint = (
         "nothing was computed: take out what ends the process; where a module is also a script, "
@@ -65,11 +74,13 @@ def contained(expected: str, kind: type[SpecError] = ModelError) -> Generator[No
         kind: The error to raise.
 
     Raises:
-        SpecError: In place of SystemExit and of a KeyboardInterrupt that no user caused.
+        SpecError: In place of SystemExit and of all else that is no `Exception`, but for a user's KeyboardInterrupt.
     """
     try:
         yield
-    except (SystemExit, KeyboardInterrupt) as error:
+    except Exception:
+        raise
+    except BaseException as error:
         if by_user(error):
             raise
         raise ending(expected, error, kind) from error
@@ -79,16 +90,25 @@ def contained(expected: str, kind: type[SpecError] = ModelError) -> Generator[No
 def undisturbed() -> Generator[None]:
     """Put back what foreign code changes for the whole process and verdicts or output depend on.
 
-    Modes of torch, its default dtype, device and number of threads, the current directory, arguments, the standard
-    streams (also where they were closed), warnings and the handlers of signals. The states of random generators stay:
-    a factory may seed them for what is built after it, and Rempart draws from none of them.
+    Modes of torch (gradients, anomalies, determinism, precision of products), its default dtype, device and number of
+    threads, the current directory, arguments, the standard streams (also where they were closed), warnings and the
+    handlers of signals. Where modules are found stays found, and after it what was added. The states of random
+    generators stay: a factory may seed them for what is built after it, and Rempart draws from none of them.
     """
     import torch  # here, because the command line sets up its handlers before it needs torch
 
-    here, arguments, streams = os.getcwd(), list(sys.argv), (sys.stdout, sys.stderr)
+    here, arguments, streams, places = os.getcwd(), list(sys.argv), (sys.stdout, sys.stderr), list(sys.path)
     spares = [_spare(stream) for stream in streams]
-    gradients, dtype, threads = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
-    device = torch.get_default_device()
+    settings: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
+        (torch.is_grad_enabled, torch.set_grad_enabled),
+        (torch.get_default_dtype, torch.set_default_dtype),
+        (torch.get_num_threads, torch.set_num_threads),
+        (torch.get_default_device, lambda device: torch.set_default_device(None if device.type == "cpu" else device)),
+        (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+        (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+        (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
+    )
+    modes: list[Any] = [read() for read, _ in settings]
     main = threading.current_thread() is threading.main_thread()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)} if main else {}
     try:
@@ -97,13 +117,11 @@ def undisturbed() -> Generator[None]:
     finally:
         os.chdir(here)
         sys.argv[:] = arguments
+        sys.path[:] = [*places, *(added for added in sys.path if added not in places)]
         sys.stdout, sys.stderr = (_reopened(*pair) for pair in zip(streams, spares, strict=True))
-        torch.set_grad_enabled(gradients)
-        torch.set_default_dtype(dtype)
-        if torch.get_num_threads() != threads:
-            torch.set_num_threads(threads)
-        if torch.get_default_device() != device:
-            torch.set_default_device(None if device.type == "cpu" else device)
+        for (read, write), mode in zip(settings, modes, strict=True):
+            if read() != mode:
+                write(mode)
         for number, handler in handlers.items():
             if handler is not None:
                 signal.signal(number, handler)

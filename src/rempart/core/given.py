@@ -4,6 +4,9 @@ Each function takes tensors, arrays and lists, accepts what can mean one thing o
 `DataError` that says what came. Nothing that came is changed.
 """
 
+import operator
+from typing import SupportsIndex
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -160,6 +163,18 @@ def mask(value: object, x: Images) -> Tensor | None:
         hint = "write mask > 0 if every other pixel may change"
         raise DataError("a mask of 0 and 1, or of booleans", got=_described(given), hint=hint)
     return given.bool().cpu().expand(len(x), *given.shape[1:])
+
+
+def whole(value: SupportsIndex, what: str) -> int:
+    """A whole number, as Python, numpy and torch have them.
+
+    Raises:
+        DataError: If it is none.
+    """
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise DataError(f"{what} that is a whole number", got=repr(value)) from None
 
 
 def channels_first(came: tuple[int, ...], shape: tuple[int, ...]) -> str:

@@ -4,7 +4,7 @@ import ast
 import functools
 import sys
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from rempart.core.foreign import own
+from rempart.core.foreign import names, own
 from rempart.core.model import Classifier, frozen, placed
 from rempart.core.repro import Draws, digest_state, seeded
 from rempart.core.types import Images
@@ -32,7 +32,8 @@ class Identity:
         weights: Digest of the state dict; it covers defences and their options.
         code: Digest of the user's own code that the network runs; empty: not recorded, as before there was such a
             digest.
-        answers: Logits on fixed images; empty: not recorded, or two passes with the same seed differ.
+        answers: Logits on fixed images, then sums over their gradients, scaled to the size of the logits; empty: not
+            recorded, or two passes with the same seed differ.
     """
 
     weights: str
@@ -46,7 +47,9 @@ class Identity:
         if self.code and other.code and self.code != other.code:
             return f"the same weights run by other code (digest of the source {other.code} in place of {self.code})"
         if self.answers and other.answers and not agree(self.answers, other.answers):
-            return "the same weights, but other answers to the same images: code or settings have changed"
+            return (
+                "the same weights, but other answers to the same images, or other gradients: code or settings changed"
+            )
         return ""
 
     def certain(self, other: "Identity") -> bool:
@@ -66,8 +69,12 @@ def identity(model: Classifier) -> Identity:
     Raises:
         ModelError: If the state holds something that has no value, such as a parameter on the meta device.
     """
-    weights, said = digest_state(model.state_dict()), answers(model, _probes(model))
-    return Identity(weights, code_of([model]), said)  # after the pass, which may import what it needs
+    weights, x = digest_state(model.state_dict()), _probes(model)
+    said = answers(model, x)
+    size = max(map(abs, said), default=0.0)
+    slopes = _slopes(model, x[:-1]) if said else ()  # in a flat image, rounding decides between equal neighbours
+    said = (*said, *(float(f"{slope * size:.6g}") for slope in slopes))
+    return Identity(weights, code_of([model]), said)  # after the passes, which may import what they need
 
 
 def built_by(model: nn.Module, module: str) -> None:
@@ -86,14 +93,33 @@ def answers(model: Classifier, x: Images) -> tuple[float, ...]:
 
     What is not finite counts as 0.
     """
-    x = placed(model, x)
+    return _replayed(model, placed(model, x), lambda x: model(x).detach())
+
+
+def _slopes(model: Classifier, x: Images) -> tuple[float, ...]:
+    """Two weighted sums over the gradient at each image, the largest of all scaled to 1; none without gradients."""
+
+    def sums(x: Images) -> Tensor:
+        x = x.requires_grad_()
+        with torch.enable_grad():
+            z = model(x).double()
+            total = (z * torch.linspace(1, 2, z.shape[1], dtype=z.dtype, device=z.device)).sum()
+            slopes = torch.autograd.grad(total, x)[0].double().flatten(1)
+        turns = torch.cos(torch.arange(slopes.shape[1], dtype=slopes.dtype, device=slopes.device))
+        found = slopes.nan_to_num(0, 0, 0) @ torch.stack([turns + 1, turns - 1], 1)
+        return found / found.abs().max().clamp_min(torch.finfo(found.dtype).tiny)
+
+    return _replayed(model, placed(model, x), sums)
+
+
+def _replayed(model: Classifier, x: Images, ask: Callable[[Images], Tensor]) -> tuple[float, ...]:
     found: list[tuple[float, ...]] = []
     try:
         with frozen(model), torch.no_grad():
             for _ in range(2):
                 with seeded(0, x.device):
-                    z = model(x).double().cpu().nan_to_num(0, 0, 0).flatten()
-                found.append(tuple(float(f"{value:.6g}") for value in z.tolist()))
+                    told = ask(x.clone()).double().cpu().nan_to_num(0, 0, 0).flatten()
+                found.append(tuple(float(f"{value:.6g}") for value in told.tolist()))
     except Exception:  # noqa: BLE001  what is wrong with the network is for the preflight to say
         return ()
     return found[0] if agree(*found) else ()
@@ -193,7 +219,7 @@ class _Walk:
         if path.is_file() or (module is not None and not (own(module) and str(path).startswith("<"))):
             return
         self.texts.add(_compiled(function.__code__))  # typed in, or made by exec: no file holds it
-        for name in _names(function.__code__):
+        for name in names(function.__code__):
             held = function.__globals__.get(name)
             self.reach(held)
             if isinstance(held, (str, bytes, bool, int, float, list, tuple)):
@@ -269,14 +295,6 @@ def _compiled(code: types.CodeType) -> str:
     return f"{code.co_code.hex()} {code.co_names} {code.co_varnames} {constants}"
 
 
-def _names(code: types.CodeType) -> Iterator[str]:
-    """Names that compiled code uses, its inner functions included."""
-    yield from code.co_names
-    for inner in code.co_consts:
-        if isinstance(inner, types.CodeType):
-            yield from _names(inner)
-
-
 @functools.lru_cache(maxsize=512)
 def _parsed(content: bytes) -> tuple[str, tuple[tuple[int, str], ...]]:
     """The digest of what a source file says, and the modules that it imports, each with its level."""
@@ -291,7 +309,16 @@ def _parsed(content: bytes) -> tuple[str, tuple[tuple[int, str], ...]]:
         elif isinstance(node, ast.ImportFrom):
             base = f"{node.module}." if node.module else ""
             found |= {(node.level, f"{base}{alias.name}"): None for alias in node.names}
+        elif isinstance(node, ast.Call) and (name := _called_for(node)):
+            found[len(name) - len(name.lstrip(".")), name.lstrip(".")] = None
     return sha256(_said(tree).encode()).hexdigest(), tuple(found)
+
+
+def _called_for(node: ast.Call) -> str:
+    """The module that a call such as `importlib.import_module("name")` imports; empty where it imports none."""
+    named = getattr(node.func, "attr", getattr(node.func, "id", "")) in ("import_module", "__import__")
+    first = node.args[0] if named and node.args else None
+    return first.value if isinstance(first, ast.Constant) and isinstance(first.value, str) else ""
 
 
 def _said(node: object) -> str:

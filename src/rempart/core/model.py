@@ -5,7 +5,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from traceback import walk_tb
@@ -17,7 +17,7 @@ from torch.nn.functional import conv2d, pad, pixel_shuffle
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from rempart.core.errors import ModelError, RempartError
-from rempart.core.foreign import contained
+from rempart.core.foreign import contained, place
 from rempart.core.names import Numbers, find
 from rempart.core.outputs import tracked
 from rempart.core.repro import without_numbers
@@ -188,6 +188,31 @@ class Classifier(nn.Module):
         return [size for size in sorted({*_SIZES, len(x)}) if runs(size)] if len(x) else []
 
 
+def backward_failed(error: Exception) -> ModelError | None:
+    """What to say of an error that a backward pass raised; None of any other, and of a lack of memory."""
+    through = any(frame.f_globals.get("__name__") == "torch.autograd" for frame, _ in walk_tb(error.__traceback__))
+    if not through or isinstance(error, (RempartError, MemoryError, torch.OutOfMemoryError)):
+        return None
+    if _NO_MEMORY.search(str(error)):
+        return None
+    return ModelError(
+        "a network that gives gradients for batches of every size",
+        got=f"{type(error).__name__} in {place(error)}: {str(error).strip().partition(chr(10))[0]}",
+        hint="attacks drop images as they fall: make its backward pass, too, work for each image alone",
+    )
+
+
+def check_classifier(model: object) -> None:
+    """Refuse what is no classifier, such as a network without a shape, classes and a box.
+
+    Raises:
+        ModelError: If it is none.
+    """
+    if not isinstance(model, Classifier):
+        hint = "wrap a network: rempart.Classifier(net, shape=(3, 32, 32), num_classes=10)"
+        raise ModelError("a Classifier", got=type(model).__name__, hint=hint)
+
+
 def class_number(text: str, class_names: Sequence[str]) -> int | None:
     """The class that a name or a number means, the name first; None where there is no such class."""
     number = find(text, class_names)
@@ -230,11 +255,11 @@ def frozen(model: nn.Module) -> Generator[None]:
     buffers = [
         (m, name, b if _plain(b) else b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)
     ]  # of sparse and quantised ones, whose numbers cannot be joined, a copy is put back
-    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    places: dict[torch.device, list[Tensor]] = {}
     for _, _, buffer in buffers:
         if _plain(buffer):
-            kinds.setdefault((buffer.device, buffer.dtype), []).append(buffer)
-    before = [_joined(kind) for kind in kinds.values()]
+            places.setdefault(buffer.device, []).append(buffer)
+    before = [_joined(place) for place in places.values()]
     try:
         for module, _ in modes:
             module.training = False
@@ -249,12 +274,12 @@ def frozen(model: nn.Module) -> Generator[None]:
         with torch.no_grad():
             for module, name, buffer in buffers:
                 setattr(module, name, buffer)  # a forward pass may have put another tensor in its place
-            for kind, joined in zip(kinds.values(), before, strict=True):
-                if torch.equal(_joined(kind), joined):  # one question for all: each would make a GPU wait
+            for place, joined in zip(places.values(), before, strict=True):
+                if torch.equal(_joined(place), joined):  # one question for all: each would make a GPU wait
                     continue
-                for buffer, flat in zip(kind, joined.split([b.numel() for b in kind]), strict=True):
-                    if not torch.equal(buffer, values := flat.view(buffer.shape)):
-                        buffer.copy_(values)
+                for buffer, kept in zip(place, joined.split([b.nbytes for b in place]), strict=True):
+                    if not torch.equal(_bytes(buffer), kept):
+                        buffer.copy_(kept.clone().view(buffer.dtype).view(buffer.shape))
 
 
 def _plain(tensor: Tensor) -> bool:
@@ -262,7 +287,12 @@ def _plain(tensor: Tensor) -> bool:
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+    return torch.cat([_bytes(tensor) for tensor in tensors])
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """What a tensor holds, in a form that can be compared and joined whatever the dtype: NaN is like itself."""
+    return tensor.detach().reshape(-1).view(torch.uint8)
 
 
 def check_layers(model: nn.Module) -> list[nn.Module]:
@@ -336,14 +366,16 @@ def check_no_hidden_write(model: Classifier, x: Images) -> None:
     Raises:
         ModelError: If it does.
     """
-    lent = x.clone()
-    version = lent._version
-    with torch.no_grad():
-        model.net(lent)
-    if lent._version == version and not torch.equal(lent, x):
+    with torch.enable_grad():
+        lent = x.detach().requires_grad_().clone()
+        made_by = lent.grad_fn  # a write that autograd sees puts another in its place
+        with suppress(Exception):  # what is wrong with the pass itself is told where it is asked for gradients
+            model.net(lent)
+    if lent.grad_fn is made_by and not torch.equal(lent, x):
         raise ModelError(
             "a network whose gradients follow all that it does",
-            got="one that writes into its input where autograd does not see it (through .data, or a numpy array)",
+            got="one that writes into its input where autograd does not see it (through .data, .detach(), a numpy "
+            "array, or under no_grad)",
             hint="return a new tensor in that place: x = x.clamp(...) instead of x.data.clamp_(...)",
         )
 
@@ -380,7 +412,7 @@ def check_steady(model: Classifier, x: Images) -> None:
         first = passed()
         last = [passed() for _ in range(_PASSES)][-1]
         now = state()
-        changed = [name for name in before if not torch.equal(now.get(name, before[name]), before[name])]
+        changed = [name for name, old in before.items() if not torch.equal(_bytes(now.get(name, old)), _bytes(old))]
     if not changed:
         return
     put_back()

@@ -114,9 +114,10 @@ def ending(net: nn.Module, x: Images) -> Ending:
     if last in ("Softmax", "Sigmoid"):
         return "softmax" if last == "Softmax" else "sigmoid"
     ends, limited = _ends(root)
-    kinds = {_kind(node) for node in ends}
-    kind = kinds.pop() if len(kinds) == 1 else "unknown"
-    return "unknown" if kind == "linear" and limited else kind  # a hard sigmoid is made of limits
+    kinds: set[Ending] = {_kind(node) for node in ends}
+    if len(kinds) > 1 or (limited and "linear" in kinds):  # a hard sigmoid is made of limits
+        return "unknown"
+    return kinds.pop()
 
 
 def _kind(node: Any) -> Ending:

@@ -36,6 +36,9 @@ class Entry(Generic[F, T]):
         Raises:
             SpecError: If a key is unknown or a value is out of range; all faults in one message.
         """
+        if not isinstance(options, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            hint = f"such as {{{next(iter(self.params.model_fields), 'name')!r}: ...}}"
+            raise SpecError(f"options of {self.name!r} by name", got=type(options).__name__, hint=hint)
         given = {key: None if value == "none" else value for key, value in options.items()}
         try:
             return dict(self.params.model_validate(given))

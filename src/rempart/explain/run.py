@@ -10,9 +10,10 @@ from rempart.attacks import Outcome, attack_batch, attacks
 from rempart.attacks.run import native
 from rempart.audit import is_random, mean_gradient
 from rempart.core.data import Data
-from rempart.core.errors import Cancelled, DataError
+from rempart.core.errors import Cancelled, DataError, SpecError
 from rempart.core.events import Event, Notify, named, silent
 from rempart.core.features import Moved, moved
+from rempart.core.foreign import contained
 from rempart.core.model import Classifier, frozen
 from rempart.core.repro import Draws
 from rempart.core.stats import wilson
@@ -104,6 +105,7 @@ class Seen:
         return joined(self.halves)
 
 
+@contained("models and attacks to run", SpecError)
 def explain(
     models: Mapping[str, Subject],
     data: Data,

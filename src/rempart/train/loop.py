@@ -10,8 +10,9 @@ from torch import Tensor
 
 from rempart.attacks.gradient import pgd
 from rempart.core.data import Data
-from rempart.core.errors import DataError, TrainError
+from rempart.core.errors import DataError, SpecError, TrainError
 from rempart.core.events import Notify, silent
+from rempart.core.foreign import contained
 from rempart.core.model import Classifier, frozen, metered, placed
 from rempart.core.ranks import ALONE, Ranks
 from rempart.core.recognition import look, recognised
@@ -36,6 +37,7 @@ _STEPS = 10  # of the PGD that measures progress
 _LEARNT = 0.25  # of the way from guessing to no error: from there on, a fall back to guessing is a collapse
 
 
+@contained("the network, and what trains it, to run", SpecError)
 def train(
     learn: Data,
     validation: Data | None,

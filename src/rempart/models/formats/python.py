@@ -67,8 +67,7 @@ def load_python(source: str) -> Classifier:
 
 def _user_error(expected: str, error: Exception) -> ModelError:
     """What went wrong in code of the user's, with the line of theirs it came from."""
-    if isinstance(error.__cause__, (SystemExit, KeyboardInterrupt)):  # `contained` has said it
-        assert isinstance(error, ModelError)
+    if isinstance(error, ModelError) and not isinstance(error.__cause__, Exception | None):  # `contained` has said it
         return error
     return ModelError(expected, got=f"{type(error).__name__}: {error} ({place(error)})", hint="mend it there")
 
