@@ -126,6 +126,8 @@ def _kind(node: Any) -> Ending:
     before = _before(node)
     if not (_WEIGHTED.fullmatch(_name(node)) and before):
         return "unknown"
+    if _source(before[0]) == "Tanh":  # a hidden layer: as shares, its values would have been moved to [0, 1]
+        return "linear"
     ends, limited = _ends(
         before[0]
     )  # weights on shares may take their mean, and the graph does not show whether they do
