@@ -135,6 +135,12 @@ def _small_ints() -> nn.Module:
     return torch.ao.quantization.quantize_dynamic(net, {nn.Linear}, dtype=torch.qint8)
 
 
+def _normed() -> nn.Module:
+    net = nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), nn.Tanh())
+    _refill(net, 3, 1.0)
+    return net
+
+
 def _made(compute: Callable[[Tensor, Net], object], num_classes: int = 3) -> Callable[[], nn.Module]:
     return lambda: Net(compute, num_classes)
 
@@ -174,9 +180,7 @@ ODD: dict[str, Callable[[], nn.Module]] = {
     "spatial outputs": _made(lambda x, net: net.mlp(x)[:, :, None, None]),
     "squeezed": _made(lambda x, net: net.mlp(x).squeeze()),
     "largest pixel": _made(lambda x, net: net.mlp(F.max_pool1d(x[:, None], 2, 1)[:, 0] @ x.new_ones(2, 3))),
-    "weight norm": lambda: nn.Sequential(
-        nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), nn.Tanh()
-    ),
+    "weight norm": _normed,
     "quantiser": _made(lambda x, net: net.mlp(Rounded.apply(x))),
     "rounded": _made(lambda x, net: net.mlp((x * 7).round() / 7 + 0 * x)),
     "partly rounded": _made(lambda x, net: net.mlp((x * 7).round() / 7 + 0.01 * x)),
