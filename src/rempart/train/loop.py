@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rempart.attacks.gradient import pgd
 from rempart.core.data import Data
+from rempart.core.data.samples import spread
 from rempart.core.errors import DataError, SpecError, TrainError
 from rempart.core.events import Notify, silent
 from rempart.core.foreign import contained
@@ -129,7 +130,7 @@ def settle_outputs(classifier: Classifier, learn: Data, *, seed: int) -> str | N
     """
     _refuse_others(learn, classifier)
     some = learn.spread(_LOOKED_AT)
-    x = placed(classifier, some.batch(torch.arange(min(len(some), _SHOWN))).x)
+    x = placed(classifier, some.batch(spread(len(some))[:_SHOWN]).x)
     with frozen(classifier), seeded(seed, torch.device("cpu")):
         read, message = recognised(classifier, x, look(classifier, some))
     classifier.output = read.output or "logits"
