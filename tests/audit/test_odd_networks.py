@@ -9,7 +9,6 @@ from audit.odd import ODD, REFUSED, audited, judged, pixels
 from rempart.attacks.suites import SUITES
 from rempart.core.errors import ModelError
 
-COMPLETE = ("fast", "standard", "plus")
 SLOW = [name if name == "fast" else pytest.param(name, marks=pytest.mark.slow) for name in SUITES]
 
 
@@ -22,10 +21,10 @@ def test_an_odd_network_is_judged_as_brute_force_judges_it(name: str, suite: str
         assert error.hint and name in MAY_BE_REFUSED, f"{name}: {error}"
         return
     assert not found.wrongly_broken, found
-    stamp = found.report.stamp
-    if stamp == "valid" and suite in COMPLETE:
+    if found.report.stamp == "valid":
         assert not found.wrongly_left, found
-    assert stamp == "valid" or name in MAY_BE_DOUBTED, [c for c in found.report.checks if c.status == "warned"]
+    elif suite != "rand":  # its attacks are for networks that draw: a check often breaks one image more
+        assert name in MAY_BE_DOUBTED, [c for c in found.report.checks if c.status == "warned"]
 
 
 MAY_BE_REFUSED = ("rounded", "quantised weights", "list of members", "reentrant checkpoint")
