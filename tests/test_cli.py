@@ -1,6 +1,7 @@
 """The command line as a user meets it: exit statuses, messages, files, interruption and replay."""
 
 import json
+import os
 import pickle
 import re
 import shutil
@@ -269,6 +270,15 @@ def test_names_out_of_files_do_not_command_the_terminal(trained: Path, capsys: p
     assert status == 0 and "?[31mred, ?text, b" in out and "\x1b" not in out and "\n" in out
     status, _, err = rempart("inspect", "\x1b]0;title\x07", capsys=capsys)
     assert status == 2 and "\x1b" not in err and "\x07" not in err
+
+
+def test_a_reader_that_has_seen_enough_gets_no_error() -> None:
+    code = "import sys; sys.argv = ['rempart', 'list', 'attacks']; from rempart import cli; cli.main()"
+    read, write = os.pipe()
+    os.close(read)
+    run = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert run.returncode == 1 and run.stderr == ""
 
 
 def test_help_is_quick_and_does_not_load_torch() -> None:

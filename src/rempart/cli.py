@@ -820,7 +820,9 @@ def main() -> NoReturn:
         status = app(standalone_mode=False)
     except RempartError as error:
         _fail(str(error), error.exit_code)
-    except SystemExit as error:  # no command exits by itself: this is foreign code
+    except SystemExit as error:  # no command exits by itself: this is foreign code,
+        if isinstance(error.__context__, BrokenPipeError):  # or whoever read our output has seen enough
+            sys.exit(1)
         _fail(str(foreign.ending("the command to run to its end", error)), 2)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
