@@ -7,6 +7,7 @@ os.environ["KERAS_BACKEND"] = "torch"
 
 import importlib.util
 import random
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +22,15 @@ settings.register_profile("steady", deadline=None, derandomize=True)  # a busy m
 settings.load_profile("steady")
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def handlers_as_before() -> Iterator[None]:
+    """Put back the handlers of signals: the command line sets its own, and is called in this process."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
