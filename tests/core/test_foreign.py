@@ -208,7 +208,8 @@ def test_a_process_that_ends_with_0_and_sent_nothing_ends_the_work() -> None:
 LEAVES = {
     "the directory": "import os\nos.chdir('/')\n",
     "gradients": "import torch\ntorch.set_grad_enabled(False)\n",
-    "inference mode": "import torch\nmode = torch.inference_mode()\nmode.__enter__()\n",
+    # kept, as by a module that stays: when it goes, it puts back the modes it found, in the middle of whatever runs
+    "inference mode": "import sys, torch\nsys.kept = torch.inference_mode()\nsys.kept.__enter__()\n",
     "the dtype": "import torch\ntorch.set_default_dtype(torch.float64)\n",
     "the device": "import torch\ntorch.set_default_device('meta')\n",
     "threads": "import torch\ntorch.set_num_threads(torch.get_num_threads() + 1)\n",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rempart.core.errors import SpecError
+from rempart.core.model import plainly_finite
 from rempart.core.threat import per_image
 from rempart.core.types import Images, Labels, Logits, Mask, Scores
 
@@ -66,7 +67,9 @@ def reached(z: Logits, y: Labels, *, targeted: bool) -> Mask:
 
     No class at all (`undefined`) is anything but the label, and no target.
     """
-    hit = (z.argmax(1) == y) & (_gap(z, y) >= 0)
+    hit = z.argmax(1) == y
+    if not plainly_finite(z):
+        hit = hit & (_gap(z, y) >= 0)
     return hit if targeted else ~hit
 
 
@@ -128,10 +131,9 @@ def finite(
     deviation of a constant image has such a gradient) moves at random, and away from the walls of the box, to a point
     that has a gradient. So does an image whose score, the `value`, is NaN, whatever autograd makes of that.
     """
-    axes = tuple(range(1, slope.ndim))
-    total = slope.sum(axes) if value is None else slope.sum(axes) + value
-    if slope.device.type == "cpu" and bool(total.isfinite().all()):  # a GPU would have to wait for this
+    if plainly_finite(slope) and (value is None or plainly_finite(value)):
         return slope
+    axes = tuple(range(1, slope.ndim))
     if value is not None:
         slope = slope + per_image(torch.where(value.isnan(), value, 0.0), slope)
     odd = ~slope.isfinite()

@@ -1,5 +1,6 @@
 """Code that is not Rempart's: where it is, and a fence around it, so that it ends no process and leaves no trace."""
 
+import functools
 import os
 import signal
 import sys
@@ -34,6 +35,7 @@ def by_user(error: BaseException) -> bool:
     return isinstance(error, KeyboardInterrupt) and (STOPPED.is_set() or signal.getsignal(signal.SIGINT) is not stop)
 
 
+@functools.cache
 def own(path: Path) -> bool:
     """Whether a file is the user's own code, not that of Python, of an installed package or of Rempart."""
     inside = (_HOME, *_LIBRARY)
