@@ -330,6 +330,7 @@ def test_what_is_no_classifier_of_images_of_one_size_is_refused() -> None:
         (keras.Sequential([keras.Input((None, None, 3)), layers.GlobalAveragePooling2D()]), "fixed size"),
         (keras.Sequential([keras.Input((100,)), layers.Dense(3)]), "fixed size"),
         (keras.Sequential([keras.Input((4, 4, 1)), layers.Flatten(), layers.Dense(3, dtype="float16")]), "float32"),
+        (keras.Sequential([keras.Input((4, 4, 1), dtype="uint8"), layers.Flatten(), layers.Dense(3)]), "in uint8"),
     ):
         with pytest.raises(ModelError, match=message):
             from_keras(model)

@@ -328,6 +328,23 @@ def test_arguments_that_layers_no_longer_take(tmp_path: Path) -> None:
     same(written(tmp_path / "s.h5", sequence, weights), x, lstm(steps)[0][:, -1])
 
 
+def test_a_layer_as_activation_and_inputs_by_name(tmp_path: Path) -> None:
+    """`activation=LeakyReLU(0.2)`, and `Model({"scan": ...}, ...)`."""
+    leaky = layer("LeakyReLU", "leaky_re_lu", alpha=0.2)
+    layers = [
+        start((8, 8, 2), calls=[]),
+        layer("Conv2D", "conv", after("input_1"), filters=4, **CONV, activation=leaky),
+        layer("GlobalAveragePooling2D", "pool", after("conv"), data_format="channels_last"),
+        layer("Dense", "head", after("pool"), units=3, activation="linear"),
+    ]
+    described = functional(layers, "head")
+    described["config"]["input_layers"] = {"scan": ["input_1", 0, 0]}
+    weights: Weights = {"conv": [draw(3, 3, 2, 4), draw(4)], "head": [draw(4, 3), draw(3)]}
+    x = images(2, 8, 8)
+    pooled = F.leaky_relu(conv(x, *weights["conv"]), 0.2).mean((2, 3))
+    same(written(tmp_path / "m.h5", described, weights), x, pooled @ weights["head"][0] + weights["head"][1])
+
+
 def test_attention_whose_value_is_named_and_whose_words_name_functions(tmp_path: Path) -> None:
     """`score_mode` "dot" is a word, though Keras has a function of that name."""
     heads = {"num_heads": 1, "key_dim": 4, "value_dim": 4}

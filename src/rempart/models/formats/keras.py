@@ -72,6 +72,9 @@ def from_keras(model: Any) -> Classifier:
     """
     keras = _keras()
     shape, channels_last = _image_shape(model)
+    if not str(model.inputs[0].dtype).startswith("float"):  # Keras would cut pixels in [0, 1] down to 0
+        hint = "rebuild it on an input of float32, with its scaling inside, and set its weights"
+        raise ModelError("a Keras model of images in float32", got=f"inputs in {model.inputs[0].dtype}", hint=hint)
     if types := {str(layer.compute_dtype) for layer in _leaves(model)} - {"float32", "float64"}:
         hint = "rebuild it with the policy float32, and set its weights"
         raise ModelError("layers that compute in float32", got=", ".join(sorted(types)), hint=hint)

@@ -54,6 +54,7 @@ def _translated(config: Mapping[str, Any]) -> dict[str, Any]:
     }
     for key in {"input_layers", "output_layers"} & config.keys():
         places = _rerouted(config[key], first)
+        places = [*places.values()] if isinstance(places, dict) else places  # by the names of the inputs
         for place in _references(places if key == "output_layers" else None):
             place[1] += place[0] in functional  # here, and only here, Keras 3 counts from 1
         changed[key] = places[0] if len(places) == 1 else places  # one tensor, not a list of one
@@ -79,6 +80,8 @@ def _layer(layer: Mapping[str, Any], first: Mapping[str, int]) -> dict[str, Any]
     if shape := options.pop("batch_input_shape", None):
         options |= {"batch_shape": shape} if kind == "InputLayer" else {}
     options["name"] = _slashless(options["name"])
+    if kind == "LeakyReLU" and "alpha" in options:
+        options["negative_slope"] = options.pop("alpha")
     if isinstance(policy := options.get("dtype"), dict):
         options["dtype"] = policy["config"]["name"]
     if isinstance(axis := options.get("axis"), list) and len(axis) == 1:
@@ -89,9 +92,10 @@ def _layer(layer: Mapping[str, Any], first: Mapping[str, int]) -> dict[str, Any]
             got=f"hard_sigmoid in layer {options['name']!r}, which Keras 2 computed as clip(0.2 x + 0.5, 0, 1)",
             hint=f"export the model to ONNX with the Keras that wrote it, or {RECIPE}",
         )
-    for key in ("layer", "backward_layer"):  # of TimeDistributed and Bidirectional
-        if isinstance(options.get(key), dict):
-            options[key] = {"module": LAYERS, "registered_name": None, **_layer(options[key], first)}
+    for key in ("layer", "backward_layer", "activation"):  # of TimeDistributed, of Bidirectional, LeakyReLU(0.2)
+        part = options.get(key)
+        if isinstance(part, dict) and isinstance(part.get("config"), dict) and "name" in part["config"]:
+            options[key] = {"module": LAYERS, "registered_name": None, **_layer(part, first)}
     return {**layer, "config": options}
 
 

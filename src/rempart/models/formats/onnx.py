@@ -3,6 +3,7 @@
 import ast
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from inspect import signature
@@ -28,6 +29,7 @@ _FLOATS = {1: np.float32, 11: np.float64}
 _CHANNELS = (1, 3, 4)
 _ARITHMETIC = {"Add": "plus", "Sub": "minus", "Mul": "times", "Div": "over"}
 _NAMES = ("class_names", "classes", "names", "labels")
+_NUMBERED = re.compile(r"([0-9]+)\s*:\s*(.+)")
 _FAILURES = (
     *(UnsupportedError, RuntimeError, IndexError, TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError),
     *(OverflowError, NotImplementedError),
@@ -301,8 +303,21 @@ def _names(text: str) -> tuple[str, ...]:
         numbered = {str(number): name for number, name in told.items()}
         told = [numbered.get(str(number)) for number in range(len(numbered))]
     elif not isinstance(told, (list, tuple)):
-        told = text.strip().splitlines() if "\n" in text.strip() else text.split(",")
+        told = _words(text.strip())
     return tuple(str(name).strip() if isinstance(name, (str, int)) else "" for name in told)
+
+
+def _words(text: str) -> list[str]:
+    """Words between commas or in lines of their own, numbered or not; none where brackets say that it is no such list.
+
+    Numbers are those of YAML and of dictionaries without quotation marks: `0: cat, 1: dog`.
+    """
+    inner = text[1:-1] if text[:1] + text[-1:] == "{}" else text
+    lines = [line.strip() for line in (inner.splitlines() if "\n" in inner else inner.split(","))]
+    numbered = {match[1]: match[2] for line in lines if (match := _NUMBERED.fullmatch(line))}
+    if len(numbered) == len(lines):
+        return [numbered.get(str(number), "") for number in range(len(lines))]
+    return [] if text[:1] in ("{", "[") else [line.removeprefix("- ") for line in lines]
 
 
 def _without_activation(proto: Any) -> nn.Module | None:
