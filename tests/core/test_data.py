@@ -458,6 +458,14 @@ def test_archives_are_read_in_place_from_copies_and_threads(tmp_path: Path) -> N
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_an_archive_with_the_slashes_of_windows_is_the_same(tmp_path: Path) -> None:
+    files = {f"{split}/{kind}/0.png": encoded(pixels(5, 4)) for split in ("train", "test") for kind in "ab"}
+    plain = open_data(str(zipped(tmp_path / "a.zip", files)))
+    data = open_data(str(zipped(tmp_path / "b.zip", {name.replace("/", "\\"): files[name] for name in files})))
+    assert data.class_names == ("a", "b") and data.split == "test" and data.digest == plain.digest
+    assert torch.equal(everything(data), everything(plain))
+
+
 def test_one_split_answers_to_every_name_and_says_so(tmp_path: Path) -> None:
     flat = {name.removeprefix("test/"): content for name, content in FILES.items() if name.startswith("test/")}
     noise = {"__MACOSX/": b"", "__MACOSX/ant/._0.png": b"x", "ant/._1.png": b"x", ".git/": b""}

@@ -211,6 +211,24 @@ def test_names_that_differ_altogether_are_matched_in_order_with_a_warning(tmp_pa
     assert status(where, model(["LABEL_0", "LABEL_1"])) == "passed", "names that Hugging Face makes up are none"
 
 
+@pytest.mark.parametrize("own", [{"English_springer": 1, "tench": 0}, {"tench": 0, "Cardigan": 2}, {"CARDIGAN": 2}])
+def test_names_that_the_model_has_twice_do_not_stand_in_the_way_of_others(tmp_path: Path, own: dict[str, int]) -> None:
+    """Of ImageNet, torchvision calls a dog Cardigan and a garment cardigan; other lists have `crane` twice."""
+    known = model(["tench", "English springer", "Cardigan", "cardigan", "crane", "crane"])
+    where = folders(tmp_path, own)
+    if "CARDIGAN" in own:
+        with pytest.raises(DataError, match=r"got 1 \(CARDIGAN\); rename"):
+            open_data(where).seen_by(known)
+    else:
+        assert status(where, known) in ("passed", "repaired")
+
+
+def test_two_names_of_the_data_for_one_class_are_called_so(tmp_path: Path) -> None:
+    where = folders(tmp_path, {"No_Tumor": 0, "no tumor": 0, "glioma": 1})
+    with pytest.raises(DataError, match="'No_Tumor' and 'no tumor', which are one class of the model; write each"):
+        open_data(where).seen_by(model(["no tumor", "glioma"]))
+
+
 def test_costs_name_classes_in_any_spelling(tmp_path: Path) -> None:
     (tmp_path / "costs.csv").write_text("true,No_Tumor,glioma\nglioma,5,0\nno tumor,0,1\n")
     assert read_costs(tmp_path / "costs.csv", ["Glioma", "no-tumor"]).tolist() == [[0, 5], [1, 0]]
@@ -224,3 +242,15 @@ def test_files_with_other_endings_are_counted(tmp_path: Path) -> None:
     assert data.notes == ("Files of endings that are not read were left out of the class folders: 2 .heic, 1 .mgz.",)
     check = next(check for check in preflight(model(2), data)[1] if check.name == "files")
     assert check.status == "warned" and "2 .heic" in check.message
+
+
+def test_no_file_is_left_out_of_the_count(tmp_path: Path) -> None:
+    """Fifteen endings, one of them in two cases, one of them in a folder of a class."""
+    where = folders(tmp_path, {"ant": 0, "bee": 1})
+    (tmp_path / "bee" / "masks").mkdir()
+    for name in (*(f"x.e{k}x" for k in range(13)), "0.heic", "1.HEIC", "masks/2.heic", "masks/3.mgz"):
+        (tmp_path / "bee" / name).write_bytes(b"x")
+    (note,) = open_data(where).notes
+    assert ": 3 .heic, " in note
+    counts = [int(part.split()[0]) for part in note.partition(": ")[2].split(", ")]
+    assert sum(counts) == 17 and note.endswith(f"{counts[-1]} of {counts[-1]} other endings.")

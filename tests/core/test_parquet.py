@@ -131,6 +131,14 @@ def test_bytes_without_a_struct_are_read(tmp_path: Path) -> None:
 # ---- what is refused
 
 
+@pytest.mark.parametrize("told", [{"info": None}, {"info": {"features": None}}, {"info": {"features": []}}, None, []])
+def test_notes_that_are_null_say_nothing(tmp_path: Path, told: Any) -> None:
+    table = rows(labels=[0, 1, 1, 0, 1, 0, 1]).replace_schema_metadata({"huggingface": json.dumps(told)})
+    pq.write_table(table, tmp_path / "x.parquet")
+    data = open_data(str(tmp_path / "x.parquet"))
+    assert data.class_names == ("0", "1") and data.labels.tolist() == [0, 1, 1, 0, 1, 0, 1]
+
+
 def broken(kind: str, folder: Path) -> str:
     where = folder / "x.parquet"
     if kind == "no table":
@@ -142,6 +150,8 @@ def broken(kind: str, folder: Path) -> str:
         empty = pa.array([None] * 7, pa.binary())
         struct = pa.StructArray.from_arrays([empty, pa.array(["/etc/passwd"] * 7)], ["bytes", "path"])
         pq.write_table(pa.table({"image": struct, "label": LABELS}), where)
+    elif kind == "paths alone":
+        pq.write_table(pa.table({"image": [{"path": "/etc/passwd"}] * 7, "label": LABELS}), where)
     elif kind == "names":
         pq.write_table(rows(labels=[5, 0, 1, 1, 0, 2, 2]), where)
     elif kind == "unlabelled":
@@ -183,6 +193,7 @@ def broken(kind: str, folder: Path) -> str:
         ("no table", "a table of images that is whole"),
         ("cut", "a table of images that is whole"),
         ("paths", "paths in it are not followed"),
+        ("paths alone", "paths in it are not followed"),
         ("names", "labels that number two or more class names"),
         ("unlabelled", "labels that number two or more class names"),
         ("names that are none", "a list of at most 100,000 class names, got int"),

@@ -254,6 +254,57 @@ def test_windows_are_those_of_pydicom(tmp_path: Path, source: str, function: str
         assert data.unit == ("1" if window or function == "SIGMOID" else "HU" if source == "CT_small.dcm" else "raw")
 
 
+def changed(tmp_path: Path, source: str, change: Callable[[Any], None]) -> str:
+    """Class folders of a file that pydicom ships, with other tags."""
+    pydicom = pytest.importorskip("pydicom")
+    header = pydicom.dcmread(pydicom.data.get_testdata_file(source, download=False))
+    change(header)
+    where = two(tmp_path, "0.dcm", b"")
+    for kind in "ab":
+        header.save_as(tmp_path / kind / "0.dcm")
+    return where
+
+
+def having(**tags: Any) -> Callable[[Any], None]:
+    def change(header: Any) -> None:
+        for tag, value in tags.items():
+            setattr(header, tag, value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [
+        {"RescaleSlope": None, "RescaleIntercept": None},
+        {"ModalityLUTSequence": [], "VOILUTSequence": []},
+        {"RescaleType": None, "VOILUTFunction": None, "NumberOfFrames": None},
+    ],
+)
+def test_tags_without_a_value_say_nothing(tmp_path: Path, tags: dict[str, Any]) -> None:
+    plain = everything(open_data(changed(tmp_path / "plain", "MR_small.dcm", having())))
+    assert torch.equal(everything(open_data(changed(tmp_path / "empty", "MR_small.dcm", having(**tags)))), plain)
+
+
+@pytest.mark.filterwarnings("ignore:Invalid value for VR CS")
+def test_the_function_of_a_window_is_read_in_any_case_or_refused(tmp_path: Path) -> None:
+    """pydicom takes the name in any case too, and raises for others."""
+    upper = everything(open_data(changed(tmp_path / "upper", "MR_small.dcm", having(VOILUTFunction="SIGMOID"))))
+    lower = open_data(changed(tmp_path / "lower", "MR_small.dcm", having(VOILUTFunction="sigmoid")))
+    assert torch.equal(everything(lower), upper) and lower.unit == "1"
+    where = changed(tmp_path / "other", "MR_small.dcm", having(VOILUTFunction="CURVE"))
+    with pytest.raises(DataError, match="a window as LINEAR, LINEAR_EXACT, SIGMOID, got one of another function"):
+        open_data(where)
+    assert open_data(f"{where}@window=600:1600").unit == "raw"
+
+
+@pytest.mark.parametrize("window", ["full", "own", "40:400"])
+def test_a_slope_of_nothing_is_refused(tmp_path: Path, window: str) -> None:
+    where = changed(tmp_path, "CT_small.dcm", having(RescaleSlope=0))
+    with pytest.raises(DataError, match="a rescale slope that is not 0"):
+        everything(open_data(f"{where}@window={window}"))
+
+
 def without(*tags: str) -> Callable[[Any], None]:
     def change(header: Any) -> None:
         for tag in tags:
@@ -269,6 +320,7 @@ def without(*tags: str) -> Callable[[Any], None]:
         ("rtplan.dcm", without(), "RT Plan Storage without pixels"),
         ("waveform_ecg.dcm", without(), "12-lead ECG Waveform Storage without pixels"),
         ("MR_small.dcm", without("PixelData"), "MR Image Storage without pixels"),
+        ("MR_small.dcm", having(PixelData=b""), "MR Image Storage without pixels"),
         ("MR_small.dcm", without("BitsStored"), "it lacks the tag BitsStored"),
     ],
 )

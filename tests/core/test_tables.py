@@ -53,6 +53,17 @@ def test_images_keep_the_order_of_the_table(tmp_path: Path) -> None:
     assert resized.shape == (3, 2, 3) and resized.index.tolist() == [1, 2, 3]
 
 
+def test_paths_with_the_slashes_of_windows_are_the_same(tmp_path: Path) -> None:
+    expected = open_data(scans(tmp_path, FOUR))
+    data = open_data(scans(tmp_path, FOUR.replace("/", "\\")))
+    assert data.digest == expected.digest and torch.equal(everything(data), everything(expected))
+    people = tmp_path / "people.csv"
+    people.write_text("patient,path\n" + "".join(f"q{k},images\\{k}.png\n" for k in (0, 1, 3, 5)))
+    assert with_patients(expected, people).patients == ("q3", "q0", "q5", "q1")
+    with pytest.raises(DataError, match="every image once"):
+        open_data(scans(tmp_path, FOUR + "images\\3.png,wolf\n"))
+
+
 def test_the_digest_tells_pixels_labels_and_order_but_not_other_columns(tmp_path: Path) -> None:
     first = open_data(scans(tmp_path, FOUR)).digest
     same = lines("3.png,x,wolf", "0.png,y,cat", "5.png,z,wolf", "1.png,,cat", header="\ufeffPath, note ,LABEL")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BytesIO
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import BinaryIO, Protocol
 
 import numpy as np
@@ -62,6 +62,7 @@ _NOISE = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "dicomdir", "__ma
 """Files and folders that systems leave behind."""
 _TEXTS = (".txt", ".md", ".csv", ".json", ".xml", ".html", ".yaml", ".yml", ".log", ".pdf")
 _GREY_MODES = ("1", "L", "LA")
+_MOST = 12  # endings that a sentence lists
 _BROKEN_IMAGE = (
     *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError),
     *(struct.error, zlib.error),
@@ -111,7 +112,7 @@ class Folder:
         if os.path.lexists(self.root / name):
             return name
         found = ""
-        for part in PurePosixPath(name).parts:
+        for part in PureWindowsPath(name).parts:  # with slashes or backslashes between them
             try:
                 there = [entry for entry in os.listdir(self.root / found) if normal(entry) == normal(part)]
             except OSError:
@@ -275,9 +276,11 @@ def _decoded_names(infos: Iterable[zipfile.ZipInfo]) -> tuple[dict[str, str], bo
     """The names of entries, and whether their encoding is unknown.
 
     Names without the flag for UTF-8 come as CP437. Many programs write UTF-8 all the same; the others write what their
-    system has.
+    system has. Some of Windows write backslashes between folders.
     """
     name_of = {info.filename: info.filename for info in infos}
+    if not any("/" in name for name in name_of) and all(map(str.isascii, name_of)):  # elsewhere it is half a letter
+        name_of = {name: name.replace("\\", "/") for name in name_of}
     unflagged = [i.filename for i in infos if not i.flag_bits & 0x800 and not i.filename.isascii()]
     try:
         return name_of | {name: name.encode("cp437").decode("utf-8") for name in unflagged}, False
@@ -548,12 +551,14 @@ def ending(name: str) -> str:
     suffixes = PurePosixPath(name).suffixes[-2:]
     compressed = len(suffixes) == 2 and suffixes[-1].lower() == ".gz"
     last = "".join(suffixes if compressed else suffixes[-1:])
-    return "without an ending" if not last or last[1:].isdigit() else last
+    return "without an ending" if not last or last[1:].isdigit() else last.lower()
 
 
 def counted(endings: Counter[str]) -> str:
-    """How many files have which ending, the commonest first."""
-    return ", ".join(f"{number:,} {name}" for name, number in endings.most_common(6))
+    """How many files have which ending, the commonest first; those of the rarest in one number."""
+    named, rest = endings.most_common(_MOST), endings.most_common()[_MOST:]
+    others = [f"{sum(number for _, number in rest):,} of {len(rest)} other endings"] if rest else []
+    return ", ".join([*(f"{number:,} {name}" for name, number in named), *others])
 
 
 def is_image(name: str) -> bool:

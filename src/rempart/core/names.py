@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -66,10 +67,19 @@ def is_number(text: str) -> bool:
 
 def find(name: str, names: Sequence[str]) -> int | None:
     """The position of a name: as it stands, in another normal form, or in a spelling that only one of them has."""
+    return _places([name], names)[0]
+
+
+def _places(own: Sequence[str], names: Sequence[str]) -> list[int | None]:
+    """The position of each name; what two others share in one spelling may still differ in the one before."""
+    found: dict[str, int] = {}
     for form in (str, normal, _folded):
-        if [form(other) for other in names].count(form(name)) == 1:
-            return [form(other) for other in names].index(form(name))
-    return None
+        places = {form(name): k for k, name in enumerate(names)}
+        shared = {name for name, count in Counter(map(form, names)).items() if count > 1}
+        for name in own:
+            if name not in found and form(name) in places.keys() - shared:
+                found[name] = places[form(name)]
+    return [found.get(name) for name in own]
 
 
 def match(own: Sequence[str], names: Sequence[str], labels: Collection[int]) -> Match:
@@ -91,20 +101,24 @@ def match(own: Sequence[str], names: Sequence[str], labels: Collection[int]) -> 
         return _in_order(own, names)
     if (found := _by_name(own, names)) is not None:
         return found
-    known = [name for name in own if find(name, names) is not None]
-    if known or len(own) != len(names):
-        raise _unmatched(own, names, [name for name in own if name not in known])
+    places = _places(own, names)
+    if None not in places:
+        (place, _), *_ = Counter(places).most_common(1)
+        twins = [name for name, other in zip(own, places, strict=True) if other == place]
+        came = f"{' and '.join(map(repr, twins))}, which are one class of the model"
+        raise DataError(_expected(names), got=came, hint="write each class in one way")
+    if any(place is not None for place in places) or len(own) != len(names):
+        raise _unmatched(own, names, [name for name, place in zip(own, places, strict=True) if place is None])
     return Match(tuple(range(len(own))), "different names")
 
 
 def _by_name(own: Sequence[str], names: Sequence[str]) -> Match | None:
     """Each class by its name, one to one; None where that cannot be."""
-    hows: tuple[How, How] = ("name", "spelling")
-    for how, form in zip(hows, (normal, _folded), strict=True):
-        mine, theirs = [form(name) for name in own], [form(name) for name in names]
-        if set(mine) <= set(theirs) and len(set(mine)) == len(mine) and len(set(theirs)) == len(theirs):
-            return Match(tuple(map(theirs.index, mine)), how)
-    return None
+    places = [place for place in _places(own, names) if place is not None]
+    if len(set(places)) < len(own):
+        return None
+    same = all(normal(name) == normal(names[place]) for name, place in zip(own, places, strict=True))
+    return Match(tuple(places), "name" if same else "spelling")
 
 
 def _folded(name: str) -> str:

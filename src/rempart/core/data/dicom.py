@@ -29,6 +29,7 @@ _GREY, _COLOUR = (
     ("RGB", "PALETTE COLOR", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"),
 )
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+_FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
 _BROKEN = (
     *(AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError, OSError, EOFError, SyntaxError),
     *(NotImplementedError, RuntimeError, AssertionError, ArithmeticError, struct.error, zlib.error, MemoryError),
@@ -70,7 +71,7 @@ class Dicom:
                 raise DataError(f"intensities in {self.unit} like those of the first file", got=f"{unit} in {name}")
             low, high = _window(header, name) or _extremes(pixels) if self.own else self.span
             place = (pixels - low) / (high - low)
-            bent = _is_sigmoid(header) and _window(header, name) is not None if self.own else self.sigmoid
+            bent = _is_sigmoid(header, name) and _window(header, name) is not None if self.own else self.sigmoid
             image = (1 / (1 + np.exp(-4 * (place - 0.5))) if bent else place.clip(0, 1)).astype(np.float32)
             return 1 - image if header.PhotometricInterpretation == "MONOCHROME1" else image
 
@@ -91,8 +92,8 @@ def decoder(name: str, content: bytes, modifiers: Modifiers) -> Dicom:
         if isinstance(modifiers.window, tuple):
             span = modifiers.window
         elif modifiers.window == FULL:
-            span = _stored(header)
-        elif (span := _window(header, name)) is not None and _is_sigmoid(header):
+            span = _stored(header, name)
+        elif (span := _window(header, name)) is not None and _is_sigmoid(header, name):
             return Dicom(PLAIN, span, own=False, sigmoid=True)  # no step of pixels is one number of units
     if span is None:
         hint = "add @window=CENTRE:WIDTH, for example @window=40:400 for soft tissue in CT, or @window=full"
@@ -156,7 +157,7 @@ def _header(content: bytes, name: str, *, pixels: bool = False) -> Any:
         came = "one that is deflated" if content[128:132] == b"DICM" else "no such file"
         raise DataError("a DICOM file with the letters DICM at byte 128, not deflated", got=f"{name}: {came}")
     header = dcmread(BytesIO(content), stop_before_pixels=not pixels)
-    if "Rows" not in header or "Columns" not in header or (pixels and not any(key in header for key in _PIXELS)):
+    if "Rows" not in header or "Columns" not in header or (pixels and not any(header.get(key) for key in _PIXELS)):
         raise _no_image(header, name)
     rows, columns = int(header.Rows), int(header.Columns)
     frames, layers = int(header.get("NumberOfFrames") or 1), int(header.get("SamplesPerPixel") or 1)
@@ -166,7 +167,7 @@ def _header(content: bytes, name: str, *, pixels: bool = False) -> Any:
     files.within(rows * columns * frames * layers, files.MAX_VOXELS, "MAX_VOXELS", name, "values")
     if header.PhotometricInterpretation not in (*_GREY, *_COLOUR):
         raise DataError(f"pixels as {', '.join((*_GREY, *_COLOUR))}", got=name)
-    if "ModalityLUTSequence" in header:
+    if header.get("ModalityLUTSequence"):
         raise DataError("intensities by slope and intercept", got=f"a lookup table in {name}")
     return header
 
@@ -205,7 +206,7 @@ def _pixels(header: Any, name: str) -> np.ndarray:
         top = np.iinfo(stored.dtype).max if palette else 2 ** int(header.BitsStored) - 1
         return (np.moveaxis(stored, -1, 0).astype(np.float32) / np.float32(top)).clip(0, 1)
     slope, intercept = (
-        np.reshape(_rescale(header, key, default), (-1, *(1,) * (stored.ndim - 1)) if frames > 1 else ())
+        np.reshape(_rescale(header, key, default, name), (-1, *(1,) * (stored.ndim - 1)) if frames > 1 else ())
         for key, default in (("RescaleSlope", 1.0), ("RescaleIntercept", 0.0))
     )
     with np.errstate(over="ignore", invalid="ignore"):
@@ -226,17 +227,22 @@ def _decoded(header: Any, name: str) -> np.ndarray:
         raise DataError("a DICOM file that can be read", got=came, hint=hint) from None
 
 
-def _rescale(header: Any, key: str, default: float) -> Any:
-    """A value of the rescale, or one for each frame where frames have their own."""
+def _rescale(header: Any, key: str, default: float, name: str) -> Any:
+    """A value of the rescale, or one for each frame where frames have their own; an empty tag says nothing."""
     for sequence in ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"):
         groups = header.get(sequence) or []
         found = [
             group.PixelValueTransformationSequence[0] for group in groups if "PixelValueTransformationSequence" in group
         ]
         if found:
-            values = [float(getattr(one, key)) for one in found]
-            return np.array(values[0] if len(values) == 1 else values)
-    return np.array(float(header.get(key, default)))
+            values = np.array([float(getattr(one, key)) for one in found])
+            break
+    else:
+        value = header.get(key)
+        values = np.array([default if value is None else float(value)])
+    if key == "RescaleSlope" and not values.all():
+        raise DataError("a rescale slope that is not 0, which makes all pixels alike", got=name)
+    return values[0] if len(values) == 1 else values
 
 
 def _unit(header: Any) -> str:
@@ -246,8 +252,12 @@ def _unit(header: Any) -> str:
     return "HU" if kind == "HU" or (not kind and computed) else RAW
 
 
-def _is_sigmoid(header: Any) -> bool:
-    return str(_in_frames(header, "FrameVOILUTSequence", "VOILUTFunction") or "") == "SIGMOID"
+def _is_sigmoid(header: Any, name: str) -> bool:
+    function = str(_in_frames(header, "FrameVOILUTSequence", "VOILUTFunction") or _FUNCTIONS[0]).upper()
+    if function not in _FUNCTIONS:
+        hint = "add @window=CENTRE:WIDTH"
+        raise DataError(f"a window as {', '.join(_FUNCTIONS)}", got=f"one of another function in {name}", hint=hint)
+    return function == "SIGMOID"
 
 
 def _rescaled(header: Any, key: str) -> Any:
@@ -268,7 +278,7 @@ def _window(header: Any, name: str) -> tuple[float, float] | None:
     """The first window that the file names."""
     centre, width = (_in_frames(header, "FrameVOILUTSequence", key) for key in ("WindowCenter", "WindowWidth"))
     if centre is None or width is None:
-        if "VOILUTSequence" in header:
+        if header.get("VOILUTSequence"):
             came, hint = f"a lookup table (VOI LUT) in {name}", "add @window=CENTRE:WIDTH or @window=full"
             raise DataError("a window by centre and width", got=came, hint=hint)
         return None
@@ -278,11 +288,14 @@ def _window(header: Any, name: str) -> tuple[float, float] | None:
     return middle - wide / 2, middle + wide / 2
 
 
-def _stored(header: Any) -> tuple[float, float]:
+def _stored(header: Any, name: str) -> tuple[float, float]:
     """The range of intensities that the bits of the file can hold."""
+    if "BitsStored" not in header and header.get("BitsAllocated") in (32, 64):
+        hint = "add @window=CENTRE:WIDTH"
+        raise DataError("a window for floating-point numbers", got=f"@window=full for {name}", hint=hint)
     bits, signed = int(header.BitsStored), int(header.PixelRepresentation) == 1
     ends = np.array([-(2 ** (bits - 1)), 2 ** (bits - 1) - 1] if signed else [0, 2**bits - 1])[:, None]
-    values = ends * _rescale(header, "RescaleSlope", 1.0) + _rescale(header, "RescaleIntercept", 0.0)
+    values = ends * _rescale(header, "RescaleSlope", 1.0, name) + _rescale(header, "RescaleIntercept", 0.0, name)
     return float(values.min()), float(values.max())
 
 

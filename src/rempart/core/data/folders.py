@@ -111,7 +111,9 @@ def _tree(store: files.Store, names: Iterable[str], place: str) -> _Tree:
             raise DataError(
                 "images as train/CLASS/NAME or CLASS/NAME", got=name, hint=f"splits are {', '.join(SPLITS)}"
             )
-        if len(inner) == 2 - name.endswith("/"):
+        if len(inner) > 2 - name.endswith("/"):
+            unread.update([] if name.endswith("/") else [files.ending(name)])
+        elif len(inner) == 2 - name.endswith("/"):
             folder = normal(inner[0])
             spelt[folder] = min(inner[0], spelt.get(folder, inner[0]))
             own = images.setdefault(split, {}).setdefault(folder, [])

@@ -230,10 +230,11 @@ def _features(file: Path) -> dict[str, Any]:
     notes = (_schema(file).metadata or {}).get(b"huggingface")
     if notes is not None:
         body = json.loads(notes)
-        found = body.get("info", {}).get("features") if isinstance(body, dict) else None
+        info = body.get("info") if isinstance(body, dict) else None
     else:
-        found = _json(file.parent / _INFO).get("features") if (file.parent / _INFO).is_file() else None
-    return {name: told for name, told in (found or {}).items() if isinstance(told, dict)}
+        info = _json(file.parent / _INFO) if (file.parent / _INFO).is_file() else None
+    found = info.get("features") if isinstance(info, dict) else None
+    return {name: told for name, told in found.items() if isinstance(told, dict)} if isinstance(found, dict) else {}
 
 
 def _schema(file: Path) -> Any:
@@ -351,6 +352,9 @@ def _bytes_of(values: Any) -> Any:
     import pyarrow as pa
 
     if pa.types.is_struct(values.type):
+        if values.type.get_field_index("bytes") < 0:
+            hint = "store the bytes in the table: paths in it are not followed"
+            raise DataError("the bytes of every image", got=str(values.type), hint=hint)
         values = values.field("bytes")
     if not any(kind(values.type) for kind in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)):
         raise DataError("bytes of image files", got=str(values.type))

@@ -5,7 +5,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PureWindowsPath
 
 import torch
 
@@ -35,7 +35,7 @@ def table(path: Path, split: str, modifiers: Modifiers) -> Data:
             raise DataError("paths inside the folder of the table", got=came, hint="lay the images beside the table")
     if modifiers.mask is not None:
         raise DataError("masks in the column mask of a table", got=f"@mask={modifiers.mask}")
-    _once([normal(str(PurePosixPath(row["path"]))) for row in rows], path)
+    _once([_path(row["path"]) for row in rows], path)
     split, own = _split(rows, split, path)
     _apart(rows, path)
     store = files.Folder(path.parent, closed=True)
@@ -77,9 +77,10 @@ def with_patients(data: Data, path: Path) -> Data:
     names = data.read.names if isinstance(data.read, files.Files) else None
     if key == "path" and names is None:
         raise DataError("a column number, for data that are no files", got=f"path in {path.name}")
-    _once([normal(row[key]) for row in rows], path)
-    known = {normal(row[key]): row["patient"] for row in rows}
-    keys = [str(k) if names is None or key == "number" else normal(names[k]) for k in data.index.tolist()]
+    form = _path if key == "path" else str
+    _once([form(row[key]) for row in rows], path)
+    known = {form(row[key]): row["patient"] for row in rows}
+    keys = [str(k) if names is None or key == "number" else _path(names[k]) for k in data.index.tolist()]
     if missing := [key for key in keys if not known.get(key)]:
         raise DataError("a patient for every sample", got=f"none for {len(missing)}, such as {missing[0]}")
     return replace(data, patients=tuple(known[key] for key in keys))
@@ -123,6 +124,11 @@ def read_table(path: Path, needed: Sequence[str], optional: Sequence[str]) -> li
     if not rows:
         raise DataError("lines below the header", got=f"none in {path.name}")
     return rows
+
+
+def _path(name: str) -> str:
+    """A relative path in one form, whatever its Unicode form and slashes."""
+    return normal(PureWindowsPath(name).as_posix())
 
 
 def _there(store: files.Folder, table: Path, name: str, line: str) -> str:
