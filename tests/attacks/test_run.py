@@ -320,6 +320,38 @@ def test_what_callers_from_python_get_wrong_is_told() -> None:
         attack_batch(model.net, x, y, "linf:0.1", "pgd")  # pyright: ignore[reportArgumentType]
 
 
+class _Views(nn.Module):
+    """Flattens its maps by `view`, as the first networks of many do: that fails on images laid out channels-last."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))  # a first weight of another dtype
+        self.maps, self.out = nn.Conv2d(channels, 4, 3), nn.Linear(4 * 36, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale.float() * self.out(torch.relu(self.maps(x)).view(len(x), -1))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_network_that_flattens_by_view_is_attacked_and_judged(channels: int) -> None:
+    torch.manual_seed(0)
+    model = Classifier(_Views(channels), shape=(channels, 8, 8), num_classes=3).eval()
+    x = toys.images(model.shape, 8)
+    y = toys.labels(model, x)
+    for laid_out in (x, x.contiguous(memory_format=torch.channels_last)):
+        for attack in ("pgd", "square"):
+            found = attack_batch(model, laid_out, y, "linf:0.3", attack)
+            assert torch.equal(model(found.x_adv.contiguous()).argmax(1) != y, found.broken) and found.broken.any()
+
+
+def test_what_is_no_attack_or_no_image_is_told() -> None:
+    model = toys.linear()
+    with pytest.raises(SpecError, match="the name of an attack, or a function, got None"):
+        attack_batch(model, *batch(model), "linf:0.1", None)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ModelError, match="channels and one to three spatial axes"):
+        Classifier(nn.Linear(64, 10), shape=(64,), num_classes=10)
+
+
 class _OfFour(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> Tensor:

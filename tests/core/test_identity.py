@@ -110,12 +110,36 @@ def test_modules_that_a_call_imports_count(tmp_path: Path, monkeypatch: pytest.M
     assert found[0].weights == found[1].weights and found[0].code != found[1].code
 
 
+class Polar(nn.Module):
+    """Dark images are turned into their negatives, from a brightness on that is neither weight nor code."""
+
+    def __init__(self, dark: float) -> None:
+        super().__init__()
+        self.dark, self.passes = dark, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        return torch.where(x.mean((1, 2, 3), keepdim=True) < self.dark, x, 1 - x).flatten(1)[:, :4]
+
+
+def test_a_setting_counts_and_a_counter_does_not() -> None:
+    def known(dark: float) -> Identity:
+        return identity(Classifier(Polar(dark), shape=(1, 4, 4), num_classes=4, output="logits"))
+
+    one, same, near, far = known(0.4), known(0.4), known(0.41), known(0.2)
+    assert one.certain(same)
+    assert "other code" in one.difference(near) and agree(one.answers, near.answers), "no probe lies between"
+    assert not agree(one.answers, far.answers)
+    model = Classifier(Polar(0.4), shape=(1, 4, 4), num_classes=4, output="logits")
+    assert identity(model) == identity(model), "however often it was asked"
+
+
 class Bent(nn.Module):
     """A value that its backward pass alone uses."""
 
     def __init__(self, slope: float) -> None:
         super().__init__()
-        self.slope = slope
+        self.slope = torch.tensor(slope)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.flatten(1)[:, :4] ** 2

@@ -17,6 +17,7 @@ from rempart.audit.risk import read_costs
 from rempart.core.data import Data, open_data
 from rempart.core.errors import DataError
 from rempart.core.model import Classifier, class_number
+from rempart.core.names import find, whole
 
 STEP = 15
 
@@ -254,3 +255,9 @@ def test_no_file_is_left_out_of_the_count(tmp_path: Path) -> None:
     assert ": 3 .heic, " in note
     counts = [int(part.split()[0]) for part in note.partition(": ")[2].split(", ")]
     assert sum(counts) == 17 and note.endswith(f"{counts[-1]} of {counts[-1]} other endings.")
+
+
+@pytest.mark.parametrize("name", ["5e40", "1" * 30, "3e-40", "9" * 60 + ".5"])
+def test_hexadecimal_and_long_names_are_names(name: str) -> None:
+    assert find(name, ("cat", "dog")) is None and find(name, ("cat", name)) == 1
+    assert whole("7e0") == 7 and whole("0.5") is None

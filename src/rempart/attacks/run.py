@@ -29,6 +29,7 @@ from rempart.core.model import (
     check_classifier,
     class_number,
     frozen,
+    layout_of,
     metered,
     placed,
 )
@@ -140,6 +141,7 @@ class Prepared:
     judge: Classifier
     meter: Meter
     passes: int
+    layout: torch.memory_format
 
 
 @contextmanager
@@ -154,7 +156,7 @@ def prepared(
         fast = accelerated(model, images) if search is None else search
         passes = PASSES if (varies(model, images) if random is None else random) else 1
         with metered(fast) as meter:
-            yield Prepared(fast, model, meter, passes)
+            yield Prepared(fast, model, meter, passes, layout_of(model, images))
 
 
 def varies(model: Classifier, images: Images) -> bool:
@@ -367,6 +369,8 @@ def _job(
     if isinstance(attack, str):
         entry = attacks[attack]
         options = entry.parse(options)
+    elif not callable(attack):  # pyright: ignore[reportUnnecessaryComparison]
+        raise SpecError("the name of an attack, or a function", got=repr(attack))
     else:  # nobody knows what it asks of the model
         traits = Traits(norms=NORMS, targeted=True, random=True, access="decisions")
         entry = Entry(getattr(attack, "__name__", "attack"), attack, traits, BaseModel)
@@ -398,7 +402,7 @@ def _attack(ready: Prepared, job: _Job, batch: Batch, notify: Notify) -> Outcome
     x, y = check_images(ready.judge, x, y)
     x = placed(ready.judge, x)
     y = y.to(x.device)
-    x = x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.contiguous_format)
+    x = x.contiguous(memory_format=ready.layout)
     correct, goal = torch.ones_like(y, dtype=torch.bool), y
     if not job.right or job.target is not None:
         clean = _finite(_logits(ready, x), index)

@@ -157,7 +157,7 @@ def kept_in(
         if known is None:
             place.mkdir(parents=True, exist_ok=True)
             replace(place / _ANSWERS, json.dumps(said).encode())
-        if known is None or agree(known, said):
+        if known is None or (said and agree(known, said)):  # without answers nobody can tell
             return place
     raise AssertionError
 

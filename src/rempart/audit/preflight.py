@@ -22,6 +22,7 @@ from rempart.core.model import (
     check_steady,
     frozen,
     metered,
+    placed,
 )
 from rempart.core.names import respelt, some
 from rempart.core.randomness import Repeats, alike, repeated
@@ -56,13 +57,14 @@ def preflight(model: Classifier, data: Data) -> tuple[Classifier, tuple[Check, .
     checks = [_classes(model, data), *_files(data)]
     batch = data.batch(spread(len(data))[:_SAMPLES])  # so does every beginning of it
     where = next(model.parameters(), batch.x)
-    if where.is_floating_point() and where.dtype not in (torch.float32, torch.float64):
+    dtype = placed(model, batch.x).dtype
+    if dtype not in (torch.float32, torch.float64):
         hint = "call model.float() first: budgets of a few levels drown in the rounding of half precision"
-        raise ModelError("weights in float32 or float64", got=str(where.dtype), hint=hint)
+        raise ModelError("weights in float32 or float64", got=str(dtype), hint=hint)
     with frozen(model):
         seen = look(model, data, lambda batch: check_images(model, batch.x, batch.y))
     checks += [_range(model, batch.x, seen), _mode(model)]
-    x, y = batch.x.to(where.device, where.dtype if where.is_floating_point() else None), batch.y.to(where.device)
+    x, y = placed(model, batch.x), batch.y.to(where.device)
     with frozen(model):
         mended, message = recognised(model, x, seen)
     checks.append(Check(name="logits", status="passed" if mended is model else "repaired", message=message))

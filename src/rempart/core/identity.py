@@ -69,12 +69,13 @@ def identity(model: Classifier) -> Identity:
     Raises:
         ModelError: If the state holds something that has no value, such as a parameter on the meta device.
     """
-    weights, x = digest_state(model.state_dict()), _probes(model)
+    weights, x, settings = digest_state(model.state_dict()), _probes(model), _settings(model)
     said = answers(model, x)
     size = max(map(abs, said), default=0.0)
     slopes = _slopes(model, x[:-1]) if said else ()  # in a flat image, rounding decides between equal neighbours
     said = (*said, *(float(f"{slope * size:.6g}") for slope in slopes))
-    return Identity(weights, code_of([model]), said)  # after the passes, which may import what they need
+    steady = settings & _settings(model)  # without counters and what else a pass changes
+    return Identity(weights, code_of([model], settings=steady), said)  # after the passes, which may import
 
 
 def built_by(model: nn.Module, module: str) -> None:
@@ -126,26 +127,30 @@ def _replayed(model: Classifier, x: Images, ask: Callable[[Images], Tensor]) -> 
 
 
 def _probes(model: Classifier) -> Images:
-    """Five images in the box: noise, smooth noise, dark, bright, and flat."""
-    like = torch.zeros(5, *model.shape, dtype=torch.float64)
-    unit = Draws(0, torch.arange(5), ("identity",)).uniform(like)
+    """Eleven images in the box: noise, smooth noise, dark, bright, six of other brightness, and flat."""
+    like = torch.zeros(11, *model.shape, dtype=torch.float64)
+    unit = Draws(0, torch.arange(11), ("identity",)).uniform(like)
     axes = [torch.linspace(0, 1, side, dtype=torch.float64) for side in model.shape[1:]]
     waves = sum(torch.cos((3 + at) * grid) for at, grid in enumerate(torch.meshgrid(*axes, indexing="ij")))
     unit[1] = 0.5 + 0.3 * torch.as_tensor(waves) / max(1, len(axes)) + 0.1 * unit[1]
-    unit[2], unit[3], unit[4] = 0.1 * unit[2], 1 - 0.1 * unit[3], 0.5
+    unit[2], unit[3], unit[10] = 0.1 * unit[2], 1 - 0.1 * unit[3], 0.5
+    for k, mean in enumerate((0.15, 0.25, 0.35, 0.65, 0.75, 0.85), 4):
+        unit[k] = mean + 0.2 * (unit[k] - 0.5)
     return (model.low + (model.high - model.low) * unit).float()
 
 
-def code_of(roots: Iterable[object], *, installed: bool = False) -> str:
+def code_of(roots: Iterable[object], *, installed: bool = False, settings: Iterable[str] = ()) -> str:
     """16 hexadecimal digits over the user's own code that objects run, whatever its files are called.
 
     Args:
         roots: Modules of a network, functions, or classes.
+        settings: What else belongs to the code.
         installed: Also count the files of installed packages that define the roots themselves, but not Rempart's.
     """
     walk = _Walk()
     for root in roots:
         walk.reach(root, foreign=installed)
+    walk.texts.update(settings)
     return walk.digest()
 
 
@@ -175,6 +180,7 @@ class _Walk:
             for part in value.values():
                 self.reach(part)
         elif isinstance(value, functools.partial):
+            self.texts.add(f"partial {[*_plain(enumerate(value.args)), *_plain(value.keywords.items())]}")
             self.reach((value.func, value.args, value.keywords))
         elif isinstance(value, types.MethodType):
             self.reach((value.__func__, value.__self__))
@@ -182,6 +188,8 @@ class _Walk:
             self._function(value, foreign)
         elif isinstance(value, types.ModuleType):
             self._module(value.__name__)
+            if value.__name__ not in sys.modules and (file := getattr(value, "__file__", None)):  # loaded by hand
+                self._file(Path(file))
         elif isinstance(value, type):
             self._class(value, foreign)
         else:
@@ -216,6 +224,9 @@ class _Walk:
         path, module = Path(function.__code__.co_filename), _file_of(function.__module__)
         if file := path if path.is_file() else module:
             self._file(file, foreign=foreign)
+        if path.is_file() and own(path):  # what it calls by a name may come from elsewhere than its imports
+            held = [function.__globals__.get(name) for name in names(function.__code__)]
+            self.reach([value for value in held if isinstance(value, (types.ModuleType, types.FunctionType))])
         if path.is_file() or (module is not None and not (own(module) and str(path).startswith("<"))):
             return
         self.texts.add(_compiled(function.__code__))  # typed in, or made by exec: no file holds it
@@ -252,6 +263,26 @@ class _Walk:
                 self._file(file, foreign=foreign and file.is_relative_to(package))
 
 
+def _plain(named: Iterable[tuple[object, object]]) -> Iterator[str]:
+    """Numbers, texts and short rows of them, with their names: settings that no file of code holds."""
+    for name, value in named:
+        parts = value if isinstance(value, (list, tuple)) and len(value) <= _SETTINGS else (value,)
+        if all(isinstance(part, (bool, int, float, str)) for part in parts):
+            yield f"{name} = {value!r}"
+
+
+def _settings(model: nn.Module) -> set[str]:
+    """The plain values that the modules of a network hold, where their classes are the user's own."""
+    return {
+        f"{path}.{text}"
+        for path, module in model.named_modules()
+        if type(module).__module__.partition(".")[0] not in _SHARED
+        for text in _plain((key, value) for key, value in vars(module).items() if key not in _MODULES_OWN)
+    }
+
+
+_SETTINGS = 64
+_MODULES_OWN = frozenset(vars(nn.Module())) | {_FACTORY}
 _SHARED = {"torch", "rempart", "numpy", "builtins", "keras"}
 """Packages whose classes networks are made of: an upgrade that changes no answer changes no network."""
 

@@ -81,6 +81,9 @@ class Classifier(nn.Module):
         notes: Sequence[str] = (),
     ) -> None:
         super().__init__()
+        if not 2 <= len(shape) <= 4:
+            hint = "give channels and sides, for example (1, 28, 28); let the network flatten them itself"
+            raise ModelError("a shape of channels and one to three spatial axes", got=tuple(shape), hint=hint)
         if num_classes < 2:
             raise ModelError("num_classes >= 2 (one logit counts as two classes)", got=num_classes)
         names = class_names if isinstance(class_names, tuple) and class_names else tuple(class_names or ())
@@ -92,6 +95,7 @@ class Classifier(nn.Module):
         self.num_classes, self.class_names = num_classes, names
         self.low, self.high, self.output = low, high, output
         self.notes = tuple(notes)
+        self.lends = torch.preserve_format  # how the images lie that the network gets
 
     def forward(self, x: Images) -> Logits:
         """Logits of images in the box, in the dtype of the images.
@@ -127,12 +131,17 @@ class Classifier(nn.Module):
         """
         try:
             with contained("the network to give its outputs"):
-                z: object = self.net(x.clone())
+                z: object = self.net(x.clone(memory_format=self.lends))
         except (RempartError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             if _NO_MEMORY.search(str(error)):
                 raise
+            if self.lends == torch.preserve_format and not x.is_contiguous():
+                self.lends = torch.contiguous_format  # `view` fails on maps that lie channels-last
+                with suppress(Exception):
+                    return self.raw(x)
+                self.lends = torch.preserve_format
             raise self._failed(x, error) from error
         if not isinstance(z, Tensor):
             raise ModelError(
@@ -428,9 +437,12 @@ def check_steady(model: Classifier, x: Images) -> None:
 
 
 def placed(model: nn.Module, x: Images) -> Images:
-    """Images on the device of a model and in its dtype; a model without parameters takes them as they are."""
-    where = next(model.parameters(), x)
-    return x.to(device=where.device, dtype=where.dtype if where.is_floating_point() else x.dtype)
+    """Images on the device of a model, in the dtype of most of its weights; without any, as they are."""
+    where, sizes = next(model.parameters(), x), Counter[torch.dtype]()
+    for parameter in model.parameters():
+        if parameter.is_floating_point():  # a single scale may be of another type than the layers
+            sizes[parameter.dtype] += parameter.numel()
+    return x.to(device=where.device, dtype=sizes.most_common(1)[0][0] if sizes else x.dtype)
 
 
 def plainly_finite(*tensors: Tensor) -> bool:
@@ -502,11 +514,22 @@ def accelerated(model: Classifier, images: Images | None = None) -> Classifier:
         with frozen(fast):
             fast.net = _rewritten(fast.net)
         fast.eval().requires_grad_(False)
-        if len(model.shape) == 3:
-            fast.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        layout = layout_of(model, images)
+        if layout == torch.channels_last:
+            fast.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
         return fast if _agree(model, fast, images) else model
     except Exception:  # noqa: BLE001  networks that cannot be copied or traced are attacked as they are
         return model
+
+
+def layout_of(model: Classifier, images: Images | None = None) -> torch.memory_format:
+    """How images lie in memory for a model: channels-last, which is faster, unless it fails on them, as `view` may."""
+    if len(model.shape) != 3:
+        return torch.contiguous_format
+    some = torch.full((1, *model.shape), model.low) if images is None else images
+    with frozen(model), torch.no_grad(), suppress(Exception):  # what fails on every layout is told elsewhere
+        model.raw(placed(model, some).contiguous(memory_format=torch.channels_last))
+    return torch.channels_last if model.lends == torch.preserve_format else torch.contiguous_format
 
 
 def _agree(model: Classifier, fast: Classifier, images: Images | None) -> bool:
@@ -515,10 +538,9 @@ def _agree(model: Classifier, fast: Classifier, images: Images | None) -> bool:
     Tracing drops what is no operation on tensors: the backward pass of an own `autograd.Function`, `torch.no_grad`.
     Rounding may move a few units across a kink, hence the wide tolerance on gradients.
     """
-    weight = next(model.parameters(), torch.zeros(()))
     generator = torch.Generator().manual_seed(0)
     probe = torch.rand((1, *model.shape), generator=generator) * (model.high - model.low) + model.low
-    probe = probe.to(device=weight.device, dtype=weight.dtype)
+    probe = placed(model, probe)
     if images is not None:
         some = images.to(probe)
         noise = torch.rand(some.shape, generator=generator).to(probe) * (model.high - model.low) + model.low

@@ -57,7 +57,7 @@ def normal(name: str) -> str:
 def whole(text: str) -> int | None:
     """The whole number that a text is, however it is written (7, 07, +7, 7.0, 7e0); None for anything else."""
     number = Decimal(text.strip()) if _WHOLE.fullmatch(text.strip()) else Decimal("0.5")
-    return int(number) if number % 1 == 0 else None
+    return int(number) if number == number.to_integral_value() else None
 
 
 def is_number(text: str) -> bool:
