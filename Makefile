@@ -22,7 +22,7 @@ types: $(VENV)/.test
 	$(BIN)/pyright
 
 unit: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict

@@ -27,11 +27,10 @@ from rempart.models.save import save
 from rempart.models.zoo import build
 
 CHROMIUM = Path("/usr/bin/chromium")
-pytestmark = [
+pytestmark = [  # one story: what a test brings, a later one uses
     pytest.mark.skipif(
         not CHROMIUM.exists() or find_spec("playwright") is None, reason="needs Chromium and playwright"
     ),
-    pytest.mark.xdist_group("browser"),  # one story: what a test brings, a later one uses
 ]
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 FLAGS += ["--disable-background-networking", "--disable-component-update"]
