@@ -27,11 +27,9 @@ from rempart.models.save import save
 from rempart.models.zoo import build
 
 CHROMIUM = Path("/usr/bin/chromium")
-pytestmark = [  # one story: what a test brings, a later one uses
-    pytest.mark.skipif(
-        not CHROMIUM.exists() or find_spec("playwright") is None, reason="needs Chromium and playwright"
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    not CHROMIUM.exists() or find_spec("playwright") is None, reason="needs Chromium and playwright"
+)
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 FLAGS += ["--disable-background-networking", "--disable-component-update"]
 REAL = Path(os.environ.get("REMPART_DATA") or Path(__file__).resolve().parents[2] / "../shared/data")

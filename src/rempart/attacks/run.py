@@ -29,7 +29,6 @@ from rempart.core.model import (
     check_classifier,
     class_number,
     frozen,
-    layout_of,
     metered,
     placed,
 )
@@ -141,7 +140,6 @@ class Prepared:
     judge: Classifier
     meter: Meter
     passes: int
-    layout: torch.memory_format
 
 
 @contextmanager
@@ -156,7 +154,7 @@ def prepared(
         fast = accelerated(model, images) if search is None else search
         passes = PASSES if (varies(model, images) if random is None else random) else 1
         with metered(fast) as meter:
-            yield Prepared(fast, model, meter, passes, layout_of(model, images))
+            yield Prepared(fast, model, meter, passes)
 
 
 def varies(model: Classifier, images: Images) -> bool:
@@ -402,7 +400,7 @@ def _attack(ready: Prepared, job: _Job, batch: Batch, notify: Notify) -> Outcome
     x, y = check_images(ready.judge, x, y)
     x = placed(ready.judge, x)
     y = y.to(x.device)
-    x = x.contiguous(memory_format=ready.layout)
+    x = x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.contiguous_format)
     correct, goal = torch.ones_like(y, dtype=torch.bool), y
     if not job.right or job.target is not None:
         clean = _finite(_logits(ready, x), index)

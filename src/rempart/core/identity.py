@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rempart.core.foreign import names, own
-from rempart.core.model import Classifier, frozen, placed
+from rempart.core.model import TORCHS_OWN, Classifier, frozen, placed
 from rempart.core.repro import Draws, digest_state, seeded
 from rempart.core.types import Images
 
@@ -277,12 +277,11 @@ def _settings(model: nn.Module) -> set[str]:
         f"{path}.{text}"
         for path, module in model.named_modules()
         if type(module).__module__.partition(".")[0] not in _SHARED
-        for text in _plain((key, value) for key, value in vars(module).items() if key not in _MODULES_OWN)
+        for text in _plain((key, value) for key, value in vars(module).items() if key not in {*TORCHS_OWN, _FACTORY})
     }
 
 
 _SETTINGS = 64
-_MODULES_OWN = frozenset(vars(nn.Module())) | {_FACTORY}
 _SHARED = {"torch", "rempart", "numpy", "builtins", "keras"}
 """Packages whose classes networks are made of: an upgrade that changes no answer changes no network."""
 

@@ -353,7 +353,7 @@ def _hidden(model: nn.Module) -> dict[str, nn.Module]:
 
     def search(name: str, module: nn.Module) -> None:
         for key, value in vars(module).items():
-            if key not in _TORCHS_OWN and isinstance(value, _HOLDERS):  # `frozen` asks in every step of a training
+            if key not in TORCHS_OWN and isinstance(value, _HOLDERS):  # `frozen` asks in every step of a training
                 look(f"{name}.{key}" if name else key, value)
 
     for name, module in model.named_modules():
@@ -362,7 +362,7 @@ def _hidden(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-_TORCHS_OWN = frozenset(vars(nn.Module()))
+TORCHS_OWN = frozenset(vars(nn.Module()))
 """Attributes in which torch keeps parameters, buffers, submodules and hooks."""
 _HOLDERS = (nn.Module, dict, list, tuple)
 
@@ -510,11 +510,11 @@ def accelerated(model: Classifier, images: Images | None = None) -> Classifier:
     or where the model has a backward pass of its own, which no copy would keep, the model itself is returned.
     """
     try:
+        layout = layout_of(model, images)  # before it is copied: what is found stays in the model
         fast = copy.deepcopy(model)
         with frozen(fast):
             fast.net = _rewritten(fast.net)
         fast.eval().requires_grad_(False)
-        layout = layout_of(model, images)
         if layout == torch.channels_last:
             fast.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
         return fast if _agree(model, fast, images) else model

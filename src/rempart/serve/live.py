@@ -25,7 +25,7 @@ from rempart.audit import averaged, mean_gradient, preflight
 from rempart.core import files, png
 from rempart.core.data.samples import in_memory
 from rempart.core.errors import DataError, ModelError, SpecError
-from rempart.core.model import Classifier, blind, frozen, layout_of, placed
+from rempart.core.model import Classifier, blind, frozen, placed
 from rempart.core.similarity import psnr, ssim
 from rempart.core.threat import NORMS, Norm, Threat
 from rempart.core.types import Images, Logits
@@ -259,8 +259,9 @@ def predict(target: Classifier | Guarded, x: Images) -> list[Predicted]:
 def _logits(model: Classifier, x: Images, passes: int) -> Logits:
     """As the judge of attacks sees them: mean logits, laid out in memory in the same way."""
     x = placed(model, x)
+    if x.ndim == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
     with frozen(model):
-        x = x.contiguous(memory_format=layout_of(model, x))
         z = mean_logits(model, x, passes).cpu()
     if not bool(z.isfinite().all()):
         raise ModelError("finite logits", got="NaN or infinity", hint="check weights and input range")
