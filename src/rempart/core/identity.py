@@ -273,11 +273,12 @@ def _plain(named: Iterable[tuple[object, object]]) -> Iterator[str]:
 
 def _settings(model: nn.Module) -> set[str]:
     """The plain values that the modules of a network hold, where their classes are the user's own."""
+    own_keys = {*TORCHS_OWN, _FACTORY}
     return {
         f"{path}.{text}"
         for path, module in model.named_modules()
         if type(module).__module__.partition(".")[0] not in _SHARED
-        for text in _plain((key, value) for key, value in vars(module).items() if key not in {*TORCHS_OWN, _FACTORY})
+        for text in _plain((key, value) for key, value in vars(module).items() if key not in own_keys)
     }
 
 

@@ -132,10 +132,8 @@ class Classifier(nn.Module):
         try:
             with contained("the network to give its outputs"):
                 z: object = self.net(x.clone(memory_format=self.lends))
-        except (RempartError, MemoryError, torch.OutOfMemoryError):
-            raise
         except Exception as error:
-            if _NO_MEMORY.search(str(error)):
+            if _said_already(error):
                 raise
             if self.lends == torch.preserve_format and not x.is_contiguous():
                 self.lends = torch.contiguous_format  # `view` fails on maps that lie channels-last
@@ -197,12 +195,16 @@ class Classifier(nn.Module):
         return [size for size in sorted({*_SIZES, len(x)}) if runs(size)] if len(x) else []
 
 
+def _said_already(error: Exception) -> bool:
+    """Whether an error needs no other words: it is one of ours, or memory ran out, which is no fault of a network."""
+    ours = isinstance(error, (RempartError, MemoryError, torch.OutOfMemoryError))
+    return ours or _NO_MEMORY.search(str(error)) is not None
+
+
 def backward_failed(error: Exception) -> ModelError | None:
     """What to say of an error that a backward pass raised; None of any other, and of a lack of memory."""
     through = any(frame.f_globals.get("__name__") == "torch.autograd" for frame, _ in walk_tb(error.__traceback__))
-    if not through or isinstance(error, (RempartError, MemoryError, torch.OutOfMemoryError)):
-        return None
-    if _NO_MEMORY.search(str(error)):
+    if not through or _said_already(error):
         return None
     return ModelError(
         "a network that gives gradients for batches of every size",
@@ -264,11 +266,11 @@ def frozen(model: nn.Module) -> Generator[None]:
     buffers = [
         (m, name, b if _plain(b) else b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)
     ]  # of sparse and quantised ones, whose numbers cannot be joined, a copy is put back
-    places: dict[torch.device, list[Tensor]] = {}
+    by_device: dict[torch.device, list[Tensor]] = {}
     for _, _, buffer in buffers:
         if _plain(buffer):
-            places.setdefault(buffer.device, []).append(buffer)
-    before = [_joined(place) for place in places.values()]
+            by_device.setdefault(buffer.device, []).append(buffer)
+    before = [_joined(there) for there in by_device.values()]
     try:
         for module, _ in modes:
             module.training = False
@@ -282,11 +284,11 @@ def frozen(model: nn.Module) -> Generator[None]:
             parameter.requires_grad_(flag)
         with torch.no_grad():
             for module, name, buffer in buffers:
-                setattr(module, name, buffer)  # a forward pass may have put another tensor in its place
-            for place, joined in zip(places.values(), before, strict=True):
-                if torch.equal(_joined(place), joined):  # one question for all: each would make a GPU wait
+                setattr(module, name, buffer)  # a forward pass may have put another tensor in its there
+            for there, joined in zip(by_device.values(), before, strict=True):
+                if torch.equal(_joined(there), joined):  # one question for all: each would make a GPU wait
                     continue
-                for buffer, kept in zip(place, joined.split([b.nbytes for b in place]), strict=True):
+                for buffer, kept in zip(there, joined.split([b.nbytes for b in there]), strict=True):
                     if not torch.equal(_bytes(buffer), kept):
                         buffer.copy_(kept.clone().view(buffer.dtype).view(buffer.shape))
 

@@ -128,9 +128,8 @@ def _kind(node: Any) -> Ending:
         return "unknown"
     if _source(before[0]) == "Tanh":  # a hidden layer: as shares, its values would have been moved to [0, 1]
         return "linear"
-    ends, limited = _ends(
-        before[0]
-    )  # weights on shares may take their mean, and the graph does not show whether they do
+    # weights on shares may take their mean, and the graph does not show whether they do
+    ends, limited = _ends(before[0])
     return "unknown" if limited or any(_is_bounded(end) for end in ends) else "linear"
 
 
