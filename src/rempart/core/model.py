@@ -5,7 +5,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import chain
 from traceback import walk_tb
@@ -25,6 +25,7 @@ from rempart.core.types import Images, Logits
 
 Output = Literal["logits", "probabilities", "sigmoids"]
 _SIZES = (1, 2, 3, 4, 5, 8, 10, 12, 16, 20, 24, 32, 50, 64, 100, 128)  # of batches that a network may be made for
+_LAYOUT = re.compile("contiguous|stride")  # words of torch's errors on how a tensor lies in memory
 _NO_MEMORY = re.compile("out of memory|can't allocate memory|ALLOC_FAILED")  # torch has no class for each of them
 _PASSES = 8  # after which a network that changes itself shows it
 
@@ -135,7 +136,7 @@ class Classifier(nn.Module):
         except Exception as error:
             if _said_already(error):
                 raise
-            if self.lends == torch.preserve_format and not x.is_contiguous():
+            if self.lends == torch.preserve_format and not x.is_contiguous() and _LAYOUT.search(str(error)):
                 self.lends = torch.contiguous_format  # `view` fails on maps that lie channels-last
                 with suppress(Exception):
                     return self.raw(x)
@@ -284,7 +285,7 @@ def frozen(model: nn.Module) -> Generator[None]:
             parameter.requires_grad_(flag)
         with torch.no_grad():
             for module, name, buffer in buffers:
-                setattr(module, name, buffer)  # a forward pass may have put another tensor in its there
+                setattr(module, name, buffer)  # a forward pass may have put another tensor in its place
             for there, joined in zip(by_device.values(), before, strict=True):
                 if torch.equal(_joined(there), joined):  # one question for all: each would make a GPU wait
                     continue
@@ -511,8 +512,8 @@ def accelerated(model: Classifier, images: Images | None = None) -> Classifier:
     `images`, because a model may treat noise otherwise than images. Where the copy cannot be made or differs,
     or where the model has a backward pass of its own, which no copy would keep, the model itself is returned.
     """
+    layout = layout_of(model, images)  # before it is copied: what is found stays in the model
     try:
-        layout = layout_of(model, images)  # before it is copied: what is found stays in the model
         fast = copy.deepcopy(model)
         with frozen(fast):
             fast.net = _rewritten(fast.net)
@@ -525,11 +526,16 @@ def accelerated(model: Classifier, images: Images | None = None) -> Classifier:
 
 
 def layout_of(model: Classifier, images: Images | None = None) -> torch.memory_format:
-    """How images lie in memory for a model: channels-last, which is faster, unless it fails on them, as `view` may."""
+    """How images lie in memory for a model: channels-last, which is faster, unless it fails on them, as `view` may.
+
+    Raises:
+        ModelError: If the model fails on `images` however they lie; without any, a blank one is tried, which it may
+            not be made for.
+    """
     if len(model.shape) != 3:
         return torch.contiguous_format
     some = torch.full((1, *model.shape), model.low) if images is None else images
-    with frozen(model), torch.no_grad(), suppress(Exception):  # what fails on every layout is told elsewhere
+    with frozen(model), torch.no_grad(), suppress(Exception) if images is None else nullcontext():
         model.raw(placed(model, some).contiguous(memory_format=torch.channels_last))
     return torch.channels_last if model.lends == torch.preserve_format else torch.contiguous_format
 
