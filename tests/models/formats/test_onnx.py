@@ -16,7 +16,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from torch import nn
+from torch import Tensor, nn
 
 import rempart
 from rempart.attacks import attack_batch
@@ -408,6 +408,23 @@ def test_a_conversion_that_gives_something_else_is_not_used(tmp_path: Path, monk
     assert blind(load(path)) is None
     monkeypatch.setattr(module, "OPERATORS", {**module.OPERATORS, "Exp": lambda x: torch.exp(x) * 1.001})
     assert "differ from those of onnxruntime by 0.001" in str(blind(load(path)))
+
+
+def test_rounding_that_a_network_magnifies_is_no_difference() -> None:
+    """The sine of a sum near 17,000, in float32 and in float64, which differ by more than `TOLERANCE`."""
+    import rempart.models.formats.onnx as module
+
+    probe = 255 * np.random.default_rng(0).random((5, *SHAPE), dtype=np.float32)
+
+    class Sine(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sin(2 * x.flatten(1).sum(1, keepdim=True))
+
+    total = 2 * probe.astype(np.float64).reshape(5, -1).sum(1, keepdims=True)
+    assert np.abs(Sine()(torch.from_numpy(probe)).numpy() - np.sin(total)).max() > module.TOLERANCE
+    assert module._difference(Sine(), None, [probe], [np.sin(total)]) == ""
+    for wrong in (np.cos(total), np.sin(total) + 0.02, np.full_like(total, np.nan)):
+        assert "differ from" in module._difference(Sine(), None, [probe], [wrong])
 
 
 def test_an_audit_without_gradients_says_so(solved: str) -> None:
