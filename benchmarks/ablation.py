@@ -29,11 +29,11 @@ from torch import Tensor
 
 from rempart.attacks import attack_data
 from rempart.attacks.cascade import STAGES, Stage, climb
-from rempart.core.data import Data, open_data
 from rempart.core.model import Classifier
 from rempart.core.repro import Draws, environment
 from rempart.core.threat import Threat
 from rempart.core.types import Images, Labels
+from rempart.data import Data, open_data
 from rempart.models.load import load
 
 RESULT = Path(__file__).parent / "results" / "ablation.json"

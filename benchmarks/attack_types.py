@@ -25,14 +25,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
-from rempart.core.data import Data, open_data
 from rempart.core.model import Classifier
 from rempart.core.repro import environment
 from rempart.core.stats import wilson
 from rempart.core.threat import Threat
-from rempart.detect.catalogue import Learning
-from rempart.detect.fitted import Fitted, calibrate, fit
+from rempart.data import Data, open_data
 from rempart.detect.protocol import Crafting, gather, split
+from rempart.detectors.catalogue import Learning
+from rempart.detectors.fitted import Fitted, calibrate, fit
 from rempart.models.load import load
 
 RESULT = Path(__file__).parent / "results" / "attack_types.json"

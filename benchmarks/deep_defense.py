@@ -40,11 +40,11 @@ from torch.nn.functional import cross_entropy
 
 from rempart import models
 from rempart.attacks.losses import climb_direction, score
-from rempart.core.data import Data, open_data
 from rempart.core.model import Classifier, frozen
 from rempart.core.repro import Draws, environment
 from rempart.core.stats import student, wilson
-from rempart.train.objectives.deep_defense import Plan, deep_defense, perturbations, ratios
+from rempart.data import Data, open_data
+from rempart.objectives.deep_defense import Plan, deep_defense, perturbations, ratios
 
 RESULT = Path(__file__).parent / "results" / "deep_defense.json"
 METHODS = ("reference", "fine-tuned", "parseval", "adversarial-fgs", "adversarial-deepfool", "deep-defense")

@@ -32,7 +32,7 @@ from torch.nn.functional import cross_entropy
 from deep_defense import SPACES, Bench, Settings, fit, fresh, plain, read
 from rempart.core.model import Classifier
 from rempart.core.repro import Draws, environment
-from rempart.train.objectives import deep_defense
+from rempart.objectives import deep_defense
 
 RESULT = Path(__file__).parent / "results" / "deep_defense_speed.json"
 Loss = Callable[[Classifier, Tensor, Tensor], Tensor]

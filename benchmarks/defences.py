@@ -23,17 +23,18 @@ from typing import Any
 
 import torch
 
-from rempart.core.data import open_data
 from rempart.core.errors import TrainError
 from rempart.core.repro import environment
 from rempart.core.stats import student
 from rempart.core.threat import Threat
+from rempart.data import open_data
 from rempart.models import load
+from rempart.objectives.catalogue import objectives
 from rempart.report import store
 from rempart.report.compare import WORST, compare
 from rempart.report.schema import AuditSpec, Report, TrainSpec
 from rempart.tasks import run
-from rempart.train import load_recipe, objectives, train
+from rempart.train import load_recipe, train
 
 RESULTS = Path(__file__).parent / "results" / "defences.json"
 EPOCHS = 3

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rempart.core.repro import environment
-from rempart.detect import detectors
+from rempart.detectors import detectors
 from rempart.report import store
 from rempart.report.schema import AttackChoice, Detection, DetectorChoice, DetectSpec, Report, TrainSpec
 from rempart.tasks import run

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 from rempart import models
-from rempart.core.data import Data, open_data
 from rempart.core.features import blocks, moved
 from rempart.core.model import Classifier, frozen
 from rempart.core.repro import Draws, environment
+from rempart.data import Data, open_data
 
 RESULT = Path(__file__).parent / "results" / "explain_cost.json"
 PLAIN = (64, 128, 256)

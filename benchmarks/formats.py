@@ -33,9 +33,9 @@ import torch
 from torch import Tensor, nn
 
 import rempart
-from rempart.core.data import Data, open_data
 from rempart.core.model import Classifier, Normalize
 from rempart.core.repro import environment
+from rempart.data import Data, open_data
 from rempart.models import build, load, save
 from rempart.models.save import Config
 from rempart.report.schema import AuditSpec

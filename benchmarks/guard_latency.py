@@ -30,10 +30,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 
-from rempart.core.data import open_data
 from rempart.core.model import Classifier
 from rempart.core.repro import environment
-from rempart.detect import Fitted, Learning, Threshold, detectors, fit
+from rempart.data import open_data
+from rempart.detectors import Fitted, Learning, Threshold, detectors, fit
 from rempart.guard import Guarded
 from rempart.models import build, load
 

@@ -30,11 +30,11 @@ from torch import Tensor
 
 from rempart import models
 from rempart.attacks import attack_batch, attacks
-from rempart.core.data import Data, open_data
 from rempart.core.model import Classifier
 from rempart.core.repro import environment
 from rempart.core.stats import median_interval
 from rempart.core.threat import Norm, Threat
+from rempart.data import Data, open_data
 from rempart.train import load_recipe, train
 
 with warnings.catch_warnings():

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 
 from rempart.attacks import attack_data
-from rempart.core.data import open_data
 from rempart.core.repro import environment
 from rempart.core.stats import Rate, wilson
 from rempart.core.threat import Threat
+from rempart.data import open_data
 from rempart.models import load
 from rempart.preprocess import defended, described, preprocessors
 from rempart.report.schema import AuditSpec, DefenceChoice, TrainSpec

@@ -36,8 +36,8 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
-from rempart.core.data import open_data
 from rempart.core.repro import environment
+from rempart.data import open_data
 
 RESULT = Path(__file__).parent / "results" / "service_load.json"
 API = "/api/v1"

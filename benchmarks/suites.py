@@ -34,11 +34,11 @@ from torch import Tensor
 
 from rempart.attacks import attack_data
 from rempart.attacks.suites import suite
-from rempart.core.data import Data, open_data
 from rempart.core.model import Classifier, frozen, metered
 from rempart.core.repro import environment
 from rempart.core.stats import wilson
 from rempart.core.threat import Threat
+from rempart.data import Data, open_data
 from rempart.models.load import load
 
 RESULT = Path(__file__).parent / "results" / "suites.json"

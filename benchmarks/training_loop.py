@@ -25,9 +25,9 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
 
-from rempart.core.data import Data, open_data
 from rempart.core.model import Classifier
 from rempart.core.repro import environment
+from rempart.data import Data, open_data
 from rempart.models import build
 from rempart.train import load_recipe, train
 

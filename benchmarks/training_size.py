@@ -27,10 +27,10 @@ import torch
 from torch import nn
 
 from rempart import models
-from rempart.core.data import Data
 from rempart.core.model import Classifier, frozen
 from rempart.core.repro import Draws, environment
-from rempart.train.objectives import objectives
+from rempart.data import Data
+from rempart.objectives import objectives
 
 RESULT = Path(__file__).parent / "results" / "training_size.json"
 LIMIT = 8192  # MiB

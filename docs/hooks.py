@@ -17,18 +17,18 @@ import rempart
 from rempart import cli, listing
 from rempart.attacks import SUITES, attacks
 from rempart.attacks.suites import suite
-from rempart.core import errors, files
-from rempart.core.data import arrays, tables
+from rempart.core import errors
 from rempart.core.registry import Entry, bounds_of
 from rempart.core.stats import Rate
 from rempart.core.threat import Threat
-from rempart.detect import detectors
+from rempart.data import arrays, files, tables
+from rempart.detectors import detectors
 from rempart.models.zoo import models
+from rempart.objectives import objectives
 from rempart.preprocess import preprocessors
 from rempart.report import text
 from rempart.report.schema import AttackResult, Report
 from rempart.train.config import Settings, load_recipe, recipe_names
-from rempart.train.objectives import objectives
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 MARK = "<!-- results -->"
@@ -228,10 +228,10 @@ def _data() -> str:
             "spec names another.",
             table(("form", "meaning"), rows),
             "## In detail",
-            "::: rempart.core.data.open_data",
-            "::: rempart.core.data.tables.with_patients",
-            "::: rempart.core.data.samples.Data",
-            "::: rempart.core.data.samples.Batch",
+            "::: rempart.data.open_data",
+            "::: rempart.data.tables.with_patients",
+            "::: rempart.data.samples.Data",
+            "::: rempart.data.samples.Batch",
             "## Limits",
             "Archives and images are untrusted input. The limits are constants.",
             *(
@@ -253,7 +253,7 @@ def _python() -> str:
         "`import rempart` gives the names of the first section and loads them on first use. `open_data` and `Data` are "
         "on [the page about data](data.md).",
         "## rempart",
-        *(f"::: {o.__module__}.{o.__qualname__}" for o in public if not o.__module__.startswith("rempart.core.data")),
+        *(f"::: {o.__module__}.{o.__qualname__}" for o in public if not o.__module__.startswith("rempart.data")),
     ]
     for title, names in _FURTHER.items():
         parts += [f"## {title}", *(f"::: rempart.{name}" for name in names)]
@@ -289,11 +289,11 @@ _FURTHER = {
         *(f"core.repro.{name}" for name in ("Draws",)),
         *(f"core.registry.{name}" for name in ("Registry", "Entry")),
         "models.zoo.build",
-        *(f"train.objectives.catalogue.{name}" for name in ("Objective", "Loss")),
+        *(f"objectives.catalogue.{name}" for name in ("Objective", "Loss")),
     ],
     "Detectors": [
-        *(f"detect.fitted.{name}" for name in ("fit", "calibrate", "save", "load", "Fitted", "Card", "Threshold")),
-        *(f"detect.catalogue.{name}" for name in ("Detector", "Learning", "Fit", "Score", "Name", "detectors")),
+        *(f"detectors.fitted.{name}" for name in ("fit", "calibrate", "save", "load", "Fitted", "Card", "Threshold")),
+        *(f"detectors.catalogue.{name}" for name in ("Detector", "Learning", "Fit", "Score", "Name", "detectors")),
     ],
     "Explanation": [
         *(f"explain.run.{name}" for name in ("explain",)),

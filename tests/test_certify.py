@@ -29,11 +29,11 @@ from rempart.certify import (
     section,
     smoothed,
 )
-from rempart.core.data import Data, open_data
 from rempart.core.errors import Cancelled, DataError, ModelError, SpecError, ThreatError
 from rempart.core.events import Event
 from rempart.core.model import Classifier, Normalize
 from rempart.core.threat import NORMS, Norm, Threat, vector_norm
+from rempart.data import Data, open_data
 
 
 def data_of(model: Classifier, x: Tensor, y: Tensor, numbers: Tensor | None = None) -> Data:

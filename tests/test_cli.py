@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from rempart import cli
-from rempart.core.data import open_data
+from rempart.data import open_data
 from rempart.models import load
 from rempart.report import store
 from rempart.report.schema import Report
@@ -136,7 +136,7 @@ def test_attack_keeps_the_images_it_was_judged_on(
     file = tmp_path / "adversarial.npz"
     arguments = ["--data", "digits:test[:30]", "--attack", "pgd", "--threat", "linf:0.2", "--target", "7"]
     assert rempart("attack", trained, *arguments, "--out", file, capsys=capsys)[0] == 0
-    from rempart.core.data import open_data
+    from rempart.data import open_data
     from rempart.models.load import load
 
     model, data = load(str(trained)), open_data("digits:test[:30]")

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from rempart import tasks
-from rempart.core.data import Data, open_data
 from rempart.core.errors import DataError, ModelError, SpecError
 from rempart.core.stats import auroc, wilson
 from rempart.core.threat import Threat
-from rempart.detect import load as load_detector
+from rempart.data import Data, open_data
 from rempart.detect import run as running
 from rempart.detect.protocol import split
+from rempart.detectors import load as load_detector
 from rempart.models import load
 from rempart.report import store
 from rempart.report.compare import compare, gate
@@ -43,7 +43,7 @@ MODEL = "python:means_of_digits:classifier"
 PROGRAM = """
 import torch
 from torch import nn
-from rempart.core.data import open_data
+from rempart.data import open_data
 from rempart.core.model import BlackBox, Classifier
 
 def classifier():

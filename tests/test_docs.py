@@ -25,14 +25,14 @@ from rempart.attacks import SUITES, attack_batch, attacks
 from rempart.core.model import Classifier
 from rempart.core.repro import Draws
 from rempart.core.threat import Threat
-from rempart.detect import detectors
+from rempart.detectors import detectors
 from rempart.models import load
 from rempart.models.zoo import models
+from rempart.objectives import objectives
 from rempart.preprocess import preprocessors
 from rempart.report import store
 from rempart.report.schema import AttackChoice, AuditSpec
 from rempart.train.config import load_recipe, recipe_names
-from rempart.train.objectives import objectives
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rempart.train.objectives import objectives
+from rempart.objectives import objectives
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 

@@ -20,12 +20,12 @@ from PIL import Image
 from torch import Tensor
 
 import rempart
-from rempart import detect
+from rempart import detectors as detect
 from rempart.core.errors import DataError, ModelError, SpecError
 from rempart.core.model import Classifier, metered
 from rempart.core.repro import Draws
-from rempart.detect import Learning, State, detectors
-from rempart.detect.catalogue import Score
+from rempart.detectors import Learning, State, detectors
+from rempart.detectors.catalogue import Score
 from rempart.guard import GUARD, Guarded, guard, load_guard, save_guard
 from rempart.models import build, save
 from rempart.models import load as load_model

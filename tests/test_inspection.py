@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from rempart.cli import app
-from rempart.core.data import Data, open_data
-from rempart.core.data.samples import in_memory
 from rempart.core.model import Classifier
+from rempart.data import Data, open_data
+from rempart.data.samples import in_memory
 from rempart.inspection import _balanced, _differences, described, inspect_model
 from rempart.models import build, load, save
 from rempart.report.schema import Reading
@@ -163,7 +163,7 @@ FOREIGN = """
 import torch
 from torch import nn
 from rempart import Classifier
-from rempart.core.data import open_data
+from rempart.data import open_data
 
 
 class Nearest(nn.Module):

@@ -12,10 +12,10 @@ import torch
 
 from rempart import runs, tasks
 from rempart.attacks import attack_data
-from rempart.core.data import open_data
 from rempart.core.errors import Cancelled, SpecError
 from rempart.core.events import Event
 from rempart.core.threat import Threat
+from rempart.data import open_data
 from rempart.models import load
 from rempart.report import store
 from rempart.report.schema import AuditSpec, Report, Training, TrainSpec

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rempart.attacks import Outcome, attack_batch, attack_data
-    from rempart.core.data import Data, open_data
     from rempart.core.model import Classifier, Normalize
     from rempart.core.threat import Threat
+    from rempart.data import Data, open_data
     from rempart.guard import Guarded, load_guard
     from rempart.models import load, save
     from rempart.report.schema import Report

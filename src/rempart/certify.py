@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from rempart.attacks.losses import undefined
 from rempart.attacks.run import attack_data, check_images
 from rempart.core import given
-from rempart.core.data import Data
-from rempart.core.data.samples import spread
 from rempart.core.errors import DataError, ModelError, SpecError
 from rempart.core.events import Event, Notify, silent
 from rempart.core.model import Classifier, accelerated, frozen, placed
@@ -28,6 +26,8 @@ from rempart.core.repro import Draws
 from rempart.core.stats import clopper_pearson, wilson
 from rempart.core.threat import Norm, Threat
 from rempart.core.types import Images, Labels, Logits, Mask, Scores
+from rempart.data import Data
+from rempart.data.samples import spread
 from rempart.report.schema import Bracket, Certificate, Curve
 
 ABSTAIN = -1

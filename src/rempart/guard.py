@@ -19,19 +19,19 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from rempart import detect
-from rempart.core import files, given
-from rempart.core.data import Data, open_data
-from rempart.core.data.samples import in_memory
+from rempart import detectors as detect
+from rempart.attacks.recognition import look, recognised
+from rempart.core import given
 from rempart.core.disk import refuse_folder, replace, unread
 from rempart.core.errors import DataError, ModelError, SpecError
 from rempart.core.model import Classifier, frozen, placed
-from rempart.core.recognition import look, recognised
 from rempart.core.repro import seeded
 from rempart.core.threat import rounding
 from rempart.core.types import Images, Labels, Logits, Mask, Scores
-from rempart.detect import Fitted
-from rempart.detect.fitted import CARD
+from rempart.data import Data, files, open_data
+from rempart.data.samples import in_memory
+from rempart.detectors import Fitted
+from rempart.detectors.fitted import CARD
 from rempart.models.formats import PYTHON
 from rempart.models.formats.hugging_face import PARTS, is_hugging_face
 from rempart.models.formats.named import is_timm

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from rempart.audit import preflight
 from rempart.audit.checks import above_chance
-from rempart.core.data import Data, open_data
 from rempart.core.errors import DataError, ModelError
 from rempart.core.model import Classifier, Normalize, blind, frozen, placed
 from rempart.core.repro import seeded
 from rempart.core.types import Images
+from rempart.data import Data, open_data
 from rempart.models import card, load
 from rempart.models.formats import PYTHON
 from rempart.models.formats.hugging_face import is_hugging_face

@@ -9,7 +9,7 @@ from rempart.attacks.suites import suite
 from rempart.core.errors import SpecError
 from rempart.core.registry import Entry, bounds_of, suggestion
 from rempart.core.threat import Threat
-from rempart.detect import Detector, detectors
+from rempart.detectors import Detector, detectors
 from rempart.models.zoo import models
 from rempart.preprocess import Traits, preprocessors
 from rempart.train.config import load_recipe, recipe_names

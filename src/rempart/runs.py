@@ -7,13 +7,13 @@ from typing import Literal
 
 import numpy as np
 
-from rempart.core.data import open_data
 from rempart.core.disk import replace as write_whole
 from rempart.core.errors import Cancelled, SpecError
 from rempart.core.events import Event, Notify, silent
 from rempart.core.identity import identity
 from rempart.core.repro import environment
 from rempart.core.threat import Threat
+from rempart.data import open_data
 from rempart.models.formats import PYTHON
 from rempart.models.load import load
 from rempart.report import compare as comparing

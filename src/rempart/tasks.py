@@ -42,7 +42,6 @@ from rempart.certify import (
     join,
     section,
 )
-from rempart.core.data import ADVERSARIAL, TRUE, Data, one_image, open_data, with_patients
 from rempart.core.disk import replace
 from rempart.core.errors import Cancelled, DataError, RempartError, SpecError
 from rempart.core.events import Notify, silent
@@ -52,11 +51,12 @@ from rempart.core.ranks import ALONE, Ranks, launched, ranks
 from rempart.core.repro import environment, seeded
 from rempart.core.stats import Rate, wilson
 from rempart.core.threat import Norm
-from rempart.detect import detectors
-from rempart.detect import save as save_detector
+from rempart.data import ADVERSARIAL, TRUE, Data, one_image, open_data, with_patients
 from rempart.detect.evaluate import alone
-from rempart.detect.fitted import CARD, STATE
 from rempart.detect.run import crafts, judged, labelled, means, parts, sets
+from rempart.detectors import detectors
+from rempart.detectors import save as save_detector
+from rempart.detectors.fitted import CARD, STATE
 from rempart.explain import Subject, explain, layers_of, trend
 from rempart.explain.contribution import run_once
 from rempart.models.load import card, load

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from rempart.core.data import open_data
 from rempart.core.model import Classifier, Normalize
+from rempart.data import open_data
 
 
 @dataclass(frozen=True)

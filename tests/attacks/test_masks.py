@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from rempart.attacks import attack_batch, attacks
-from rempart.core.data import open_data
 from rempart.core.errors import DataError, ThreatError
 from rempart.core.model import Classifier
 from rempart.core.threat import Threat
+from rempart.data import open_data
 
 SHAPE = (1, 4, 4)
 FEW: Mapping[str, dict[str, Any]] = {

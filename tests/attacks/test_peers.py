@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from rempart.attacks import attack_batch
-from rempart.core.data import open_data
 from rempart.core.model import Classifier
 from rempart.core.threat import Threat
+from rempart.data import open_data
 from rempart.models import build
 from rempart.train import load_recipe, train
 

@@ -11,11 +11,11 @@ import toys
 from audit.planted import Function
 from rempart.attacks import attack_batch, attack_data, attacks
 from rempart.attacks.run import check_images, join, native, targets
-from rempart.core.data import Data
 from rempart.core.errors import AttackError, DataError, ModelError, RempartError, SpecError, ThreatError
 from rempart.core.events import Event
 from rempart.core.model import Classifier
 from rempart.core.threat import Norm, Threat
+from rempart.data import Data
 
 LEVEL = 1 / 255
 

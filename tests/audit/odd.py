@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from audit.planted import Reversed, Rounded
 from rempart.audit import audit
-from rempart.core.data import Data
 from rempart.core.model import Classifier, Output, placed
 from rempart.core.types import Images, Labels, Logits, Mask, Scores
+from rempart.data import Data
 from rempart.report.schema import AuditSpec, ModelCard, Report
 
 SHAPE = (1, 1, 3)

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from rempart.attacks import Verdict, attack_data, pgd
-from rempart.core.data import Data, open_data
 from rempart.core.model import Classifier, frozen
 from rempart.core.repro import Draws
 from rempart.core.threat import Threat
+from rempart.data import Data, open_data
 
 EPS = 0.1
 THREAT = Threat(norm="linf", eps=EPS)

@@ -16,11 +16,11 @@ import toys
 from alike import differences
 from rempart.attacks import attack_data
 from rempart.audit import Audit, audit, plan
-from rempart.core.data import Data
 from rempart.core.errors import Cancelled, SpecError, ThreatError
 from rempart.core.events import Event, silent
 from rempart.core.model import Classifier
 from rempart.core.threat import Threat
+from rempart.data import Data
 from rempart.report.schema import AttackChoice, AuditSpec, Curve, ModelCard, Report, unpack
 from rempart.report.text import verdict
 

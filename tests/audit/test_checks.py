@@ -15,10 +15,10 @@ from rempart.attacks import Outcome, Verdict, attack_batch, attack_data
 from rempart.attacks.losses import climb_direction, score
 from rempart.audit import checks, remedies
 from rempart.audit.checks import RULES, above_chance, diagnose, stamp
-from rempart.core.data import Data
 from rempart.core.errors import Cancelled, ModelError
 from rempart.core.model import Classifier, frozen
 from rempart.core.threat import Threat
+from rempart.data import Data
 from rempart.report.schema import ACCURACY, Check
 
 SHAPE = (1, 4, 4)

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 import toys
 from rempart.audit import Audit, audit
 from rempart.audit.classes import by_class, read_pairs
-from rempart.core.data import Data
 from rempart.core.errors import SpecError, ThreatError
 from rempart.core.events import Event, silent
 from rempart.core.model import BlackBox, Classifier
 from rempart.core.stats import wilson
+from rempart.data import Data
 from rempart.report.schema import AttackChoice, AuditSpec, ModelCard, Report
 
 EPS = 0.1

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import rempart
-from rempart.core.data import open_data
 from rempart.core.errors import DataError, ThreatError
+from rempart.data import open_data
 from rempart.report.html import page
 from rempart.report.schema import AttackChoice, AttackSpec, AuditSpec, Report
 from rempart.report.text import table

@@ -13,10 +13,10 @@ import toys
 from audit.planted import Function, behind
 from rempart.attacks import attack_batch
 from rempart.audit import preflight
-from rempart.core.data.samples import in_memory, spread
 from rempart.core.errors import ModelError
 from rempart.core.model import Classifier
 from rempart.core.threat import Threat
+from rempart.data.samples import in_memory, spread
 from rempart.models import load
 from rempart.report.schema import Reading
 

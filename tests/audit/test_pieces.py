@@ -19,12 +19,12 @@ from rempart import tasks
 from rempart.attacks.run import Verdict
 from rempart.audit import Audit, Planned, audit
 from rempart.audit.pieces import Piece, Pieces, attack_chunk, chunks, kept_in, stored, varied
-from rempart.core.data import Data
 from rempart.core.errors import RempartError
 from rempart.core.events import Event, silent
 from rempart.core.model import Classifier
 from rempart.core.ranks import ranks
 from rempart.core.threat import Threat
+from rempart.data import Data
 from rempart.report.schema import AttackChoice, AuditSpec, ModelCard, Report, TrainSpec
 from rempart.report.store import read
 

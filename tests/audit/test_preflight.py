@@ -11,10 +11,10 @@ import toys
 from audit.planted import Function
 from rempart.attacks import attack_batch
 from rempart.audit import preflight
-from rempart.core.data import Data
 from rempart.core.errors import DataError, ModelError
 from rempart.core.model import Classifier
 from rempart.core.threat import Threat
+from rempart.data import Data
 from rempart.report.schema import Check
 
 SHAPE = (1, 4, 4)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 import toys
 from rempart.attacks.run import varies
 from rempart.audit import is_random, preflight
-from rempart.core.data.samples import in_memory
 from rempart.core.errors import ModelError
 from rempart.core.model import Classifier, frozen
 from rempart.core.repro import seeded
+from rempart.data.samples import in_memory
 
 SHAPE = (1, 4, 4)
 OWN = torch.Generator().manual_seed(0)

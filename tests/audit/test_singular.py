@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from rempart.audit import Audit, audit
 from rempart.audit.preflight import preflight
 from rempart.certify import ABSTAIN, Sampling, attack_smoothed, certify, predict
-from rempart.core.data import Data
 from rempart.core.errors import ModelError
 from rempart.core.model import Classifier
 from rempart.core.threat import Threat
+from rempart.data import Data
 from rempart.report.html import page
 from rempart.report.schema import AuditSpec, ModelCard, Report
 from rempart.report.text import table

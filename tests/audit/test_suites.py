@@ -7,10 +7,10 @@ from torch import nn
 import toys
 from rempart.attacks.suites import SUITES, suite
 from rempart.audit import audit, plan
-from rempart.core.data import Data
 from rempart.core.errors import SpecError
 from rempart.core.model import Classifier
 from rempart.core.threat import NORMS, Norm, Threat
+from rempart.data import Data
 from rempart.report.schema import AuditSpec, ModelCard
 
 KINDS = {

@@ -21,13 +21,13 @@ import toys
 from rempart.attacks import Attack, Outcome, Traits, attack_batch, attack_data
 from rempart.attacks.run import TargetRule, join, native, targets
 from rempart.audit import preflight
-from rempart.core.data import Data
 from rempart.core.errors import AttackError, Cancelled, ModelError, ThreatError
 from rempart.core.events import Event
 from rempart.core.model import Classifier
 from rempart.core.registry import Entry
 from rempart.core.repro import Draws
 from rempart.core.threat import Norm, Threat, vector_norm
+from rempart.data import Data
 
 AttackEntry = Entry[Attack, Traits]
 Options = Mapping[str, Any]

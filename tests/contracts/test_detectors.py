@@ -19,7 +19,7 @@ import toys
 from contracts.test_objectives import _mixed, _unchanged
 from rempart.core.model import Classifier, frozen
 from rempart.core.repro import Draws
-from rempart.detect import Detector, Learning, State, detectors
+from rempart.detectors import Detector, Learning, State, detectors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import toys
-from rempart.core.data import Data
 from rempart.core.errors import ModelError, ThreatError
 from rempart.core.model import Classifier, frozen
 from rempart.core.repro import Draws
 from rempart.core.threat import Threat
-from rempart.train.objectives import Loss, Objective, awp, objectives
-from rempart.train.objectives.catalogue import boxed, hits
+from rempart.data import Data
+from rempart.objectives import Loss, Objective, awp, objectives
+from rempart.objectives.catalogue import boxed, hits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,11 +13,11 @@ from rempart.attacks.run import check_images
 from rempart.audit import audit
 from rempart.certify import certify, predict
 from rempart.core import given
-from rempart.core.data import open_data
-from rempart.core.data.samples import in_memory
 from rempart.core.errors import DataError, ModelError, ThreatError
-from rempart.detect.catalogue import Learning
-from rempart.detect.fitted import fit
+from rempart.data import open_data
+from rempart.data.samples import in_memory
+from rempart.detectors.catalogue import Learning
+from rempart.detectors.fitted import fit
 from rempart.report.schema import AttackChoice, AuditSpec, ModelCard
 
 MODEL = toys.linear()

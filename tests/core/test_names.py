@@ -14,10 +14,10 @@ from torch import nn
 
 from rempart.audit.preflight import preflight
 from rempart.audit.risk import read_costs
-from rempart.core.data import Data, open_data
 from rempart.core.errors import DataError
 from rempart.core.model import Classifier, class_number
 from rempart.core.names import find, whole
+from rempart.data import Data, open_data
 
 STEP = 15
 

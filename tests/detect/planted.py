@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from rempart.core.model import Classifier
-from rempart.detect.catalogue import Detector
-from rempart.detect.fitted import Card, Fitted, Threshold
+from rempart.detectors.catalogue import Detector
+from rempart.detectors.fitted import Card, Fitted, Threshold
 
 
 def planted(

@@ -10,8 +10,8 @@ from detect.planted import first_pixel, planted
 from rempart.core.stats import auroc, wilson
 from rempart.core.threat import Threat
 from rempart.detect import evaluate
-from rempart.detect.catalogue import Learning
 from rempart.detect.evaluate import Scored, alone, false_alarms, scored, separations, under_evasion, with_rejection
+from rempart.detectors.catalogue import Learning
 from rempart.report.schema import ALL, KNOWS
 
 LINF = Threat.parse("linf:0.1")

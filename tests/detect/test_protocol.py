@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import toys
-from rempart.core.data import Data
 from rempart.core.errors import DataError, ThreatError
 from rempart.core.threat import Threat
+from rempart.data import Data
 from rempart.detect.protocol import Crafting, gather, split
 from rempart.detect.run import parts as parts_of
 from rempart.report.schema import AttackChoice, DetectorChoice, DetectSpec

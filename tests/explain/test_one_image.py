@@ -11,9 +11,9 @@ from PIL import Image
 import toys
 from rempart import tasks
 from rempart.audit import EOT
-from rempart.core.data import open_data
 from rempart.core.errors import DataError, SpecError
 from rempart.core.threat import Threat
+from rempart.data import open_data
 from rempart.explain import Subject, explain
 from rempart.explain import run as running
 from rempart.models import build, load, save

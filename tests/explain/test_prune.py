@@ -150,7 +150,7 @@ def explained(tmp_path_factory):
 
 
 def fit(model):
-    from rempart.core.data import open_data
+    from rempart.data import open_data
 
     data = open_data("digits:train[:400]")
     x, y = data.read(data.index), data.labels

@@ -7,11 +7,11 @@ import torch
 
 import toys
 from rempart.attacks import attack_batch
-from rempart.core.data import Data
 from rempart.core.errors import Cancelled, DataError
 from rempart.core.features import moved
 from rempart.core.model import Classifier
 from rempart.core.threat import Threat
+from rempart.data import Data
 from rempart.explain import Subject, explain, jaccard, top
 from rempart.explain import run as running
 from rempart.explain.sensitivity import by_chance

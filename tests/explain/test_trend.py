@@ -6,9 +6,9 @@ import torch
 from scipy.stats import permutation_test, spearmanr
 
 import toys
-from rempart.core.data import Data
 from rempart.core.stats import wilson
 from rempart.core.threat import Threat
+from rempart.data import Data
 from rempart.explain import Subject, against, explain, trend
 from rempart.models import card
 from rempart.report.schema import AttackChoice, Explained, ExplainSpec, Layer

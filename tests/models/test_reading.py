@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from rempart.audit import preflight
-from rempart.core.data import Data, open_data
 from rempart.core.errors import ModelError
 from rempart.core.model import Classifier
 from rempart.core.repro import digest_state
+from rempart.data import Data, open_data
 from rempart.models import build, load, save
 from rempart.models.reading import read_as
 from rempart.report.schema import AuditSpec, Reading

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 import toys
 from rempart.attacks import attacks
 from rempart.audit import EOT
-from rempart.core import files
 from rempart.core.errors import DataError, ModelError, SpecError, ThreatError
 from rempart.core.model import BlackBox, Classifier
+from rempart.data import files
 from rempart.guard import Guarded, guard, save_guard
 from rempart.models import build, save
 from rempart.preprocess import defended

@@ -8,7 +8,8 @@ import torch
 from rempart.core.errors import SpecError, ThreatError
 from rempart.core.model import Classifier
 from rempart.core.repro import Draws
-from rempart.train import load_recipe, objectives, recipe_names
+from rempart.objectives.catalogue import objectives
+from rempart.train import load_recipe, recipe_names
 from rempart.train.config import Settings
 from rempart.train.loop import schedule
 

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from elsewhere import Elsewhere
-from rempart.core.data import open_data
 from rempart.core.model import Classifier
+from rempart.data import open_data
+from rempart.objectives import objectives
+from rempart.objectives.catalogue import as_they_are
 from rempart.train import load_recipe, loop
 from rempart.train.checkpoint import restore, snapshot
 from rempart.train.loop import fit, validate
-from rempart.train.objectives import objectives
-from rempart.train.objectives.catalogue import as_they_are
 from rempart.train.setup import setup
 
 SMALL = {"steps": 2, "probe": 16, "replays": 2, "layers": "deep"}

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from rempart.core.data import open_data
 from rempart.core.errors import Cancelled, DataError, ModelError, SpecError, TrainError
 from rempart.core.repro import digest_state
+from rempart.data import open_data
 from rempart.models import build, load, save
 from rempart.report import store
 from rempart.report.schema import TrainSpec

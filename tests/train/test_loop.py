@@ -10,19 +10,19 @@ import torch
 from torch import nn
 
 from rempart.attacks import attack_batch
-from rempart.core.data import open_data
 from rempart.core.errors import Cancelled, DataError, SpecError, TrainError
 from rempart.core.model import Classifier
 from rempart.core.ranks import Ranks
 from rempart.core.repro import digest_state
 from rempart.core.threat import Threat
+from rempart.data import open_data
 from rempart.models import build
+from rempart.objectives import Loss, Objective
+from rempart.objectives.plain import cross_entropy
 from rempart.report.schema import Epoch
 from rempart.train import load_recipe, train
 from rempart.train.config import Recipe
 from rempart.train.loop import best, collapsed, schedule
-from rempart.train.objectives import Loss, Objective
-from rempart.train.objectives.plain import cross_entropy
 from rempart.train.setup import setup
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from rempart.audit import preflight
-from rempart.core.data import open_data
-from rempart.core.data.samples import in_memory
 from rempart.core.errors import ModelError
+from rempart.data import open_data
+from rempart.data.samples import in_memory
 from rempart.models import load
 from rempart.report.schema import TrainSpec
 from rempart.train import load_recipe, run_training, train

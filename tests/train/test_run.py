@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from rempart.core.data import open_data
 from rempart.core.errors import Cancelled, DataError, SpecError, TrainError
 from rempart.core.repro import digest_state
+from rempart.data import open_data
 from rempart.models import build, load
 from rempart.report.schema import Report, TrainSpec
 from rempart.train import load_recipe, run_training, train

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from rempart.attacks.catalogue import Attack, Traits, attacks
 from rempart.attacks.losses import lead, mean_logits, reached, undefined
 from rempart.core import given
-from rempart.core.data import Batch, Data
-from rempart.core.data.samples import spread
 from rempart.core.errors import AttackError, DataError, ModelError, SpecError, ThreatError
 from rempart.core.events import Event, Notify, silent
 from rempart.core.foreign import contained
@@ -38,6 +36,8 @@ from rempart.core.repro import Draws
 from rempart.core.similarity import psnr, ssim
 from rempart.core.threat import NORMS, Norm, Threat, rounding, vector_norm, wider
 from rempart.core.types import Images, Labels, Logits, Mask, Scores
+from rempart.data import Batch, Data
+from rempart.data.samples import spread
 
 TargetRule = Callable[[Tensor, Labels], Labels]
 """From the clean logits and the labels to the classes an attack shall reach."""

@@ -23,7 +23,6 @@ from rempart.audit.groups import by_group, numbers
 from rempart.audit.pieces import Pieces, Planned, attack_chunk, chunks, kept_in, stored
 from rempart.audit.preflight import is_random, preflight
 from rempart.audit.risk import read_costs, risk
-from rempart.core.data import Data
 from rempart.core.errors import Cancelled, SpecError
 from rempart.core.events import Notify, named, silent
 from rempart.core.foreign import contained
@@ -33,6 +32,7 @@ from rempart.core.repro import environment, seeded
 from rempart.core.stats import Rate, median_interval, wilson
 from rempart.core.threat import Threat
 from rempart.core.types import Mask
+from rempart.data import Data
 from rempart.report.schema import (
     AttackResult,
     AuditSpec,

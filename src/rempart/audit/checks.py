@@ -15,8 +15,6 @@ from rempart.attacks.catalogue import Attack
 from rempart.attacks.losses import LossName, climb_direction, lead, reached, score
 from rempart.attacks.run import join
 from rempart.audit import remedies
-from rempart.core.data import Data
-from rempart.core.data.samples import spread
 from rempart.core.errors import Cancelled
 from rempart.core.events import Event, Notify, named, silent
 from rempart.core.model import Classifier, blind, frozen, placed
@@ -24,6 +22,8 @@ from rempart.core.repro import Draws
 from rempart.core.stats import wilson
 from rempart.core.threat import Threat
 from rempart.core.types import Images, Labels, Logits, Mask, Scores
+from rempart.data import Data
+from rempart.data.samples import spread
 from rempart.report.schema import ACCURACY, Check, Remedy
 
 _CHEAP, _THOROUGH, _FEW = 64, 200, 32

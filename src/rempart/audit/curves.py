@@ -6,11 +6,11 @@ import numpy as np
 import torch
 
 from rempart.attacks.run import Verdict, attack_data
-from rempart.core.data import Data
 from rempart.core.events import Notify, silent
 from rempart.core.model import Classifier
 from rempart.core.stats import wilson
 from rempart.core.threat import TOLERANCE, Threat, wider
+from rempart.data import Data
 from rempart.report.schema import Curve
 
 _POINTS = 25

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import torch
 
 from rempart.audit.pieces import Piece, varied
-from rempart.core.data import Data
 from rempart.core.model import Classifier, frozen, placed
 from rempart.core.png import pair
 from rempart.core.threat import Threat
 from rempart.core.types import Images
+from rempart.data import Data
 from rempart.report.schema import Example
 
 

@@ -6,8 +6,8 @@ from typing import Literal
 
 import numpy as np
 
-from rempart.core.data import Data
 from rempart.core.stats import bootstrap_mean, wilson
+from rempart.data import Data
 from rempart.report.schema import GroupAccuracy, Groups
 
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from rempart.attacks import attacks
 from rempart.attacks.run import Outcome, TargetRule, Verdict, attack_data
-from rempart.core.data import Data
 from rempart.core.disk import replace
 from rempart.core.events import Event, Notify
 from rempart.core.identity import agree, answers, code_of
@@ -25,6 +24,7 @@ from rempart.core.model import Classifier
 from rempart.core.repro import digest_state, seeded
 from rempart.core.threat import Threat
 from rempart.core.types import Images, Mask
+from rempart.data import Data
 from rempart.report.schema import AuditSpec
 
 _PICTURES = 4

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from rempart.attacks.losses import climb_direction, lead, score
+from rempart.attacks.recognition import Seen, look, recognised
 from rempart.attacks.run import PASSES, check_images
-from rempart.core import files
-from rempart.core.data import Data
-from rempart.core.data.samples import spread
 from rempart.core.errors import DataError, ModelError, RempartError
 from rempart.core.model import (
     Classifier,
@@ -26,9 +24,10 @@ from rempart.core.model import (
 )
 from rempart.core.names import respelt, some
 from rempart.core.randomness import Repeats, alike, repeated
-from rempart.core.recognition import Seen, look, recognised
 from rempart.core.repro import seeded
 from rempart.core.types import Images, Labels, Logits
+from rempart.data import Data, files
+from rempart.data.samples import spread
 from rempart.report.schema import Check
 
 _SAMPLES = 64

@@ -13,7 +13,7 @@ from rempart.core.model import frozen
 from rempart.core.repro import Draws
 from rempart.core.threat import Threat
 from rempart.core.types import Images, Labels, Logits, Mask, Scores
-from rempart.detect.fitted import Fitted
+from rempart.detectors.fitted import Fitted
 
 _CLASSES = 9  # wrong classes aimed at in all
 _LEAST = 1e-9

@@ -13,8 +13,8 @@ from rempart.core.stats import Rate, auroc, wilson
 from rempart.core.threat import Threat
 from rempart.core.types import Mask, Scores
 from rempart.detect.adaptive import evade, verdict
-from rempart.detect.catalogue import Learning
-from rempart.detect.fitted import Fitted, threshold
+from rempart.detectors.catalogue import Learning
+from rempart.detectors.fitted import Fitted, threshold
 from rempart.report.schema import ALL, KNOWS, NONE, Held, Separation
 
 RATES = (0.01, 0.05)

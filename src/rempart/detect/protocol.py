@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from rempart.attacks.catalogue import Attack
 from rempart.attacks.run import attack_data
-from rempart.core.data import Data
 from rempart.core.errors import DataError
 from rempart.core.events import Notify, named, silent
 from rempart.core.model import Classifier
 from rempart.core.repro import Draws
 from rempart.core.threat import Threat
 from rempart.core.types import Images, Labels, Mask
-from rempart.detect.catalogue import Learning
+from rempart.data import Data
+from rempart.detectors.catalogue import Learning
 
 _HALVINGS = 20
 

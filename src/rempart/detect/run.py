@@ -12,21 +12,14 @@ from rempart.attacks import attacks
 from rempart.attacks.run import native
 from rempart.audit import EOT, averaged, mean_gradient, preflight
 from rempart.core import disk
-from rempart.core.data import Data, open_data, refuse_shared_patients
 from rempart.core.events import Notify, named, silent
 from rempart.core.model import Classifier
 from rempart.core.threat import Threat
-from rempart.detect.catalogue import Learning, detectors
-from rempart.detect.evaluate import (
-    Scored,
-    false_alarms,
-    scored,
-    separations,
-    under_evasion,
-    with_rejection,
-)
-from rempart.detect.fitted import Fitted, calibrate, enough, fit, load
+from rempart.data import Data, open_data, refuse_shared_patients
+from rempart.detect.evaluate import Scored, false_alarms, scored, separations, under_evasion, with_rejection
 from rempart.detect.protocol import Crafting, gather, split
+from rempart.detectors.catalogue import Learning, detectors
+from rempart.detectors.fitted import Fitted, calibrate, enough, fit, load
 from rempart.models import load as load_model
 from rempart.preprocess import defended
 from rempart.report.schema import AS_IT_IS, DefenceChoice, Detection, DetectorChoice, DetectSpec, Reading, Separation

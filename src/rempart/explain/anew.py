@@ -8,13 +8,13 @@ from torch import Tensor
 
 from rempart.audit import plan
 from rempart.audit.pieces import Pieces, attack_chunk
-from rempart.core.data import Data
 from rempart.core.events import Notify, named, silent
 from rempart.core.features import Neurons, watched
 from rempart.core.model import Classifier, Untraced
 from rempart.core.repro import Draws
 from rempart.core.threat import Threat
 from rempart.core.types import Images, Logits
+from rempart.data import Data
 from rempart.explain.contribution import Pairs, effect
 from rempart.explain.sensitivity import Choose, top
 from rempart.report.schema import ANEW, AuditSpec, Effect, ExplainSpec

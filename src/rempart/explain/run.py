@@ -9,7 +9,6 @@ import torch
 from rempart.attacks import Outcome, attack_batch, attacks
 from rempart.attacks.run import native
 from rempart.audit import is_random, mean_gradient
-from rempart.core.data import Data
 from rempart.core.errors import Cancelled, DataError, SpecError
 from rempart.core.events import Event, Notify, named, silent
 from rempart.core.features import Moved, moved
@@ -18,6 +17,7 @@ from rempart.core.model import Classifier, frozen
 from rempart.core.repro import Draws
 from rempart.core.stats import wilson
 from rempart.core.threat import Threat
+from rempart.data import Data
 from rempart.explain.anew import anew
 from rempart.explain.contribution import TESTS, Pairs, effects, pull
 from rempart.explain.pictures import illustrate

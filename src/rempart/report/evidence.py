@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rempart.core.data import PLAIN
 from rempart.core.disk import replace
 from rempart.core.errors import SpecError
+from rempart.data import PLAIN
 from rempart.report.html import contents, rendered
 from rempart.report.schema import AttackResult, AuditSpec, Report
 from rempart.report.store import read

@@ -7,11 +7,11 @@ import numpy as np
 from annotated_types import Ge, Gt, Le, Len, Lt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rempart.core.data import PLAIN, Data
 from rempart.core.errors import DataError
 from rempart.core.identity import Identity
 from rempart.core.stats import Auroc, Difference, Mean, Rate
 from rempart.core.types import Pixels
+from rempart.data import PLAIN, Data
 
 SCHEMA_VERSION = 1
 Options = dict[str, Any]

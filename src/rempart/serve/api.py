@@ -16,10 +16,10 @@ from flask import Response, g, request, send_file, url_for
 from pydantic import BaseModel, Field, RootModel
 from werkzeug.exceptions import ServiceUnavailable, UnsupportedMediaType
 
-from rempart.core.data import Data, open_data
 from rempart.core.errors import SpecError
 from rempart.core.png import png
 from rempart.core.types import Images
+from rempart.data import Data, open_data
 from rempart.guard import guard as make_guard
 from rempart.guard import save_guard
 from rempart.report import compare as comparing

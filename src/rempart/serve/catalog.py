@@ -6,7 +6,7 @@ from typing import Any
 
 from rempart.attacks import SUITES, attacks
 from rempart.core.registry import Entry
-from rempart.detect import detectors
+from rempart.detectors import detectors
 from rempart.models.zoo import models
 from rempart.preprocess import preprocessors
 from rempart.report.schema import Strict

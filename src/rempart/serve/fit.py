@@ -6,9 +6,9 @@ from typing import Any, Protocol
 from rempart.attacks import attacks
 from rempart.attacks.suites import suite
 from rempart.audit import plan
-from rempart.core.data import Data
 from rempart.core.errors import DataError
-from rempart.detect import detectors
+from rempart.data import Data
+from rempart.detectors import detectors
 from rempart.models.zoo import models
 from rempart.preprocess import preprocessors
 from rempart.report.schema import AnySpec, AuditSpec, ExplainSpec, TrainSpec

@@ -22,13 +22,14 @@ from rempart.attacks import attack_batch, attacks
 from rempart.attacks.losses import mean_logits
 from rempart.attacks.run import PASSES, targets, varies
 from rempart.audit import averaged, mean_gradient, preflight
-from rempart.core import files, png
-from rempart.core.data.samples import in_memory
+from rempart.core import png
 from rempart.core.errors import DataError, ModelError, SpecError
 from rempart.core.model import Classifier, blind, frozen, placed
 from rempart.core.similarity import psnr, ssim
 from rempart.core.threat import NORMS, Norm, Threat
 from rempart.core.types import Images, Logits
+from rempart.data import files
+from rempart.data.samples import in_memory
 from rempart.guard import Guarded, load_guard
 from rempart.models.formats import PYTHON
 from rempart.models.formats.named import NAMED

@@ -8,9 +8,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from rempart.core.data import SPLITS, Data, open_data
 from rempart.core.disk import replace
 from rempart.core.errors import DataError, ModelError, RempartError
+from rempart.data import SPLITS, Data, open_data
 from rempart.inspection import inspect_model
 from rempart.report.schema import Reading
 from rempart.serve.process import leave_with_parent, supervised

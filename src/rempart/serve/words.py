@@ -8,7 +8,7 @@ from importlib.resources import files
 from typing import Any
 
 from rempart.attacks import SUITES, attacks
-from rempart.detect import detectors
+from rempart.detectors import detectors
 from rempart.models.zoo import models
 from rempart.preprocess import preprocessors
 from rempart.train.config import load_recipe, recipe_names

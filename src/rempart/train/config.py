@@ -12,9 +12,9 @@ from pydantic import Field, create_model
 from rempart.core.errors import SpecError
 from rempart.core.registry import Entry, suggestion
 from rempart.core.threat import Threat
+from rempart.objectives import Objective, awp, objectives
+from rempart.objectives.catalogue import budgeted
 from rempart.report.schema import Options, Strict
-from rempart.train.objectives import Objective, awp, objectives
-from rempart.train.objectives.catalogue import budgeted
 
 Share = Annotated[float, Ge(0), Le(1)]
 

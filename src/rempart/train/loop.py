@@ -9,21 +9,21 @@ import torch
 from torch import Tensor
 
 from rempart.attacks.gradient import pgd
-from rempart.core.data import Data
-from rempart.core.data.samples import spread
+from rempart.attacks.recognition import look, recognised
 from rempart.core.errors import DataError, SpecError, TrainError
 from rempart.core.events import Notify, silent
 from rempart.core.foreign import contained
 from rempart.core.model import Classifier, frozen, metered, placed
 from rempart.core.ranks import ALONE, Ranks
-from rempart.core.recognition import look, recognised
 from rempart.core.repro import Draws, own_random_state, reseed, seeded
 from rempart.core.threat import Threat
+from rempart.data import Data
+from rempart.data.samples import spread
+from rempart.objectives.catalogue import Loss, boxed
 from rempart.report.schema import Epoch
 from rempart.train.augment import augment
 from rempart.train.checkpoint import State, restore, snapshot
 from rempart.train.config import Recipe
-from rempart.train.objectives.catalogue import Loss, boxed
 from rempart.train.processes import added_up, connected, share_statistics, together
 from rempart.train.setup import Run, setup
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from rempart.core.data import Data, open_data, refuse_shared_patients, with_patients
 from rempart.core.errors import Cancelled, DataError, SpecError, TrainError
 from rempart.core.events import Notify, silent
 from rempart.core.identity import code_of
@@ -17,9 +16,11 @@ from rempart.core.names import Numbers, Undecoded
 from rempart.core.ranks import ALONE, Ranks
 from rempart.core.repro import Draws, environment
 from rempart.core.stats import Rate, wilson
+from rempart.data import Data, open_data, refuse_shared_patients, with_patients
 from rempart.models import build, card, load, save
 from rempart.models.load import architecture
 from rempart.models.save import CONFIG, UNCHANGED, plain
+from rempart.objectives.catalogue import objectives
 from rempart.report.schema import AS_IT_IS, DataCard, Epoch, Report, Training, TrainSpec
 from rempart.report.store import JSON, claim, read, write
 from rempart.train import checkpoint
@@ -27,7 +28,6 @@ from rempart.train.checkpoint import State
 from rempart.train.config import Recipe, load_recipe
 from rempart.train.log import MLFLOW_RUN, open_logs, write_csv
 from rempart.train.loop import best, collapsed, settle_outputs, train
-from rempart.train.objectives.catalogue import objectives
 from rempart.train.setup import uses_gpu
 
 LAST = "last"

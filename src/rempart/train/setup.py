@@ -14,9 +14,9 @@ from rempart.core.errors import SpecError
 from rempart.core.events import Event, Notify, silent
 from rempart.core.model import Classifier, layout_of
 from rempart.core.ranks import ALONE, Ranks
+from rempart.objectives.catalogue import Objective
 from rempart.report.schema import Epoch
 from rempart.train.config import Recipe
-from rempart.train.objectives.catalogue import Objective
 
 _MOMENTUM = 0.9
 _PRECISION: dict[str, Literal["32-true", "bf16-mixed", "16-mixed"]] = {

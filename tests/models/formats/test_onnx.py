@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 import rempart
 from rempart.attacks import attack_batch
-from rempart.core.data import open_data
 from rempart.core.errors import ModelError
 from rempart.core.model import Classifier, Normalize, accelerated, blind, frozen
 from rempart.core.threat import Threat
+from rempart.data import open_data
 from rempart.inspection import inspect_model
 from rempart.models import card, load
 from rempart.models.formats.onnx import InBatches, Runtime

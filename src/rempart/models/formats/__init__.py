@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rempart.core.errors import ModelError
-from rempart.core.files import MAX_VOXELS
+from rempart.data.files import MAX_VOXELS
 
 FORMS = (
     "a directory that `rempart train` wrote, a Hugging Face folder, a .keras, .h5 or .hdf5 file of Keras, an "

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
 from rempart.core.errors import ModelError
-from rempart.core.files import MAX_RATIO, MAX_TOTAL_BYTES
+from rempart.data.files import MAX_RATIO, MAX_TOTAL_BYTES
 from rempart.models.formats import RECIPE
 from rempart.models.formats.keras_2 import MODELS, modern
 
