@@ -272,13 +272,13 @@ _FURTHER = {
         *(f"report.schema.{name}" for name in ("Similarity", "Groups", "GroupAccuracy")),
         *(f"core.stats.{name}" for name in ("Rate", "Difference", "wilson", "paired_bootstrap", "median_interval")),
         *(f"core.stats.{name}" for name in ("Auroc", "auroc", "Mean", "bootstrap_mean")),
-        *(f"core.similarity.{name}" for name in ("psnr", "ssim")),
+        *(f"attacks.similarity.{name}" for name in ("psnr", "ssim")),
     ],
     "Reports on disk, comparison, gate": [
         *(f"report.store.{name}" for name in ("read", "read_spec", "write")),
         *(f"report.compare.{name}" for name in ("compare", "gate")),
     ],
-    "The audit": ["audit.audit", "audit.preflight.preflight", "audit.curves.sweep", "audit.curves.from_distances"],
+    "The audit": ["audit.audit", "attacks.preflight.preflight", "audit.curves.sweep", "audit.curves.from_distances"],
     "Certification": [f"certify.{name}" for name in ("certify", "predict", "smoothed", "Certificates", "covering")],
     "Preprocessing defences": [
         *(f"preprocess.catalogue.{name}" for name in ("defended", "described", "bpda", "Traits", "preprocessors")),

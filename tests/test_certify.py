@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 import toys
 from rempart.attacks import attack_batch
-from rempart.audit import preflight
+from rempart.attacks.preflight import preflight
 from rempart.certify import (
     ABSTAIN,
     Certificates,

@@ -738,7 +738,7 @@ def _detectors(texts: list[str]) -> "tuple[DetectorChoice, ...]":
 
 def _budget(text: str) -> float:
     """Read what stands behind the norm in --threat."""
-    from rempart.core.types import read_number
+    from rempart.core.numbers import read_number
 
     found = read_number(text)
     if isinstance(found, str) or not 0 < found < float("inf"):
@@ -747,7 +747,7 @@ def _budget(text: str) -> float:
 
 
 def _window(text: str) -> tuple[float, float]:
-    from rempart.core.types import read_number
+    from rempart.core.numbers import read_number
 
     low, _, high = (read_number(part) if part != ":" else ":" for part in text.partition(":"))
     if isinstance(low, str) or isinstance(high, str) or not low < high:

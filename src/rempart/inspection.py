@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rempart.audit import preflight
-from rempart.audit.checks import above_chance
+from rempart.attacks.preflight import above_chance, preflight
 from rempart.core.errors import DataError, ModelError
 from rempart.core.model import Classifier, Normalize, blind, frozen, placed
 from rempart.core.repro import seeded

@@ -14,22 +14,14 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from rempart.attacks import Verdict, attack_data, attacks
+from rempart.attacks import attack_data, attacks
 from rempart.attacks.losses import score
+from rempart.attacks.plan import Planned, averaged, mean_gradient
+from rempart.attacks.preflight import is_random, preflight
+from rempart.attacks.result import measure, per_image
 from rempart.attacks.run import allowed, native, targets
 from rempart.attacks.suites import suite
-from rempart.audit import (
-    Audit,
-    Planned,
-    audit,
-    averaged,
-    by_group,
-    is_random,
-    mean_gradient,
-    measure,
-    numbers,
-    preflight,
-)
+from rempart.audit import Audit, audit
 from rempart.certify import (
     Attacked,
     Certificates,
@@ -62,6 +54,7 @@ from rempart.explain.contribution import run_once
 from rempart.models.load import card, load
 from rempart.models.save import CONFIG, WEIGHTS
 from rempart.preprocess import defended, described
+from rempart.report.groups import by_group, group_columns
 from rempart.report.html import page
 from rempart.report.schema import (
     AnySpec,
@@ -85,6 +78,8 @@ from rempart.report.schema import (
 from rempart.report.store import claim, write
 
 SPEC = "spec.json"
+
+
 DETECTORS = "detectors"
 
 
@@ -244,7 +239,7 @@ def _attack(spec: AttackSpec, notify: Notify) -> Report:
     )
     rounded = None if outcome.right_after_rounding is None else outcome.right_after_rounding.numpy()
     arrays = {"index": data.index.numpy(), ADVERSARIAL: outcome.x_adv.numpy(), TRUE: data.labels.numpy()}
-    save_arrays(Path(spec.out), {**arrays, **_columns(outcome), **_groups(data)})
+    save_arrays(Path(spec.out), {**arrays, **per_image(outcome), **group_columns(data)})
     correct = int(outcome.correct.sum())
     report = Report(
         kind="attack",
@@ -511,12 +506,6 @@ def _certified_samples(table: Certificates, bracket: Bracket | None, attacked: A
     return Samples(index=index, labels=labels, clean=pack(table.correct), right=right)
 
 
-def _groups(data: Data) -> dict[str, np.ndarray]:
-    """Patients and volumes as numbers: the table does not say who they are."""
-    known = {"patient": data.patients, "volume": data.volumes}
-    return {name: numbers(groups) for name, groups in known.items() if groups is not None}
-
-
 def _per_sample(result: Audit, data: Data) -> dict[str, np.ndarray]:
     """The table of an audit: one row per sample, or per sample an attack was given, as its own index says."""
     samples = result.report.samples
@@ -524,25 +513,11 @@ def _per_sample(result: Audit, data: Data) -> dict[str, np.ndarray]:
         return {}
     table = {"index": np.array(samples.index), "label": np.array(samples.labels)}
     if tuple(data.index.tolist()) == samples.index:
-        table |= _groups(data)
+        table |= group_columns(data)
     for label, verdict in result.verdicts.items():
-        columns = {"index": verdict.index.numpy(), **_columns(verdict)}
+        columns = {"index": verdict.index.numpy(), **per_image(verdict)}
         table |= {f"{label}/{name}": column for name, column in columns.items()}
     return table
-
-
-def _columns(outcome: Verdict) -> dict[str, np.ndarray]:
-    looks = {"psnr": outcome.psnr, "ssim": outcome.ssim}
-    return {name: column.numpy() for name, column in looks.items() if column is not None} | {
-        "correct": outcome.correct.numpy(),
-        "broken": outcome.broken.numpy(),
-        "success": outcome.success.numpy(),
-        "predicted": outcome.predicted.numpy(),
-        "distance": outcome.distance.numpy(),
-        "own_distance": outcome.own_distance.numpy(),
-        "relative": outcome.relative.numpy(),
-        "margin": outcome.margin.numpy(),
-    }
 
 
 def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor
 import toys
 from alike import differences
 from rempart.attacks import attack_data
-from rempart.audit import Audit, audit, plan
+from rempart.attacks.plan import plan
+from rempart.audit import Audit, audit
 from rempart.core.errors import Cancelled, SpecError, ThreatError
 from rempart.core.events import Event, silent
 from rempart.core.model import Classifier

@@ -13,8 +13,9 @@ import toys
 from audit.planted import before, behind
 from rempart.attacks import Outcome, Verdict, attack_batch, attack_data
 from rempart.attacks.losses import climb_direction, score
+from rempart.attacks.preflight import above_chance
 from rempart.audit import checks, remedies
-from rempart.audit.checks import RULES, above_chance, diagnose, stamp
+from rempart.audit.checks import RULES, diagnose, stamp
 from rempart.core.errors import Cancelled, ModelError
 from rempart.core.model import Classifier, frozen
 from rempart.core.threat import Threat

@@ -13,8 +13,9 @@ from scipy.optimize import linprog
 from torch import Tensor, nn
 
 import toys
+from rempart.attacks.plan import read_pairs
 from rempart.audit import Audit, audit
-from rempart.audit.classes import by_class, read_pairs
+from rempart.audit.classes import by_class
 from rempart.core.errors import SpecError, ThreatError
 from rempart.core.events import Event, silent
 from rempart.core.model import BlackBox, Classifier

@@ -16,8 +16,9 @@ from torch import nn
 import toys
 from alike import differences
 from rempart import tasks
+from rempart.attacks.plan import Planned
 from rempart.attacks.run import Verdict
-from rempart.audit import Audit, Planned, audit
+from rempart.audit import Audit, audit
 from rempart.audit.pieces import Piece, Pieces, attack_chunk, chunks, kept_in, stored, varied
 from rempart.core.errors import RempartError
 from rempart.core.events import Event, silent

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rempart.attacks.preflight import preflight
 from rempart.audit import Audit, audit
-from rempart.audit.preflight import preflight
 from rempart.certify import ABSTAIN, Sampling, attack_smoothed, certify, predict
 from rempart.core.errors import ModelError
 from rempart.core.model import Classifier

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 import toys
+from rempart.attacks.plan import plan
 from rempart.attacks.suites import SUITES, suite
-from rempart.audit import audit, plan
+from rempart.audit import audit
 from rempart.core.errors import SpecError
 from rempart.core.model import Classifier
 from rempart.core.threat import NORMS, Norm, Threat

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import toys
 from rempart.attacks import Attack, Outcome, Traits, attack_batch, attack_data
+from rempart.attacks.preflight import preflight
 from rempart.attacks.run import TargetRule, join, native, targets
-from rempart.audit import preflight
 from rempart.core.errors import AttackError, Cancelled, ModelError, ThreatError
 from rempart.core.events import Event
 from rempart.core.model import Classifier

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from rempart.audit.preflight import preflight
+from rempart.attacks.preflight import preflight
 from rempart.audit.risk import read_costs
 from rempart.core.errors import DataError
 from rempart.core.model import Classifier, class_number

@@ -7,8 +7,8 @@ import pytest
 from annotated_types import Ge, Lt
 
 from rempart.core.errors import SpecError
+from rempart.core.numbers import Pixels, read_number
 from rempart.core.registry import Registry, bounds_of, suggestion
-from rempart.core.types import Pixels, read_number
 
 
 def climb(

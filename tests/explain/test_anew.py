@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import toys
-from rempart.audit import EOT
+from rempart.attacks.plan import EOT
 from rempart.core.errors import SpecError
 from rempart.core.features import features
 from rempart.core.model import Classifier

@@ -10,7 +10,7 @@ from PIL import Image
 
 import toys
 from rempart import tasks
-from rempart.audit import EOT
+from rempart.attacks.plan import EOT
 from rempart.core.errors import DataError, SpecError
 from rempart.core.threat import Threat
 from rempart.data import open_data

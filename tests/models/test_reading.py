@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rempart.audit import preflight
+from rempart.attacks.preflight import preflight
 from rempart.core.errors import ModelError
 from rempart.core.model import Classifier
 from rempart.core.repro import digest_state

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import toys
 from rempart.attacks import attacks
-from rempart.audit import EOT
+from rempart.attacks.plan import EOT
 from rempart.core.errors import DataError, ModelError, SpecError, ThreatError
 from rempart.core.model import BlackBox, Classifier
 from rempart.data import files

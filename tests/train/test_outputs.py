@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rempart.audit import preflight
+from rempart.attacks.preflight import preflight
 from rempart.core.errors import ModelError
 from rempart.data import open_data
 from rempart.data.samples import in_memory

@@ -12,9 +12,10 @@ from rempart.attacks.catalogue import Traits, attacks
 from rempart.attacks.losses import climb_direction, finite, lead, surely_reached
 from rempart.core.errors import ThreatError
 from rempart.core.events import Event, Notify, silent
+from rempart.core.numbers import Pixels
 from rempart.core.repro import Draws
 from rempart.core.threat import NORMS, Norm, Threat, dual, per_image, unit
-from rempart.core.types import Images, Labels, Logits, Mask, Pixels, Scores
+from rempart.core.types import Images, Labels, Logits, Mask, Scores
 
 Steps = Annotated[int, Ge(1)]
 Share = Annotated[float, Ge(0), Le(1)]

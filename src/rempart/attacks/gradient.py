@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from rempart.attacks.catalogue import Traits, attacks
 from rempart.attacks.losses import LossName, Score, climb_direction, reached, score
 from rempart.core.events import Event, Notify, silent
+from rempart.core.numbers import Pixels
 from rempart.core.repro import Draws
 from rempart.core.threat import NORMS, Threat, per_image
-from rempart.core.types import Images, Labels, Mask, Pixels, Scores
+from rempart.core.types import Images, Labels, Mask, Scores
 
 Steps = Annotated[int, Ge(1)]
 Step = Annotated[Pixels, Gt(0)]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rempart.attacks.catalogue import Attack, Traits, attacks
 from rempart.attacks.losses import lead, mean_logits, reached, undefined
+from rempart.attacks.similarity import psnr, ssim
 from rempart.core import given
 from rempart.core.errors import AttackError, DataError, ModelError, SpecError, ThreatError
 from rempart.core.events import Event, Notify, silent
@@ -33,7 +34,6 @@ from rempart.core.model import (
 from rempart.core.randomness import repeated
 from rempart.core.registry import Entry
 from rempart.core.repro import Draws
-from rempart.core.similarity import psnr, ssim
 from rempart.core.threat import NORMS, Norm, Threat, rounding, vector_norm, wider
 from rempart.core.types import Images, Labels, Logits, Mask, Scores
 from rempart.data import Batch, Data

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from rempart.attacks.catalogue import Traits, attacks
 from rempart.attacks.losses import LossName, climb_direction, reached, score
 from rempart.core.events import Event, Notify, silent
+from rempart.core.numbers import Pixels
 from rempart.core.repro import Draws
 from rempart.core.threat import Threat
-from rempart.core.types import Images, Labels, Pixels
+from rempart.core.types import Images, Labels
 
 
 @attacks.register("universal", Traits(norms=("linf", "l2"), targeted=True, random=True, joint=True))

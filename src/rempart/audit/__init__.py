@@ -11,17 +11,16 @@ import numpy as np
 import torch
 
 from rempart.attacks import Verdict, attacks
-from rempart.attacks.losses import score
-from rempart.attacks.run import allowed, join, native
-from rempart.attacks.suites import suite, without_gradients
+from rempart.attacks.plan import EOT, PAIRS, Planned, averaged, mean_gradient, plan
+from rempart.attacks.preflight import above_chance, is_random, preflight
+from rempart.attacks.result import measure, odd
+from rempart.attacks.run import allowed, join
 from rempart.audit import pieces
-from rempart.audit.checks import Diagnosis, above_chance, diagnose, stamp
-from rempart.audit.classes import PAIRS, aimed, aiming_attack, by_class, odd, reached, read_pairs, row, turned
+from rempart.audit.checks import Diagnosis, diagnose, stamp
+from rempart.audit.classes import by_class, reached, row, turned
 from rempart.audit.curves import from_distances, sweep
 from rempart.audit.examples import examples
-from rempart.audit.groups import by_group, numbers
-from rempart.audit.pieces import Pieces, Planned, attack_chunk, chunks, kept_in, stored
-from rempart.audit.preflight import is_random, preflight
+from rempart.audit.pieces import Pieces, attack_chunk, chunks, kept_in, stored
 from rempart.audit.risk import read_costs, risk
 from rempart.core.errors import Cancelled, SpecError
 from rempart.core.events import Notify, named, silent
@@ -29,36 +28,39 @@ from rempart.core.foreign import contained
 from rempart.core.model import Classifier, blind
 from rempart.core.ranks import ALONE, Ranks
 from rempart.core.repro import environment, seeded
-from rempart.core.stats import Rate, median_interval, wilson
+from rempart.core.stats import Rate, wilson
 from rempart.core.threat import Threat
 from rempart.core.types import Mask
 from rempart.data import Data
+from rempart.report.groups import by_group, numbers
 from rempart.report.schema import (
     AttackResult,
     AuditSpec,
     Curve,
     DataCard,
     ModelCard,
-    NormStats,
     Report,
     Samples,
-    Similarity,
     pack,
 )
 
 CHECKS = "checks"
 """The label of what probes and remedies broke."""
+
+
 _MASKED = (
     "The adversary changed pixels inside the masks of the images only. The checks after the attacks were left out: "
     "they know no masks."
 )
+
+
 _THOROUGH = ("standard", "plus")
 """Suites whose checks include those that cost as much as an attack."""
 
-EOT = 20
-"""Passes whose mean gradient an attack on a random model takes, unless it was told how many."""
 
 __all__ = ["EOT", "Audit", "Planned", "audit", "averaged", "by_group", "is_random", "mean_gradient", "measure"]
+
+
 __all__ += ["numbers", "plan", "preflight"]
 
 
@@ -242,110 +244,6 @@ def audit(
     return Audit(report, {label: verdict for label, verdict in verdicts.items() if verdict is not None}, error)
 
 
-def mean_gradient(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The option by which an attack on a random model takes mean gradients (expectation over transformation).
-
-    Empty where it has none or was told how many passes to take.
-
-    Source:
-        Athalye, Carlini, Wagner 2018, arXiv:1802.00420, section 4.2.
-    """
-    return {"eot": EOT} if "eot" in attacks[name].params.model_fields and "eot" not in given else {}
-
-
-def averaged(names: Iterable[str]) -> tuple[str, ...]:
-    """The note that these attacks took mean gradients; none where there are none of them."""
-    told = ", ".join(dict.fromkeys(names))
-    return (f"The model is random: {told} climbed the mean gradient of {EOT} passes (eot={EOT}).",) if told else ()
-
-
-def plan(
-    spec: AuditSpec,
-    threat: Threat,
-    num_classes: int,
-    *,
-    classes: Sequence[str] = (),
-    random: bool = False,
-    gradients: bool = True,
-) -> tuple[tuple[Planned, ...], tuple[str, ...]]:
-    """The attacks an audit will run, validated, and notes on the suite.
-
-    The suite's come first, then the named ones, then those that aim at one of the `classes` each, if pairs are asked
-    for. Repeated labels are numbered. Where the model is `random`, attacks that can take mean gradients do, unless they
-    were told how many. Where it gives no `gradients`, attacks that need none stand in for a suite and aim.
-
-    Raises:
-        SpecError: If a suite, an attack or an option is unknown, or a loss is undefined for so few classes.
-        ThreatError: If an attack cannot work in this threat.
-    """
-    name = spec.suite if spec.suite is not None or spec.attacks else "fast"
-    chosen = None
-    if name:
-        chosen = suite(name, threat, num_classes) if gradients else without_gradients(name)
-    wanted = [(*member, chosen.cascade) for member in chosen.members] if chosen else []
-    wanted += [(choice.name, choice.options, False) for choice in spec.attacks]
-    planned: list[Planned] = []
-    means: list[str] = []
-    for name, given, survivors in wanted:
-        entry = attacks[name]
-        mean = mean_gradient(name, given) if random else {}
-        options = entry.parse({**given, **mean})
-        means += [name] if mean else []
-        native(entry, threat, options)
-        if "loss" in options:
-            score(options["loss"], targeted=name.endswith("-t"), num_classes=num_classes)  # apgd-t aims at each class
-        label = name if "loss" not in given else f"{name}-{given['loss']}"
-        taken = sum(other.label.split(" ")[0] == label for other in planned)
-        planned.append(Planned(f"{label} {taken + 1}" if taken else label, name, options, survivors))
-    if spec.pairs is not None:
-        name, given = aiming_attack(num_classes, gradients=gradients)
-        native(attacks[name], threat)
-        mean = mean_gradient(name, given) if random else {}
-        planned += aimed(read_pairs(spec.pairs, classes), name, attacks[name].parse({**given, **mean}))
-        means += [name] if mean else []
-    return tuple(planned), (*(chosen.notes if chosen else ()), *averaged(means))
-
-
-def measure(
-    attack: Planned,
-    threat: Threat,
-    verdict: Verdict | None,
-    right: np.ndarray,
-    *,
-    rounded: np.ndarray | None = None,
-) -> AttackResult:
-    """The figures of one attack, with their intervals.
-
-    Args:
-        attack: What was planned.
-        threat: The audit's.
-        verdict: On the samples the attack was given; None where there was none.
-        right: For all samples, whether they are still right after it.
-        rounded: The same where only images that survive rounding to 8 bit count, if that was asked for.
-    """
-    entry = attacks[attack.name]
-    tried = 0 if verdict is None else int(verdict.attacked.sum())
-    return AttackResult(
-        label=attack.label,
-        name=attack.name,
-        options=attack.options,
-        norm=native(entry, threat).norm,
-        accuracy=wilson(int(right.sum()), len(right)),
-        success=wilson(int((verdict.attacked & verdict.success).sum()), tried)
-        if verdict is not None and tried
-        else None,
-        eight_bit=None if rounded is None else wilson(int(rounded.sum()), len(rounded)),
-        norms=_norms(verdict) if verdict is not None and entry.traits.minimum and not attack.survivors else None,
-        similarity=None if verdict is None else _similarity(verdict),
-        survivors=attack.survivors,
-        tried=tried,
-        queries=0 if verdict is None else verdict.queries,
-        gradients=0 if verdict is None else verdict.gradients,
-        seconds=0.0 if verdict is None else verdict.seconds,
-        **({} if verdict is None else odd([verdict])),
-    )
-
-
 def _finished(done: Pieces, parts: Sequence[Data], planned: Sequence[Planned]) -> tuple[list[int], list[str]]:
     """Chunks and attacks to report on: every chunk that went through all attacks, else the one that got furthest."""
     through = {n: [a.label for a in planned if (n, a.label) in done] for n in range(len(parts))}
@@ -424,42 +322,6 @@ def _whole_curve(attack: Planned, verdicts: Mapping[str, Verdict | None], threat
     verdict = verdicts[attack.label]
     fits = attacks[attack.name].traits.minimum and not attack.survivors
     return verdict if verdict is not None and fits and verdict.norm == threat.norm else None
-
-
-def _norms(outcome: Verdict) -> NormStats:
-    """Sizes of the perturbations over the samples attacked; those without a find count as infinite in the median."""
-    attacked = outcome.attacked
-    found = attacked & outcome.found
-    size = torch.where(outcome.found, outcome.own_distance, torch.inf)[attacked].numpy()
-    finds = outcome.own_distance[found].numpy()
-    low, high = median_interval(size) if len(size) else (np.inf, np.inf)
-    return NormStats(
-        norm=outcome.norm,
-        found=int(found.sum()),
-        n=int(attacked.sum()),
-        median=_finite(np.median(size)) if len(size) else None,
-        median_low=_finite(low),
-        median_high=_finite(high),
-        mean=float(finds.mean()) if len(finds) else None,
-        quartiles=(float(np.quantile(finds, 0.25)), float(np.quantile(finds, 0.75))) if len(finds) else None,
-        rho2=float(outcome.relative[found].mean()) if bool(found.any()) else None,
-    )
-
-
-def _similarity(verdict: Verdict) -> Similarity | None:
-    chosen = verdict.attacked & verdict.found
-    if verdict.psnr is None or verdict.ssim is None or not bool(chosen.any()):
-        return None
-    found = verdict.psnr[chosen].numpy(), verdict.ssim[chosen].numpy()
-    with np.errstate(invalid="ignore"):  # between two infinite ones: no number, as wanted
-        psnr, psnr_low, ssim, ssim_low = (_finite(np.quantile(v, share)) for v in found for share in (0.5, 0.05))
-    if psnr is None or psnr_low is None:  # a model that is random may turn an image that nobody changed
-        return None
-    return Similarity(n=int(chosen.sum()), psnr=psnr, psnr_low=psnr_low, ssim=ssim, ssim_low=ssim_low)
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
 
 
 def _worst(samples: Samples) -> Rate | None:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from scipy.stats import binom
 from torch import Tensor, nn
@@ -24,13 +23,21 @@ from rempart.core.threat import Threat
 from rempart.core.types import Images, Labels, Logits, Mask, Scores
 from rempart.data import Data
 from rempart.data.samples import spread
-from rempart.report.schema import ACCURACY, Check, Remedy
+from rempart.report.schema import Check, Remedy
 
 _CHEAP, _THOROUGH, _FEW = 64, 200, 32
+
+
 _PASSES = 5
+
+
 _DRAWS = 100
+
+
 _LEVEL, _POINTS = 0.01, 0.03
 """A remedy or probe overturns the figures from this share of the images on; for random models also at this level."""
+
+
 _ITERATIVE = ("bim", "mim", "pgd", "apgd")
 
 
@@ -127,38 +134,6 @@ def stamp(checks: Sequence[Check]) -> Literal["valid", "suspicious", "invalid"]:
     """What checks come to: invalid if one failed, suspicious if one warns, else valid."""
     statuses = {check.status for check in checks}
     return "invalid" if "failed" in statuses else "suspicious" if "warned" in statuses else "valid"
-
-
-def above_chance(true: np.ndarray, predicted: np.ndarray, classes: Sequence[str]) -> Check:
-    """Whether a model knows the images it is judged on: else a wrong scale, order of classes or data stands behind it.
-
-    It warns where the interval of the accuracy reaches down to one in the number of classes, or where images of several
-    classes are all taken for one.
-
-    Args:
-        true: Class of each image, int64, shape (n), n >= 1.
-        predicted: What the model takes each for without an attack.
-        classes: Their names.
-    """
-    clean, chance = wilson(int((predicted == true).sum()), len(true)), 1 / len(classes)
-    evidence = {"accuracy": clean.value, "low": clean.low, "high": clean.high, "chance": chance, "n": clean.n}
-    told = f"The accuracy without an attack is {clean}, where chance is {chance:.1%}"
-    constant = len(np.unique(predicted)) == 1 < len(np.unique(true))
-    if constant:
-        told += f", and every image is taken for {classes[predicted[0]]}"
-    elif clean.low <= chance:
-        told += ": it is not surely above it"
-    asked = "Are pixels scaled as in training (--box), classes in the order of the outputs (--classes), and are these "
-    asked += "images of the kind the model was made for?"
-    few = " Or are these too few to tell?" if clean.low <= chance < clean.value else ""
-    warned = constant or clean.low <= chance
-    return Check(
-        name=ACCURACY,
-        status="warned" if warned else "passed",
-        message=f"{told}. {asked}{few}" if warned else f"{told}.",
-        evidence=evidence,
-        reading="What attacks do to a model that does not know the images says nothing.",
-    )
 
 
 # ---- the bench: samples, what the audit did to them, and what is tried on them
@@ -790,7 +765,10 @@ REMEDIES: dict[str, Callable[[_Bench], Verdict | None]] = {
 }
 """What is tried where a check finds something; None where nothing is left standing to try it on."""
 
+
 _WEAK = "The attacks of the audit were too weak"
+
+
 _TOLD = {
     "other losses": "With a loss of another scale and another start",
     "more steps": "With twice the steps",

@@ -7,10 +7,10 @@ import torch
 
 from rempart.audit.pieces import Piece, varied
 from rempart.core.model import Classifier, frozen, placed
-from rempart.core.png import pair
 from rempart.core.threat import Threat
 from rempart.core.types import Images
 from rempart.data import Data
+from rempart.report.pictures import pair
 from rempart.report.schema import Example
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rempart.attacks import attacks
+from rempart.attacks.plan import Planned
 from rempart.attacks.run import Outcome, TargetRule, Verdict, attack_data
 from rempart.core.disk import replace
 from rempart.core.events import Event, Notify
@@ -28,28 +29,9 @@ from rempart.data import Data
 from rempart.report.schema import AuditSpec
 
 _PICTURES = 4
+
+
 _PROBED = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """One attack of an audit.
-
-    Attributes:
-        label: Its name in the report.
-        name: The attack.
-        options: Its validated options.
-        survivors: Run it only on samples that every attack before left standing.
-        target: The class to reach; None: any other.
-        sources: The true classes it is run on, where it has a target.
-    """
-
-    label: str
-    name: str
-    options: dict[str, Any]
-    survivors: bool = False
-    target: int | None = None
-    sources: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +145,8 @@ def kept_in(
 
 
 _ANSWERS = "answers.json"
+
+
 _DECIDES = {"model", "reading", "data", "defences", "seed", "batch_size", "chunk", "eight_bit", "device"}
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from rempart.core.errors import ThreatError
+from rempart.core.numbers import read_number
 from rempart.core.registry import suggestion
 from rempart.core.repro import Draws
-from rempart.core.types import Images, Mask, Scores, read_number
+from rempart.core.types import Images, Mask, Scores
 
 Norm = Literal["linf", "l2", "l1"]
 NORMS: tuple[Norm, ...] = get_args(Norm)

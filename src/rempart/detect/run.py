@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from rempart.attacks import attacks
+from rempart.attacks.plan import EOT, averaged, mean_gradient
+from rempart.attacks.preflight import preflight
 from rempart.attacks.run import native
-from rempart.audit import EOT, averaged, mean_gradient, preflight
 from rempart.core import disk
 from rempart.core.events import Notify, named, silent
 from rempart.core.model import Classifier

@@ -7,8 +7,9 @@ from annotated_types import Ge
 from torch import Tensor
 
 from rempart.core.model import Classifier
+from rempart.core.numbers import Pixels
 from rempart.core.repro import Draws
-from rempart.core.types import Images, Labels, Pixels, Scores
+from rempart.core.types import Images, Labels, Scores
 from rempart.detectors.activations import Layers, activations, chosen, collected, enough
 from rempart.detectors.catalogue import Detector, Learning, State, detectors
 from rempart.detectors.combine import Combine, combined, held_out, weighed

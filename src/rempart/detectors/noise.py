@@ -6,8 +6,9 @@ import torch
 from annotated_types import Ge, Gt
 
 from rempart.core.model import Classifier
+from rempart.core.numbers import Pixels
 from rempart.core.repro import Draws
-from rempart.core.types import Images, Pixels, Scores
+from rempart.core.types import Images, Scores
 from rempart.detectors.catalogue import Detector, State, detectors
 from rempart.detectors.logits import nothing
 

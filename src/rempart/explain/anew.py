@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rempart.audit import plan
+from rempart.attacks.plan import plan
 from rempart.audit.pieces import Pieces, attack_chunk
 from rempart.core.events import Notify, named, silent
 from rempart.core.features import Neurons, watched

@@ -8,10 +8,10 @@ from torch import Tensor
 from rempart.attacks.losses import climb_direction, lead, score
 from rempart.core.features import Neurons, features
 from rempart.core.model import Classifier, frozen
-from rempart.core.png import png
 from rempart.core.repro import Draws
 from rempart.core.threat import Threat
 from rempart.core.types import Images, Labels
+from rempart.report.pictures import png
 from rempart.report.schema import Illustration, Maps
 
 _MAPS = 6  # neurons whose maps are shown

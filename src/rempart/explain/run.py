@@ -7,8 +7,9 @@ from itertools import permutations
 import torch
 
 from rempart.attacks import Outcome, attack_batch, attacks
+from rempart.attacks.plan import mean_gradient
+from rempart.attacks.preflight import is_random
 from rempart.attacks.run import native
-from rempart.audit import is_random, mean_gradient
 from rempart.core.errors import Cancelled, DataError, SpecError
 from rempart.core.events import Event, Notify, named, silent
 from rempart.core.features import Moved, moved

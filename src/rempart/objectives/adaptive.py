@@ -13,10 +13,11 @@ from rempart.attacks.gradient import mim, pgd
 from rempart.core.errors import SpecError
 from rempart.core.features import features, penultimate
 from rempart.core.model import frozen
+from rempart.core.numbers import Pixels
 from rempart.core.registry import suggestion
 from rempart.core.repro import Draws
 from rempart.core.threat import Threat, wider
-from rempart.core.types import Images, Labels, Pixels
+from rempart.core.types import Images, Labels
 from rempart.objectives.catalogue import Loss, Objective, boxed, budgeted, hits, objectives
 
 Weight = Annotated[float, Ge(0)]

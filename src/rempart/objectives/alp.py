@@ -6,8 +6,9 @@ from annotated_types import Ge, Interval
 from torch import nn
 from torch.nn import functional as F
 
+from rempart.core.numbers import Pixels
 from rempart.core.repro import Draws
-from rempart.core.types import Images, Labels, Pixels
+from rempart.core.types import Images, Labels
 from rempart.objectives.catalogue import Loss, Objective, budgeted, hits, objectives
 from rempart.objectives.pgd_at import pgd_images
 

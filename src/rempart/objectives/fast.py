@@ -7,9 +7,10 @@ from annotated_types import Ge, Gt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rempart.core.numbers import Pixels
 from rempart.core.repro import Draws
 from rempart.core.threat import vector_norm
-from rempart.core.types import Images, Labels, Pixels
+from rempart.core.types import Images, Labels
 from rempart.objectives.catalogue import Loss, Objective, boxed, budgeted, objectives
 from rempart.objectives.pgd_at import pgd_images
 from rempart.objectives.plain import cross_entropy

@@ -5,8 +5,9 @@ from typing import Annotated
 from annotated_types import Ge
 from torch import nn
 
+from rempart.core.numbers import Pixels
 from rempart.core.repro import Draws
-from rempart.core.types import Images, Labels, Pixels
+from rempart.core.types import Images, Labels
 from rempart.objectives.catalogue import Objective, objectives
 from rempart.objectives.plain import cross_entropy
 

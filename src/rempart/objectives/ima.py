@@ -11,9 +11,10 @@ from rempart.attacks.losses import climb_direction, reached, score
 from rempart.attacks.minimum import bisect
 from rempart.attacks.radius import into_ball
 from rempart.core.model import frozen
+from rempart.core.numbers import Pixels
 from rempart.core.repro import Draws
 from rempart.core.threat import Threat, per_image, vector_norm
-from rempart.core.types import Images, Labels, Mask, Pixels, Scores
+from rempart.core.types import Images, Labels, Mask, Scores
 from rempart.objectives.catalogue import Loss, Objective, boxed, budgeted, hits, objectives
 
 _HALVINGS = 10

@@ -7,8 +7,9 @@ from annotated_types import Ge
 from torch import nn
 from torch.nn import functional as F
 
+from rempart.core.numbers import Pixels
 from rempart.core.repro import Draws
-from rempart.core.types import Images, Labels, Logits, Pixels, Scores
+from rempart.core.types import Images, Labels, Logits, Scores
 from rempart.objectives.catalogue import Loss, Objective, budgeted, hits, objectives
 from rempart.objectives.pgd_at import pgd_images
 from rempart.objectives.trades import divergence

@@ -7,9 +7,10 @@ from torch import nn
 
 from rempart.attacks.gradient import pgd
 from rempart.core.model import frozen
+from rempart.core.numbers import Pixels
 from rempart.core.repro import Draws
 from rempart.core.threat import Threat
-from rempart.core.types import Images, Labels, Pixels
+from rempart.core.types import Images, Labels
 from rempart.objectives.catalogue import Craft, Objective, boxed, budgeted, objectives
 from rempart.objectives.plain import cross_entropy
 

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from rempart.core.errors import DataError, ModelError
 from rempart.core.features import Neurons, blocks, change, features, sensitivity
 from rempart.core.model import frozen, placed
+from rempart.core.numbers import Pixels
 from rempart.core.repro import Draws
-from rempart.core.types import Images, Labels, Pixels
+from rempart.core.types import Images, Labels
 from rempart.data import Data
 from rempart.objectives.catalogue import Loss, Objective, budgeted, hits, objectives, ramp
 from rempart.objectives.pgd_at import pgd_images

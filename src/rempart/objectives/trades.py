@@ -10,9 +10,10 @@ from rempart.attacks.gradient import Plan, ascent
 from rempart.attacks.losses import Score
 from rempart.core.events import silent
 from rempart.core.model import frozen
+from rempart.core.numbers import Pixels
 from rempart.core.repro import Draws
 from rempart.core.threat import Threat
-from rempart.core.types import Images, Labels, Logits, Pixels, Scores
+from rempart.core.types import Images, Labels, Logits, Scores
 from rempart.objectives.catalogue import Craft, Loss, Objective, boxed, budgeted, hits, objectives
 
 _START = 1e-3  # standard deviation of the first move, as a share of the box: at x itself the gradient of the KL is 0

@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rempart.core.errors import DataError
 from rempart.core.identity import Identity
+from rempart.core.numbers import Pixels
 from rempart.core.stats import Auroc, Difference, Mean, Rate
-from rempart.core.types import Pixels
 from rempart.data import PLAIN, Data
 
 SCHEMA_VERSION = 1

@@ -17,12 +17,12 @@ from pydantic import BaseModel, Field, RootModel
 from werkzeug.exceptions import ServiceUnavailable, UnsupportedMediaType
 
 from rempart.core.errors import SpecError
-from rempart.core.png import png
 from rempart.core.types import Images
 from rempart.data import Data, open_data
 from rempart.guard import guard as make_guard
 from rempart.guard import save_guard
 from rempart.report import compare as comparing
+from rempart.report.pictures import png
 from rempart.report.schema import AttackChoice, DefenceChoice, DetectSpec, Reading, Strict
 from rempart.report.store import HTML, JSON, read
 from rempart.serve import live

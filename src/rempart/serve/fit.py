@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from rempart.attacks import attacks
+from rempart.attacks.plan import plan
 from rempart.attacks.suites import suite
-from rempart.audit import plan
 from rempart.core.errors import DataError
 from rempart.data import Data
 from rempart.detectors import detectors

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from rempart.attacks import attack_batch, attacks
 from rempart.attacks.losses import mean_logits
+from rempart.attacks.plan import averaged, mean_gradient
+from rempart.attacks.preflight import preflight
 from rempart.attacks.run import PASSES, targets, varies
-from rempart.audit import averaged, mean_gradient, preflight
-from rempart.core import png
+from rempart.attacks.similarity import psnr, ssim
 from rempart.core.errors import DataError, ModelError, SpecError
 from rempart.core.model import Classifier, blind, frozen, placed
-from rempart.core.similarity import psnr, ssim
 from rempart.core.threat import NORMS, Norm, Threat
 from rempart.core.types import Images, Logits
 from rempart.data import files
@@ -35,6 +35,7 @@ from rempart.models.formats import PYTHON
 from rempart.models.formats.named import NAMED
 from rempart.models.load import load
 from rempart.preprocess import defended, described, preprocessors
+from rempart.report import pictures as png
 from rempart.report.schema import AS_IT_IS, AttackChoice, DefenceChoice, Reading, Strict
 
 MANY = 20

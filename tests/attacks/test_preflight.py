@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import toys
 from audit.planted import Function
 from rempart.attacks import attack_batch
-from rempart.audit import preflight
+from rempart.attacks.preflight import preflight
 from rempart.core.errors import DataError, ModelError
 from rempart.core.model import Classifier
 from rempart.core.threat import Threat

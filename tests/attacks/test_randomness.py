@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import toys
+from rempart.attacks.preflight import is_random, preflight
 from rempart.attacks.run import varies
-from rempart.audit import is_random, preflight
 from rempart.core.errors import ModelError
 from rempart.core.model import Classifier, frozen
 from rempart.core.repro import seeded

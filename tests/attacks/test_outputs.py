@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import toys
 from audit.planted import Function, behind
 from rempart.attacks import attack_batch
-from rempart.audit import preflight
+from rempart.attacks.preflight import preflight
 from rempart.core.errors import ModelError
 from rempart.core.model import Classifier
 from rempart.core.threat import Threat

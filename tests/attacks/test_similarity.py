@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rempart.core.similarity import psnr, ssim
+from rempart.attacks.similarity import psnr, ssim
 
 
 def written_out(x: np.ndarray, z: np.ndarray, span: float) -> float:

@@ -50,3 +50,9 @@ def numbers(names: Sequence[str]) -> np.ndarray:
     """Groups as numbers, in the order in which they appear: what a table of samples may show."""
     first = {name: k for k, name in enumerate(dict.fromkeys(names))}
     return np.array([first[name] for name in names], dtype=np.int64)
+
+
+def group_columns(data: Data) -> dict[str, np.ndarray]:
+    """Patients and volumes as numbers: the table does not say who they are."""
+    known = {"patient": data.patients, "volume": data.volumes}
+    return {name: numbers(groups) for name, groups in known.items() if groups is not None}
