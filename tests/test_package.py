@@ -28,3 +28,8 @@ def test_torchvision_is_absent_or_imports() -> None:
     """A torchvision built for another torch breaks torchmetrics and transformers at import; it must not creep in."""
     if importlib.util.find_spec("torchvision") is not None:
         importlib.import_module("torchvision")
+
+
+def test_the_old_place_of_the_data_can_be_imported() -> None:
+    old, new = importlib.import_module("rempart.core.data"), importlib.import_module("rempart.data")
+    assert all(getattr(old, name) is getattr(new, name) for name in new.__all__)

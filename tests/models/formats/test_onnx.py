@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 import rempart
+import rempart.models.formats.onnx as module
 from rempart.attacks import attack_batch
 from rempart.core.errors import ModelError
 from rempart.core.model import Classifier, Normalize, accelerated, blind, frozen
@@ -389,8 +390,6 @@ def test_an_unknown_operator_leaves_the_network_in_onnxruntime(tmp_path: Path) -
 
 
 def test_a_conversion_that_gives_something_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import rempart.models.formats.onnx as module
-
     nodes = [
         helper.make_node("Exp", ["x"], ["e"]),
         helper.make_node("ReduceMean", ["e"], ["m"], axes=[1, 2], keepdims=0),
@@ -412,8 +411,6 @@ def test_a_conversion_that_gives_something_else_is_not_used(tmp_path: Path, monk
 
 def test_rounding_that_a_network_magnifies_is_no_difference() -> None:
     """The sine of a sum near 17,000, in float32 and in float64, which differ by more than `TOLERANCE`."""
-    import rempart.models.formats.onnx as module
-
     probe = 255 * np.random.default_rng(0).random((5, *SHAPE), dtype=np.float32)
 
     class Sine(nn.Module):
