@@ -78,8 +78,6 @@ from rempart.report.schema import (
 from rempart.report.store import claim, write
 
 SPEC = "spec.json"
-
-
 DETECTORS = "detectors"
 
 

@@ -32,54 +32,11 @@ from rempart.data import Data, files
 from rempart.data.samples import spread
 from rempart.report.schema import ACCURACY, Check
 
-
-def above_chance(true: np.ndarray, predicted: np.ndarray, classes: Sequence[str]) -> Check:
-    """Whether a model knows the images it is judged on: else a wrong scale, order of classes or data stands behind it.
-
-    It warns where the interval of the accuracy reaches down to one in the number of classes, or where images of several
-    classes are all taken for one.
-
-    Args:
-        true: Class of each image, int64, shape (n), n >= 1.
-        predicted: What the model takes each for without an attack.
-        classes: Their names.
-    """
-    clean, chance = wilson(int((predicted == true).sum()), len(true)), 1 / len(classes)
-    evidence = {"accuracy": clean.value, "low": clean.low, "high": clean.high, "chance": chance, "n": clean.n}
-    told = f"The accuracy without an attack is {clean}, where chance is {chance:.1%}"
-    constant = len(np.unique(predicted)) == 1 < len(np.unique(true))
-    if constant:
-        told += f", and every image is taken for {classes[predicted[0]]}"
-    elif clean.low <= chance:
-        told += ": it is not surely above it"
-    asked = "Are pixels scaled as in training (--box), classes in the order of the outputs (--classes), and are these "
-    asked += "images of the kind the model was made for?"
-    few = " Or are these too few to tell?" if clean.low <= chance < clean.value else ""
-    warned = constant or clean.low <= chance
-    return Check(
-        name=ACCURACY,
-        status="warned" if warned else "passed",
-        message=f"{told}. {asked}{few}" if warned else f"{told}.",
-        evidence=evidence,
-        reading="What attacks do to a model that does not know the images says nothing.",
-    )
-
-
 _SAMPLES = 64
-
-
 _FEW = 8  # images that are shown to the network again and again
-
-
 _REPEATS = 64  # passes over images alone and in batches, where the draws of a network depend on the batch
-
-
 _STRANGE = 8.0  # standard errors between their means that chance does not explain
-
-
 _DETERMINISM = "determinism"
-
-
 _SATURATED = 16.6
 """From this margin on 1 - softmax is 0 in float32, and with it half of the gradient of cross-entropy."""
 
@@ -125,6 +82,38 @@ def preflight(model: Classifier, data: Data) -> tuple[Classifier, tuple[Check, .
 def is_random(checks: Iterable[Check]) -> bool:
     """Whether these checks of `preflight` found that two passes over the same images differ."""
     return any(check.name == _DETERMINISM and check.status == "warned" for check in checks)
+
+
+def above_chance(true: np.ndarray, predicted: np.ndarray, classes: Sequence[str]) -> Check:
+    """Whether a model knows the images it is judged on: else a wrong scale, order of classes or data stands behind it.
+
+    It warns where the interval of the accuracy reaches down to one in the number of classes, or where images of several
+    classes are all taken for one.
+
+    Args:
+        true: Class of each image, int64, shape (n), n >= 1.
+        predicted: What the model takes each for without an attack.
+        classes: Their names.
+    """
+    clean, chance = wilson(int((predicted == true).sum()), len(true)), 1 / len(classes)
+    evidence = {"accuracy": clean.value, "low": clean.low, "high": clean.high, "chance": chance, "n": clean.n}
+    told = f"The accuracy without an attack is {clean}, where chance is {chance:.1%}"
+    constant = len(np.unique(predicted)) == 1 < len(np.unique(true))
+    if constant:
+        told += f", and every image is taken for {classes[predicted[0]]}"
+    elif clean.low <= chance:
+        told += ": it is not surely above it"
+    asked = "Are pixels scaled as in training (--box), classes in the order of the outputs (--classes), and are these "
+    asked += "images of the kind the model was made for?"
+    few = " Or are these too few to tell?" if clean.low <= chance < clean.value else ""
+    warned = constant or clean.low <= chance
+    return Check(
+        name=ACCURACY,
+        status="warned" if warned else "passed",
+        message=f"{told}. {asked}{few}" if warned else f"{told}.",
+        evidence=evidence,
+        reading="What attacks do to a model that does not know the images says nothing.",
+    )
 
 
 def _classes(model: Classifier, data: Data) -> Check:

@@ -14,11 +14,7 @@ from rempart.core.types import Images
 from rempart.data import Batch, Data
 
 _BATCH = 64
-
-
 _NOISE = 8  # images
-
-
 _SLACK = 1e-6  # of outputs that are shares, by rounding
 
 

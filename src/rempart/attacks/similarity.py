@@ -7,8 +7,6 @@ from scipy.ndimage import correlate1d
 from rempart.core.types import Images, Scores
 
 _REACH, _SIGMA = 5, 1.5  # a window of 11 x 11
-
-
 _K1, _K2 = 0.01, 0.03
 
 

@@ -46,21 +46,15 @@ from rempart.report.schema import (
 
 CHECKS = "checks"
 """The label of what probes and remedies broke."""
-
-
 _MASKED = (
     "The adversary changed pixels inside the masks of the images only. The checks after the attacks were left out: "
     "they know no masks."
 )
-
-
 _THOROUGH = ("standard", "plus")
 """Suites whose checks include those that cost as much as an attack."""
 
 
 __all__ = ["EOT", "Audit", "Planned", "audit", "averaged", "by_group", "is_random", "mean_gradient", "measure"]
-
-
 __all__ += ["numbers", "plan", "preflight"]
 
 

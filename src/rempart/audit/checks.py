@@ -26,18 +26,10 @@ from rempart.data.samples import spread
 from rempart.report.schema import Check, Remedy
 
 _CHEAP, _THOROUGH, _FEW = 64, 200, 32
-
-
 _PASSES = 5
-
-
 _DRAWS = 100
-
-
 _LEVEL, _POINTS = 0.01, 0.03
 """A remedy or probe overturns the figures from this share of the images on; for random models also at this level."""
-
-
 _ITERATIVE = ("bim", "mim", "pgd", "apgd")
 
 
@@ -765,10 +757,7 @@ REMEDIES: dict[str, Callable[[_Bench], Verdict | None]] = {
 }
 """What is tried where a check finds something; None where nothing is left standing to try it on."""
 
-
 _WEAK = "The attacks of the audit were too weak"
-
-
 _TOLD = {
     "other losses": "With a loss of another scale and another start",
     "more steps": "With twice the steps",

@@ -1,4 +1,4 @@
-"""What becomes of each class: its accuracy, the classes it is turned into, and the attacks that aim at these."""
+"""What becomes of each class: its accuracy, the classes it is turned into, and the line of the attacks that aim."""
 
 from collections.abc import Iterable, Sequence
 

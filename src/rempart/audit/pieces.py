@@ -29,8 +29,6 @@ from rempart.data import Data
 from rempart.report.schema import AuditSpec
 
 _PICTURES = 4
-
-
 _PROBED = 8
 
 
@@ -145,8 +143,6 @@ def kept_in(
 
 
 _ANSWERS = "answers.json"
-
-
 _DECIDES = {"model", "reading", "data", "defences", "seed", "batch_size", "chunk", "eight_bit", "device"}
 
 

@@ -32,21 +32,15 @@ __all__ = [
     "with_patients",
 ]
 
-
 FORMS = (
     "digits, mnist:DIR, cifar10:PATH, a folder or .zip of class folders, a MedMNIST-style .npz file, a .csv of paths "
     "and labels, a .parquet file or a folder of such"
 )
 
-
 _KINDS = ("digits", "mnist", "cifar10")
-
-
 _SPEC = re.compile(
     rf"(?P<place>.+?)(?P<modifiers>(@({PATTERN}))*)(:(?P<split>train|val|test))?(?P<part>\[[^\[\]]*\]?)?"
 )
-
-
 _PART = re.compile(r"\[(-?[0-9]{1,18})?:(-?[0-9]{1,18})?(?::(-?[0-9]{1,18})?)?\]")
 
 

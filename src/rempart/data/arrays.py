@@ -22,20 +22,12 @@ from rempart.data.samples import SPLITS, Data, choose, in_memory, split_of
 ADVERSARIAL, TRUE = "x_adv", "y"
 """Arrays of adversarial images and their true classes in a file of `rempart attack`."""
 
-
 MAX_CLASSES = 100_000
 """Classes of a file that numbers them."""
 
-
 _ALONE = ((ADVERSARIAL, TRUE), ("images", "labels"), ("x", "y"), ("X", "y"))
-
-
 _NAN = ("nan", "<na>", "")
-
-
 _MISSING = (*_NAN, "na", "n/a", "none", "null")  # words for it only beside numbers: a class may be called none
-
-
 _SMALL = 256 * 2**20  # bytes of arrays that may be compressed by any ratio: blank images are
 
 

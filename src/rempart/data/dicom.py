@@ -24,32 +24,20 @@ from rempart.data.modifiers import FULL, OWN, Modifiers
 from rempart.data.samples import PLAIN, RAW
 
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
-
-
 _GREY, _COLOUR = (
     ("MONOCHROME1", "MONOCHROME2"),
     ("RGB", "PALETTE COLOR", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"),
 )
-
-
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
-
-
 _FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
-
-
 _BROKEN = (
     *(AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError, OSError, EOFError, SyntaxError),
     *(NotImplementedError, RuntimeError, AssertionError, ArithmeticError, struct.error, zlib.error, MemoryError),
 )
-
-
 _TAGS = (
     *("PhotometricInterpretation", "BitsStored", "BitsAllocated", "HighBit", "PixelRepresentation", "SamplesPerPixel"),
     *("PlanarConfiguration", "TransferSyntaxUID", "RescaleSlope", "RescaleIntercept"),
 )
-
-
 _KEY = secrets.token_bytes(32)
 
 

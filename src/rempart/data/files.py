@@ -25,53 +25,28 @@ from rempart.core.types import Images
 
 MAX_ENTRIES = 200_000
 """Entries in one zip archive."""
-
-
 MAX_IMAGE_BYTES = 64 * 2**20
 """Uncompressed size of one image file."""
-
-
 MAX_VOLUME_BYTES = 2 * 2**30
 """Uncompressed size of one DICOM or NIfTI file."""
-
-
 MAX_TOTAL_BYTES = 20 * 2**30
 """Uncompressed size of all images of an archive, or of one array file."""
-
-
 MAX_RATIO = 100
 """Uncompressed over compressed size of all images of an archive; a single blank image may exceed it."""
-
-
 MAX_PIXELS = 50_000_000
 """Width times height of one image."""
-
-
 MAX_VOXELS = 150_000_000
 """Values of one volume, all channels counted."""
-
 
 SUFFIXES = (
     *(".apng", ".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm"),
     *(".ppm", ".tif", ".tiff", ".webp"),
 )
-
-
 VOLUMES = (".dcm", ".dicom", ".nii", ".nii.gz")
-
-
 DICOM, NIFTI, PICTURE = "DICOM", "NIfTI", "picture"
-
-
 _MAGIC = 132  # bytes of a DICOM file up to the letters DICM and with them
-
-
 _FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-
-
 _MANY = ("GIF", "PNG", "TIFF", "WEBP")  # not MPO: cameras put a preview behind the photograph
-
-
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -82,29 +57,16 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """What puts an image upright, by its EXIF orientation."""
-
-
 _BITS, _PHOTOMETRIC = 258, 262  # tags of TIFF; photometric 0: white is zero
-
-
 _NOISE = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "dicomdir", "__macosx", "$recycle.bin", "@eadir")
 """Files and folders that systems leave behind."""
-
-
 _TEXTS = (".txt", ".md", ".csv", ".json", ".xml", ".html", ".yaml", ".yml", ".log", ".pdf")
-
-
 _GREY_MODES = ("1", "L", "LA")
-
-
 _MOST = 12  # endings that a sentence lists
-
-
 _BROKEN_IMAGE = (
     *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError),
     *(struct.error, zlib.error),
 )
-
 
 Decode = Callable[[str, bytes], np.ndarray]
 """From the name and the bytes of a file to its image, channels first: uint8, or float32 in [0, 1]."""

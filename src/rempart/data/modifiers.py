@@ -8,14 +8,9 @@ from rempart.data import files
 
 PLANES = {"axial": 1, "coronal": 2, "sagittal": 3, "frame": 1}
 """Ways to slice a volume (channel, depth, height, width), with the axis they go along."""
-
-
 OWN, FULL = "own", "full"
 
-
 _NUMBER = r"-?[0-9]{1,9}(\.[0-9]{1,9})?"
-
-
 _WORDS = (
     r"[1-9][0-9]{0,5}(x[1-9][0-9]{0,5})?",
     "grey",
@@ -24,11 +19,7 @@ _WORDS = (
     rf"slice=({'|'.join(PLANES)})(:-?[0-9]{{0,6}}){{0,3}}",
     r"(label|image|mask)=[^@:\[\]]+",
 )
-
-
 PATTERN = "|".join(_WORDS)
-
-
 EXAMPLES = ("grey", "rgb", "64", "64x48", "window=40:400", "slice=axial:40", "label=fine_label", "mask=FOLDER")
 
 

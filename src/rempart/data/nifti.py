@@ -22,8 +22,6 @@ from rempart.data.modifiers import FULL, OWN, Modifiers
 from rempart.data.samples import PLAIN, RAW
 
 _HEADER = 540  # bytes of the longer of the two headers
-
-
 _BROKEN = (
     ValueError,
     TypeError,

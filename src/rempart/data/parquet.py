@@ -37,14 +37,8 @@ _BROKEN = (
     MemoryError,
     struct.error,
 )
-
-
 _ENDINGS = (".parquet", ".arrow")
-
-
 _LONGEST = 500  # letters of a label
-
-
 _INFO, _DICT, _STATE = "dataset_info.json", "dataset_dict.json", "state.json"
 
 

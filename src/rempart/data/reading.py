@@ -13,8 +13,6 @@ from rempart.data.modifiers import PLANES, Modifiers
 from rempart.data.samples import PLAIN, Data
 
 _SIZES = 2**16  # bytes of a file in which the size of a volume is found
-
-
 People = Callable[[files.Store, Sequence[str]], tuple[tuple[str, ...] | None, tuple[str, ...] | None]]
 
 

@@ -18,19 +18,13 @@ from rempart.core.types import Images, Labels
 from rempart.data import files
 
 SPLITS = ("train", "val", "test")
-
-
 _SPLIT_OF = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-
-
 PLAIN, RAW = "1", "raw"
 """Units of pixels in [0, 1] that stand for nothing else, and of intensities without a name."""
-
-
 _CHUNK = 256
 
 

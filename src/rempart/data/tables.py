@@ -20,7 +20,6 @@ from rempart.data.samples import SPLITS, Data, choose, split_of
 MAX_TABLE_BYTES = 64 * 2**20
 """Size of a CSV file."""
 
-
 Row = Mapping[str, str]
 
 

@@ -14,8 +14,6 @@ from rempart.detectors.catalogue import Learning
 
 Layers = Literal["all", "last"]
 """The outputs of all blocks and what the last layer is fed with, or the latter alone."""
-
-
 _CHUNK = 256  # images per pass
 
 

@@ -14,12 +14,8 @@ from rempart.detectors.catalogue import Learning, State
 
 Combine = Literal["sum", "logistic"]
 """Sum of z-scores, which needs clean images only, or logistic regression of attacked against clean and noisy ones."""
-
-
 Measures = Callable[[Images, Draws], Tensor]
 """Images and their draws to scores, shape (n, number of measures), larger = more suspicious."""
-
-
 _CHUNK = 256
 
 

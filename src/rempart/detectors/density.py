@@ -17,8 +17,6 @@ from rempart.detectors.catalogue import Detector, Learning, State, detectors
 from rempart.detectors.combine import Combine, combined, held_out, weighed
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-
-
 _PROBE = 1000  # held-out images that choose the bandwidth
 
 

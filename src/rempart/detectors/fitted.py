@@ -23,8 +23,6 @@ from rempart.detectors.catalogue import Detector, Learning, State, detectors
 from rempart.report.schema import Strict, fault
 
 CARD = "detector.json"
-
-
 STATE = "detector.safetensors"
 
 

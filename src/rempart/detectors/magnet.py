@@ -16,14 +16,8 @@ from rempart.detectors.combine import held_out
 from rempart.detectors.networks import convolutions, convolve, descend, placed
 
 TEMPERATURES = (10.0, 40.0)
-
-
 _DECAY = 1e-9
-
-
 _BATCH = 32
-
-
 _QUANTILE = 0.95
 
 

@@ -7,15 +7,9 @@ from rempart.core.model import Classifier
 from rempart.core.types import Images
 
 LEVELS = 255
-
-
 REACH = 12
 """Differences between neighbours are told apart up to this many levels."""
-
-
 _WIDTH = 0.5  # of a bin, in levels: wide enough that whole levels, too, have a gradient
-
-
 _LOGITS = 10  # largest logits looked at
 
 

@@ -21,14 +21,8 @@ from rempart.core.types import Images, Labels
 from rempart.objectives.catalogue import Loss, Objective, boxed, budgeted, hits, objectives
 
 Weight = Annotated[float, Ge(0)]
-
-
 Size = Annotated[Pixels, Ge(0)]
-
-
 Member = Callable[[nn.Module, Images, Labels, Threat, int, Draws], Images]
-
-
 MEMBERS: Mapping[str, Member] = {
     "fgsm": lambda model, x, y, ball, steps, rng: pgd(model, x, y, ball, steps=1, step=1.25 * ball.budget, rng=rng),
     "pgd": lambda model, x, y, ball, steps, rng: pgd(model, x, y, ball, steps=steps, rng=rng),

@@ -21,11 +21,8 @@ from rempart.data import Data
 from rempart.objectives.catalogue import Loss, Objective, hits, objectives
 
 Rate = Annotated[float, Ge(0)]
-
-
 Forward = Callable[[Images, Tensor], Logits]
 """From images and their places in the batch to logits."""
-
 
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 

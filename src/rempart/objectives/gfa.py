@@ -15,8 +15,6 @@ from rempart.core.types import Images, Labels, Mask, Scores
 from rempart.objectives.catalogue import Loss, Objective, hits, objectives, ramp
 
 _IMAGE = "input"
-
-
 _PENALTIES: Mapping[str, Callable[[Scores], Scores]] = {
     "abs": lambda cosine: 1 - cosine.abs(),
     "sq": lambda cosine: 1 - cosine.square(),

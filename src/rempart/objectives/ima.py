@@ -18,8 +18,6 @@ from rempart.core.types import Images, Labels, Mask, Scores
 from rempart.objectives.catalogue import Loss, Objective, boxed, budgeted, hits, objectives
 
 _HALVINGS = 10
-
-
 _LEAST_START = 1e-3  # radius of the random start while the margin is small, in pixel units
 
 

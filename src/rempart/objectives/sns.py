@@ -21,11 +21,7 @@ from rempart.objectives.pgd_at import pgd_images
 from rempart.report.store import read_explained
 
 Choice = Literal["sensitive", "random", "least", "all"]
-
-
 _CHUNK = 250  # images of the probe per pass
-
-
 _CHOSEN = "neurons of "  # in the state: the mask of a layer
 
 
