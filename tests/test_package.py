@@ -33,3 +33,5 @@ def test_torchvision_is_absent_or_imports() -> None:
 def test_the_old_place_of_the_data_can_be_imported() -> None:
     old, new = importlib.import_module("rempart.core.data"), importlib.import_module("rempart.data")
     assert all(getattr(old, name) is getattr(new, name) for name in new.__all__)
+    for name in ("samples", "arrays", "dicom"):
+        assert importlib.import_module(f"rempart.core.data.{name}") is importlib.import_module(f"rempart.data.{name}")
